@@ -1,0 +1,1 @@
+"""Entropy-guided attention for private language models: train, watch, repair and privately run them."""

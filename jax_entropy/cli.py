@@ -1,0 +1,158 @@
+"""The command line: `jax-entropy COMMAND --flag=value …` parses, then calls one function.
+
+Exit codes: 0 done or cleanly stopped, 2 a mistake of the user's, said in one sentence on stderr, 1 anything else.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from jax_entropy.errors import UserError, nearest
+
+
+def train(parse: "Parse") -> None:
+    """Trains the run of a config in a workdir, or goes on with it."""
+    values = parse.flags(config=True, workdir=True, distributed=(False, "one of several processes of one run"))
+    import jax
+    from rich.console import Console
+
+    from jax_entropy.summary import conclude
+    from jax_entropy.train import train as run
+
+    if values.distributed:
+        jax.distributed.initialize()
+    console = Console(highlight=False, soft_wrap=True)
+    result = run(values.config, values.workdir, notify=lambda line: console.print(line, markup=False))
+    if jax.process_index() == 0:
+        conclude(values.config, values.workdir, result, shlex.join(["jax-entropy", "train", *parse.arguments]), console)
+
+
+def evaluate(parse: "Parse") -> None:
+    """Held-out perplexity, bits per byte and head entropies of a run's checkpoint."""
+    values = parse.flags(
+        workdir=True,
+        best=(False, "the best checkpoint by validation loss instead of the newest"),
+        batch_size=(32, "sequences evaluated at once; does not change the numbers"),
+    )
+    from jax_entropy.evaluate import evaluate_run
+
+    evaluate_run(values.workdir, best=values.best, batch_size=values.batch_size)
+
+
+def generate(parse: "Parse") -> None:
+    """Text that a trained model writes after a prompt."""
+    values = parse.flags(
+        workdir=True,
+        prompt=("", "text to go on from"),
+        prompt_file=("", "file that holds the prompt; '-' is stdin"),
+        tokens=(64, "tokens to write at most"),
+        temperature=(0.8, "of the sampling; 0 is greedy"),
+        top_k=(0, "sample among the k likeliest tokens; 0: among all"),
+        seed=(0, "of the sampling"),
+        best=(False, "the best checkpoint by validation loss instead of the newest"),
+    )
+    prompt = _read_prompt(values.prompt, values.prompt_file)
+    from jax_entropy.generate import generate as run
+    from jax_entropy.workdir import load_run
+
+    loaded = load_run(values.workdir, _warn, best=values.best)
+    text = run(
+        loaded.model, loaded.variables, loaded.tokenizer, prompt, num_tokens=values.tokens,
+        temperature=values.temperature, top_k=values.top_k, seed=values.seed,
+    )  # fmt: skip
+    print(prompt + text)
+
+
+def report(parse: "Parse") -> None:
+    """Figures and an HTML page of a run."""
+    values = parse.flags(workdir=True)
+    from jax_entropy.report import write_report
+
+    write_report(values.workdir)
+
+
+COMMANDS = {function.__name__: function for function in (train, evaluate, generate, report)}
+
+
+class Parse:
+    """The arguments of one command, and how it reads its flags."""
+
+    def __init__(self, command: str, arguments: Sequence[str]):
+        self.command, self.arguments = command, list(arguments)
+
+    def flags(self, config: bool = False, workdir: bool = False, **defaults: tuple) -> flags.FlagValues:
+        """Flags by name with (default, help); `config` and `workdir` are required where asked for.
+
+        Raises UserError for an unknown flag, a value of the wrong type, or a config that does not load.
+        """
+        values = flags.FlagValues()
+        argv = [f"jax-entropy {self.command}", *self.arguments]
+        if config:
+            config_flags.DEFINE_config_file("config", None, "file.py or file.py:ARCHITECTURE", flag_values=values, sys_argv=argv)
+        if workdir:
+            flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+        define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+        for name, (default, text) in defaults.items():
+            define[type(default)](name, default, text, flag_values=values)
+        if {"-h", "--help"} & set(self.arguments):
+            print(f"jax-entropy {self.command}: {COMMANDS[self.command].__doc__}\n{values.get_help()}")
+            raise SystemExit(0)
+        try:
+            extra = values(argv)[1:]
+        except UserError:
+            raise
+        except flags.UnrecognizedFlagError as error:
+            raise UserError(f"there is no flag --{error.flagname}{nearest(error.flagname, values)}") from None
+        except flags.Error as error:
+            raise UserError(" ".join(str(error).split())) from None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(" ".join(str(error.args[0] if error.args else error).split())) from None
+        except (OSError, ImportError, SyntaxError) as error:
+            raise UserError(f"the config file does not load: {error}") from None
+        if extra:
+            raise UserError(f"the argument {extra[0]!r} is not understood; flags are written --name=value")
+        for name in ("config", "workdir"):
+            if name in values and not values[name].value:
+                raise UserError(f"--{name} is missing")
+        return values
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code."""
+    name, *arguments = [*(sys.argv[1:] if argv is None else argv), ""][:-1] or ["help"]
+    if name in ("help", "--help", "-h"):
+        print("jax-entropy COMMAND --flag=value …\n")
+        for command, function in COMMANDS.items():
+            print(f"  {command:10}{function.__doc__.splitlines()[0]}")
+        print("\njax-entropy COMMAND --help lists a command's flags.")
+        return 0
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"there is no command {name!r}{nearest(name, COMMANDS)}")
+        COMMANDS[name](Parse(name, arguments))
+    except UserError as error:
+        print(f"jax-entropy: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jax-entropy: interrupted; the same command starts again", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _read_prompt(prompt: str, prompt_file: str) -> str:
+    if not prompt_file:
+        return prompt
+    try:
+        return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file={prompt_file} cannot be read: {error}") from None

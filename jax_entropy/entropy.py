@@ -1,0 +1,106 @@
+"""Entropy of attention as pure functions of arrays: rows, heads, reference maxima, the penalty and the bands.
+
+Natural logarithm throughout (nats); float32 or better whatever the input type.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jax_entropy.errors import UserError, nearest
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def row_entropy(weights: jax.Array) -> jax.Array:
+    """Entropy of each attention row, `H_i = −Σ_j a_ij log a_ij` in nats; weights [..., S] -> [...].
+
+    A weight of exactly 0 contributes nothing and gets a finite gradient (0); a NaN stays a NaN.
+    """
+    weights = _at_least_float32(weights)
+    positive = jnp.where(weights == 0, 1, weights)
+    return -jnp.sum(weights * jnp.log(positive), axis=-1)
+
+
+def head_entropy(entropy_BxNxT: jax.Array) -> jax.Array:
+    """Entropy of each head in nats: the mean over the batch and the query positions; [..., B, N, T] -> [..., N]."""
+    return jnp.mean(_at_least_float32(entropy_BxNxT), axis=(-3, -1))
+
+
+def max_entropy(context_length: int, kind: str = "context") -> float:
+    """Reference maximum of a head's entropy over T query positions, in nats.
+
+    Args:
+      context_length: T.
+      kind: "context", log T, the paper's E_max; "causal", (1/T)·Σ log i, the most that a causal head can reach.
+    """
+    if context_length < 1:
+        raise UserError(f"context_length={context_length} must be at least 1")
+    if kind == "context":
+        return math.log(context_length)
+    if kind == "causal":
+        return math.lgamma(context_length + 1) / context_length
+    raise UserError(f"kind={kind!r} of maximum entropy is not known{nearest(kind, ('context', 'causal'))}")
+
+
+def entropy_penalty(
+    entropy_LxBxNxT: jax.Array,
+    threshold_LxN: jax.Array,
+    *,
+    tolerance: float,
+    reduction: str = "row_sum",
+    shape: str = "deadzone",
+) -> jax.Array:
+    """Penalty on entropies that leave the band θ·E_max ± γ·E_max around each head's learned threshold (Algorithm 1).
+
+    With δ the entropy minus θ·E_max and E_max = log T, a scalar in nats²:
+      shape "deadzone": δ² where |δ| > γ·E_max, else 0 (the paper); "hinge": max(|δ| − γ·E_max, 0)², without the jump.
+      reduction "row_sum": δ of every row, summed over batch and rows, mean over heads and layers (the authors' code,
+        to which the paper's λ belongs); "row_mean": mean over all rows, so that λ does not depend on batch or context;
+        "head_mean": δ of the head entropy, mean over heads and layers (Algorithm 1 as printed).
+
+    Args:
+      entropy_LxBxNxT: row entropies in nats.
+      threshold_LxN: θ, fractions of E_max.
+      tolerance: γ, a fraction of E_max.
+    """
+    entropy_LxBxNxT = _at_least_float32(entropy_LxBxNxT)
+    maximum = max_entropy(entropy_LxBxNxT.shape[-1])
+    if reduction == "head_mean":
+        deviation = head_entropy(entropy_LxBxNxT) - threshold_LxN * maximum
+    elif reduction in ("row_sum", "row_mean"):
+        deviation = entropy_LxBxNxT - threshold_LxN[:, None, :, None] * maximum
+    else:
+        raise UserError(
+            f"penalty reduction={reduction!r} is not known{nearest(reduction, ('row_sum', 'row_mean', 'head_mean'))}"
+        )
+    excess = jnp.abs(deviation) - tolerance * maximum
+    if shape == "deadzone":
+        penalty = jnp.where(excess > 0, jnp.square(deviation), 0)
+    elif shape == "hinge":
+        penalty = jnp.square(jnp.maximum(excess, 0))
+    else:
+        raise UserError(f"penalty shape={shape!r} is not known{nearest(shape, ('deadzone', 'hinge'))}")
+    if reduction == "row_sum":
+        return jnp.sum(jnp.mean(penalty, axis=(0, 2)))
+    return jnp.mean(penalty)
+
+
+def head_bands(entropy_LxN: jax.Array, maximum: float | jax.Array | None = None) -> jax.Array:
+    """Shares of heads in the four quarters of the entropy range, the lowest first (Fig. 2a, 7): [L, N] -> [4].
+
+    Quarters are half-open but for the last. The first share is *collapse*, the last *overload*. Heads whose entropy is
+    not a number are in no quarter, so that the shares then sum to less than 1.
+
+    Args:
+      entropy_LxN: head entropies in nats.
+      maximum: end of the range in nats; None: the largest observed, as in the paper.
+    """
+    entropy_LxN = _at_least_float32(jnp.asarray(entropy_LxN))
+    maximum = jnp.nanmax(entropy_LxN) if maximum is None else maximum
+    above = [jnp.mean(entropy_LxN >= maximum * quarter / 4) for quarter in (1, 2, 3)]
+    known = jnp.mean(~jnp.isnan(entropy_LxN))
+    return jnp.stack([known - above[0], above[0] - above[1], above[1] - above[2], above[2]])

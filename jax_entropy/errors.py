@@ -1,0 +1,24 @@
+"""The one exception for mistakes of the person at the keyboard.
+
+The command line turns it into a single sentence and exit code 2; everything else is a bug and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A configuration, file or argument that cannot work; its message is one sentence that says what to do."""
+
+
+def nearest(name: object, choices: Iterable[object]) -> str:
+    """Ends an error sentence: the closest valid spelling of `name`, or all `choices` when they are few and none is close."""
+    choices, name = [str(choice) for choice in choices], str(name)
+
+    def similarity(choice: str) -> float:
+        return difflib.SequenceMatcher(None, name.lower(), choice.lower()).ratio()
+
+    best = max(choices, key=similarity)
+    if similarity(best) >= 0.5 or len(choices) > 8:
+        return f"; did you mean {best!r}?"
+    return f"; choose one of {', '.join(map(repr, choices))}"

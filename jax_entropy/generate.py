@@ -1,0 +1,77 @@
+"""Text from a trained model, token by token with a key-value cache."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_entropy.data import Tokenizer
+from jax_entropy.errors import UserError
+from jax_entropy.model import Transformer, empty_cache
+
+
+def generate(
+    model: Transformer,
+    variables: Any,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> str:
+    """The text that follows `prompt`; ends early at end-of-text.
+
+    Args:
+      num_tokens: at most so many tokens; prompt and new tokens must fit into the model's context.
+      temperature: of the sampling; 0 is greedy.
+      top_k: sample among the k likeliest tokens; 0: among all.
+    Raises:
+      UserError: an empty prompt, one that leaves no room, or options out of range.
+    """
+    ids, context = tokenizer.encode(prompt), model.config.context_length
+    if not ids:
+        raise UserError("the prompt is empty; give at least one character")
+    if num_tokens < 1 or temperature < 0 or top_k < 0:
+        raise UserError(
+            f"tokens={num_tokens} must be at least 1, temperature={temperature} and top_k={top_k} not negative"
+        )
+    if len(ids) + num_tokens > context:
+        raise UserError(
+            f"the prompt's {len(ids)} tokens and {num_tokens} new ones do not fit into the context of {context}; "
+            + (f"ask for at most --tokens={context - len(ids)}" if len(ids) < context else "shorten the prompt")
+        )
+    ids = _continue(
+        model, variables, jnp.asarray([ids]), jax.random.key(seed), jnp.asarray(temperature, jnp.float32),
+        num_tokens, min(top_k, model.config.vocab_size), tokenizer.end_of_text,
+    )  # fmt: skip
+    ids = jax.device_get(ids).tolist()
+    end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
+    return tokenizer.decode(ids[:end])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def _continue(model, variables, prompt_1xT, key, temperature, num_tokens, top_k, end_of_text) -> jax.Array:
+    """The `num_tokens` ids after the prompt; after an end-of-text only end-of-text."""
+    decode = functools.partial(model.apply, variables, method="decode")
+
+    def choose(logits_V, key):
+        if top_k:
+            kth = jax.lax.top_k(logits_V, top_k)[0][-1]
+            logits_V = jnp.where(logits_V >= kth, logits_V, -jnp.inf)
+        sampled = jax.random.categorical(key, logits_V / jnp.where(temperature > 0, temperature, 1))
+        return jnp.where(temperature > 0, sampled, jnp.argmax(logits_V))
+
+    def step(carry, key):
+        cache, token, position = carry
+        logits_1xTxV, cache = decode(token[None, None], cache, position)
+        following = jnp.where(token == end_of_text, token, choose(logits_1xTxV[0, -1], key))
+        return (cache, following, position + 1), following
+
+    keys = jax.random.split(key, num_tokens)
+    logits_1xTxV, cache = decode(prompt_1xT, empty_cache(model.config, 1), 0)
+    first = choose(logits_1xTxV[0, -1], keys[0])
+    _, rest = jax.lax.scan(step, (cache, first, prompt_1xT.shape[1]), keys[1:])
+    return jnp.concatenate([first[None], rest])

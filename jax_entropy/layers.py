@@ -1,0 +1,217 @@
+"""What a block is made of: linear layers and their reparametrisations, attention, feed-forward, the block itself.
+
+Modules are pure functions of their parameters; a block returns its attention statistics beside the residual stream.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.attention import AttentionStats, attention
+from jax_entropy.attention.cached import cached_attention
+
+_TEMPERATURE_FLOOR = 1e-4
+_POWER_ITERATIONS_AT_START = 15  # as torch's spectral_norm
+
+
+class Linear(nn.Module):
+    """y = x·W + b; W [*in, *out] may be given by weight or spectral normalisation (Table 5)."""
+
+    out_shape: tuple[int, ...]
+    init_std: float
+    in_axes: int = 1
+    use_bias: bool = False
+    reparametrization: str = "none"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch_shape, in_shape = x.shape[: -self.in_axes], x.shape[-self.in_axes :]
+        shape = (*in_shape, *self.out_shape)
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
+        matrix = kernel.reshape(math.prod(in_shape), math.prod(self.out_shape))
+        if self.reparametrization == "weight":
+            norm = jnp.linalg.norm(matrix, axis=0)
+            gain = self.param("gain", lambda _: norm.reshape(self.out_shape))
+            matrix = matrix * (gain.reshape(-1) / norm)[None]
+        elif self.reparametrization == "spectral":
+            matrix = matrix / self._spectral_norm(matrix)
+        y = x.reshape(*batch_shape, -1) @ matrix.astype(self.dtype)
+        y = y.reshape(*batch_shape, *self.out_shape)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.out_shape, jnp.float32)
+            y = y + jnp.expand_dims(bias.astype(self.dtype), range(len(batch_shape)))
+        return y
+
+    def _spectral_norm(self, matrix: jax.Array) -> jax.Array:
+        """Largest singular value by one power iteration a step, kept in the collection `spectral`."""
+        frozen = jax.lax.stop_gradient(matrix)
+
+        def iterate(_, vectors):
+            right = _unit(vectors[0] @ frozen)
+            return _unit(frozen @ right), right
+
+        def start():
+            left = _unit(jax.random.normal(self.make_rng("params"), (matrix.shape[0],)))
+            return jax.lax.fori_loop(0, _POWER_ITERATIONS_AT_START, iterate, (left, jnp.zeros((matrix.shape[1],))))
+
+        vectors = self.variable("spectral", "singular_vectors", start)
+        if self.is_mutable_collection("spectral") and not self.is_initializing():
+            vectors.value = iterate(0, vectors.value)
+        left, right = vectors.value
+        return left @ matrix @ right
+
+
+def _unit(vector: jax.Array) -> jax.Array:
+    return vector / jnp.maximum(jnp.linalg.norm(vector), 1e-12)
+
+
+def _linear(config: ModelConfig, role: str, out_shape: tuple[int, ...], **kwargs: Any) -> Linear:
+    """The linear layer of one role (Q, K, V, O or FFN) under the config's biases and reparametrisation."""
+    targets = config.reparametrized.split("+")
+    chosen = role in targets or (role != "FFN" and role in targets[0] and targets[0] != "FFN")
+    kwargs.setdefault("init_std", config.init_std)
+    return Linear(
+        out_shape,
+        use_bias=config.bias == "all" or (config.bias == "qk" and role in "QK"),
+        reparametrization=config.reparametrization if chosen else "none",
+        dtype=config.dtype,
+        **kwargs,
+    )
+
+
+def _residual_std(config: ModelConfig) -> float:
+    return config.residual_init_std or config.init_std
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of the positions read so far; [L, B, S, N, H] each, S the context length."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention with an optional temperature [N, T] and entropy threshold [N]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD, cache: KeyValueCache | None, position: int | jax.Array):
+        """Returns (out [B, T, D], stats or None, threshold [N] or None, cache or None)."""
+        config, (_, T, D) = self.config, x_BxTxD.shape
+        heads = (config.num_heads, config.head_dim)
+        q_BxTxNxH = _linear(config, "Q", heads, name="query")(x_BxTxD)
+        k_BxTxNxH = _linear(config, "K", heads, name="key")(x_BxTxD)
+        v_BxTxNxH = _linear(config, "V", heads, name="value")(x_BxTxD)
+
+        temperature_NxT = threshold_N = None
+        if config.learnable_temperature:
+            temperature_NxT = jax.lax.dynamic_slice_in_dim(self._temperature(), position, T, axis=1)
+        if config.entropy_regularizer:
+            initializer = nn.initializers.constant(config.threshold_init)
+            threshold_N = self.param("threshold", initializer, (config.num_heads,), jnp.float32)
+
+        if cache is None:
+            out_BxTxNxH, stats = attention(
+                q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, temperature_NxT, implementation=config.attention
+            )
+        else:
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
+            cache = KeyValueCache(write(cache.key, k_BxTxNxH), write(cache.value, v_BxTxNxH))
+            out_BxTxNxH, stats = cached_attention(q_BxTxNxH, *cache, temperature_NxT, position=position), None
+        out = _linear(config, "O", (D,), in_axes=2, init_std=_residual_std(config), name="out")
+        return out(out_BxTxNxH), stats, threshold_N, cache
+
+    def _temperature(self) -> jax.Array:
+        """The divisor t of App. A, positive whatever the optimiser does to its parameter."""
+        config, shape = self.config, (self.config.num_heads, self.config.context_length)
+        log = config.temperature_parameter == "log"
+        start = math.log(config.temperature_init) if log else config.temperature_init
+        parameter = self.param("temperature", nn.initializers.constant(start), shape, jnp.float32)
+        return temperature(parameter, config)
+
+
+def temperature(parameter: jax.Array, config: ModelConfig) -> jax.Array:
+    """The temperature that a parameter stands for: "direct" t ≈ |p| bounded away from 0, "log" t = exp(p)."""
+    if config.temperature_parameter == "log":
+        return jnp.exp(parameter)
+    return jnp.sqrt(jnp.square(parameter) + _TEMPERATURE_FLOOR**2)
+
+
+class FeedForward(nn.Module):
+    """d→F→d with an activation, or one fused d→d matrix (§4)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, slope: jax.Array | None) -> jax.Array:
+        config, D = self.config, x_BxTxD.shape[-1]
+        if config.ffn == "fused":
+            return _linear(config, "FFN", (D,), init_std=_residual_std(config), name="fused")(x_BxTxD)
+        hidden_BxTxF = _linear(config, "FFN", (config.hidden_dim,), name="up")(x_BxTxD)
+        if config.slope == "layer" and config.activation == "leaky_relu":
+            slope = self.param("negative_slope", nn.initializers.constant(config.negative_slope), (), jnp.float32)
+        hidden_BxTxF = _activate(hidden_BxTxF, config, slope)
+        return _linear(config, "FFN", (D,), init_std=_residual_std(config), name="down")(hidden_BxTxF)
+
+
+def _activate(x: jax.Array, config: ModelConfig, slope: jax.Array | None) -> jax.Array:
+    match config.activation:
+        case "identity":
+            return x
+        case "gelu":
+            # jax.nn.gelu goes through erfc, several times the cost of erf under secret sharing
+            return 0.5 * x * (1 + jax.lax.erf(x * (0.5**0.5)))
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "relu":
+            return jax.nn.relu(x)
+        case "leaky_relu":
+            slope = jnp.asarray(config.negative_slope if slope is None else slope, x.dtype)
+            return jnp.where(x >= 0, x, slope * x)
+
+
+def normalise(kind: str, config: ModelConfig, name: str):
+    """The normalisation layer of a kind, statistics in float32; the identity for "none"."""
+    if kind == "none":
+        return lambda x: x
+    layer = nn.LayerNorm if kind == "layer" else nn.RMSNorm
+    return layer(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
+
+
+class BlockOutput(NamedTuple):
+    """What a block hands up beside the residual stream; scanned, each leaf gets a leading L."""
+
+    stats: AttentionStats | None
+    threshold_N: jax.Array | None
+    cache: KeyValueCache | None
+
+
+class Block(nn.Module):
+    """Pre-norm block: X̂ = X + MHA(N1(X)), X_out = X̂ + FFN(N2(X̂)), or β·X̂ + FFN(X̂)/α (Eq. 8)."""
+
+    config: ModelConfig
+    with_ffn: bool
+
+    @nn.compact
+    def __call__(self, x_BxTxD, cache, slope, position) -> tuple[jax.Array, BlockOutput]:
+        config = self.config
+        attended, stats, threshold, cache = Attention(config, name="attention")(
+            normalise(config.norm, config, "norm1")(x_BxTxD), cache, position
+        )
+        x_BxTxD = x_BxTxD + attended
+        if self.with_ffn:
+            ffn = FeedForward(config, name="ffn")(normalise(config.norm, config, "norm2")(x_BxTxD), slope)
+            if config.ffn != "full":
+                alpha = self.param("alpha", nn.initializers.constant(config.alpha_init), (), jnp.float32)
+                beta = self.param("beta", nn.initializers.constant(config.beta_init), (), jnp.float32)
+                x_BxTxD = beta.astype(config.dtype) * x_BxTxD
+                ffn = ffn / alpha.astype(config.dtype)
+            x_BxTxD = x_BxTxD + ffn
+        return x_BxTxD, BlockOutput(stats, threshold, cache)

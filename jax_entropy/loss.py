@@ -1,0 +1,116 @@
+"""The training loss: Optax cross-entropy plus λ times the entropy penalty, differentiable in every parameter.
+
+The cross-entropy takes hidden states and the head matrix and goes over the positions in chunks: the [B, T, V] logits of
+a whole batch never exist, and their gradient is formed while a chunk is at hand.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+
+from jax_entropy.entropy import entropy_penalty
+from jax_entropy.model import Aux, Transformer, logits
+
+_CHUNK_ELEMENTS = 1 << 22  # logits in one chunk of one device
+
+
+class LossParts(NamedTuple):
+    """What the loss is made of: cross_entropy (nats/token), penalty (nats², not yet times λ), Aux, other collections."""
+
+    cross_entropy: jax.Array
+    penalty: jax.Array
+    aux: Aux
+    collections: dict[str, Any]
+
+
+def loss_fn(
+    params: Any,
+    tokens_BxT1: jax.Array,
+    *,
+    model: Transformer,
+    penalty_weight: float | jax.Array = 0.0,
+    tolerance: float = 0.2,
+    reduction: str = "row_sum",
+    shape: str = "deadzone",
+    collections: dict[str, Any] | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, LossParts]:
+    """`L_CE + λ·L_ent` (Algorithm 1), for `jax.value_and_grad(..., has_aux=True)`.
+
+    Args:
+      params: the collection "params" of `model`.
+      tokens_BxT1: [B, T+1] token ids; positions 1…T are predicted.
+      penalty_weight: λ; a number, or the value of an Optax schedule at this step. Without EReg there is no penalty.
+      tolerance, reduction, shape: see `entropy_penalty`.
+      collections: other collections of the model (`spectral`); updated ones come back in `LossParts`.
+      dropout_key: switches the embedding dropout on.
+    Returns:
+      (loss in nats per token, LossParts).
+    """
+    collections = collections or {}
+    (hidden_BxTxD, head_VxD, aux), updated = model.apply(
+        {"params": params, **collections},
+        tokens_BxT1[:, :-1],
+        method="hidden",
+        mutable=list(collections),
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
+    )
+    loss = cross = cross_entropy(hidden_BxTxD, head_VxD, tokens_BxT1[:, 1:])
+    penalty = jnp.zeros(())
+    if aux.threshold is not None:
+        penalty = entropy_penalty(
+            aux.stats.entropy, aux.threshold, tolerance=tolerance, reduction=reduction, shape=shape
+        )
+        loss = cross + penalty_weight * penalty
+    return loss, LossParts(cross, penalty, aux, updated)
+
+
+def token_losses(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """Cross-entropy of every target in nats, [B, T] float32."""
+    chunks = _split(hidden_BxTxD, targets_BxT, head_VxD.shape[0])
+    losses_CxBxT = jax.lax.map(lambda chunk: _chunk_losses(chunk[0], head_VxD, chunk[1]), chunks)
+    return rearrange(losses_CxBxT, "C B T -> B (C T)")
+
+
+@jax.custom_vjp
+def cross_entropy(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """Mean cross-entropy in nats per token."""
+    return jnp.mean(token_losses(hidden_BxTxD, head_VxD, targets_BxT))
+
+
+def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT):
+    def chunk_sum(hidden, head, targets):
+        return jnp.sum(_chunk_losses(hidden, head, targets)) / targets_BxT.size
+
+    def step(carry, chunk):
+        loss, (d_hidden, d_head) = jax.value_and_grad(chunk_sum, (0, 1))(chunk[0], head_VxD, chunk[1])
+        return (carry[0] + loss, carry[1] + d_head), d_hidden
+
+    chunks = _split(hidden_BxTxD, targets_BxT, head_VxD.shape[0])
+    (loss, d_head), d_hidden = jax.lax.scan(step, (jnp.zeros(()), jnp.zeros_like(head_VxD)), chunks)
+    return loss, (rearrange(d_hidden, "C B T D -> B (C T) D"), d_head)
+
+
+def _cross_entropy_backward(gradients, cotangent):
+    d_hidden, d_head = gradients
+    return d_hidden * cotangent.astype(d_hidden.dtype), d_head * cotangent, None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _chunk_losses(hidden_BxTxD, head_VxD, targets_BxT):
+    return optax.softmax_cross_entropy_with_integer_labels(logits(hidden_BxTxD, head_VxD), targets_BxT)
+
+
+def _split(hidden_BxTxD, targets_BxT, vocab_size):
+    """Cuts along T, never along the sharded batch, into the fewest equal chunks that stay small; [C, B, T/C, …]."""
+    B, T = targets_BxT.shape
+    count = next(c for c in range(1, T + 1) if T % c == 0 and (B * T // c * vocab_size <= _CHUNK_ELEMENTS or c == T))
+    return (
+        rearrange(hidden_BxTxD, "B (C T) D -> C B T D", C=count),
+        rearrange(targets_BxT, "B (C T) -> C B T", C=count),
+    )

@@ -1,0 +1,72 @@
+"""What a run watches, as jitted pure functions of `Aux`, parameters and gradients; [L, N] arrays and scalars.
+
+Only steps that log call them, so that they cost nothing on the others.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.entropy import head_bands, head_entropy, max_entropy
+from jax_entropy.layers import temperature
+from jax_entropy.model import Aux
+from jax_entropy.sharding import path_name
+
+_GROUPS = (
+    ("embedding", r"embedding$|head$"),
+    ("temperature", r"temperature$"),
+    ("threshold", r"threshold$"),
+    ("scale", r"alpha$|beta$|negative_slope$"),
+    ("norm", r"norm\d?/|final_norm/"),
+    ("attention", r"attention/"),
+    ("feed_forward", r"ffn/"),
+)
+
+
+@jax.jit
+def entropy_metrics(aux: Aux) -> dict[str, jax.Array]:
+    """Entropies of heads and layers in nats, their bands, thresholds, largest logits, and counts of NaN and Inf."""
+    entropy_LxN = head_entropy(aux.stats.entropy)
+    T = aux.stats.entropy.shape[-1]
+    bands = head_bands(entropy_LxN)
+    metrics = dict(
+        head_entropy=entropy_LxN,
+        layer_entropy=jnp.mean(entropy_LxN, axis=1),
+        bands_observed=bands,
+        bands_context=head_bands(entropy_LxN, max_entropy(T)),
+        bands_causal=head_bands(entropy_LxN, max_entropy(T, "causal")),
+        collapse=bands[0],
+        overload=bands[3],
+        max_logit=jnp.max(aux.stats.max_logit, axis=(1, 2, 3)),
+        nan_count=jnp.sum(jnp.isnan(aux.stats.entropy), axis=(1, 2, 3)),
+        inf_count=jnp.sum(jnp.isinf(aux.stats.logsumexp), axis=(1, 2, 3)),
+    )
+    if aux.threshold is not None:
+        metrics |= dict(
+            threshold=aux.threshold,
+            threshold_mean=jnp.mean(aux.threshold, axis=1),
+            threshold_variance=jnp.var(aux.threshold, axis=1),
+        )
+    return metrics
+
+
+def temperature_metrics(params: Any, config: ModelConfig) -> dict[str, jax.Array]:
+    """Mean, least and largest temperature of each layer, [L] each; empty without SM(t)."""
+    if not config.learnable_temperature:
+        return {}
+    stacks = [params[name]["attention"] for name in ("blocks", "blocks_without_ffn") if name in params]
+    t_LxNxT = temperature(jnp.concatenate([stack["temperature"] for stack in stacks]), config)
+    return dict(temperature={name: getattr(jnp, name)(t_LxNxT, axis=(1, 2)) for name in ("mean", "min", "max")})
+
+
+def gradient_norms(gradients: Any) -> dict[str, jax.Array]:
+    """Norm of the gradient by parameter group."""
+    groups: dict[str, list] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        name = next(group for group, pattern in _GROUPS if re.search(pattern, path_name(path)))
+        groups.setdefault(name, []).append(leaf)
+    return {name: optax.global_norm(leaves) for name, leaves in groups.items()}

@@ -1,0 +1,55 @@
+"""The paper's optimiser (§6 settings) as an Optax chain: clipping, AdamW with a decay mask, warm-up and decay."""
+
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from jax_entropy.errors import UserError, nearest
+from jax_entropy.sharding import path_name
+
+# Only matrices and embeddings decay; norms and biases are exempt as in the published code, temperatures, thresholds,
+# α, β and slopes by our choice.
+_DECAYED = ("kernel", "token_embedding", "position_embedding", "head")
+
+
+def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then linear or cosine decay to `end_learning_rate` at `num_steps`.
+
+    `config` is config.optimizer; its `warmup` is a share of the steps below 1, a number of steps from 1 on.
+    """
+    peak, end = config.learning_rate, config.end_learning_rate
+    warmup = round(config.warmup * num_steps if config.warmup < 1 else config.warmup)
+    if warmup >= num_steps:
+        raise UserError(f"config.optimizer.warmup={config.warmup} leaves none of the {num_steps} steps for training")
+    decays = {
+        "linear": lambda: optax.linear_schedule(peak, end, num_steps - warmup),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, num_steps - warmup, alpha=end / peak),
+        "constant": lambda: optax.constant_schedule(peak),
+    }
+    if config.schedule not in decays:
+        raise UserError(f"config.optimizer.schedule={config.schedule!r} is not known{nearest(config.schedule, decays)}")
+    decay = decays[config.schedule]()
+    return optax.join_schedules([optax.linear_schedule(0, peak, warmup), decay], [warmup]) if warmup else decay
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the parameters that weight decay acts on."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).split("/")[-1] in _DECAYED, params)
+
+
+def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
+    """AdamW after global-norm clipping (clip_norm 0: none); `config` is config.optimizer."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(
+        clip,
+        optax.adamw(
+            learning_rate_schedule(config, num_steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )

@@ -89,7 +89,7 @@ class _Loop:
         self.batch_sharding = batch_sharding(mesh)
         self.train_step = jax.jit(
             make_train_step(config, model),
-            static_argnames="watch",
+            static_argnums=2,
             donate_argnums=0,
             in_shardings=(state_sharding, self.batch_sharding),
             out_shardings=(state_sharding, NamedSharding(mesh, PartitionSpec())),
@@ -110,7 +110,7 @@ class _Loop:
                 step += 1
                 tokens = self._place(next(iterator)["tokens"])
                 watch = step in (1, options.num_steps) or step % options.log_every == 0
-                state, metrics = self.train_step(state, tokens, watch=watch)
+                state, metrics = self.train_step(state, tokens, watch)
                 if pending:
                     self._report(*pending)
                 pending = (step, metrics, watch)

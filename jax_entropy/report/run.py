@@ -1,0 +1,122 @@
+"""A workdir as arrays: what the run was (config.json) and what it measured (metrics.jsonl).
+
+Nothing here runs on an accelerator: a training process may hold it while its workdir is being read.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_entropy.entropy import max_entropy
+from jax_entropy.errors import UserError
+
+_DATASETS = dict(stdlib="Python standard library", codeparrot="CodeParrot", languini="Languini books")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run as read from its workdir.
+
+    `train` and `evaluate` map a metric's name ("head_entropy", "gradient_norms/attention") to an array whose leading
+    axis E is the logged steps, as `train["head_entropy"]` [E, L, N]; what was null is NaN.
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    train: dict[str, np.ndarray]
+    evaluate: dict[str, np.ndarray]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.config.get("architecture") or "unnamed architecture")
+
+    @property
+    def dataset(self) -> str:
+        """A name to print: the corpus, or the last two parts of the folder or glob."""
+        data = self.config.get("data") or {}
+        source = str(data.get("source") or "unnamed data")
+        files = "/".join(Path(str(data.get("files") or "")).parts[-2:])
+        return _DATASETS.get(source) or files[-32:] or source
+
+    @property
+    def steps_E(self) -> np.ndarray:
+        return self.train["step"].astype(int)
+
+    @property
+    def context_length(self) -> int:
+        return int(self.config["model"]["context_length"])
+
+    def maxima(self) -> dict[str, float]:
+        """Upper ends of the entropy range at the last logged step, in nats, under the names the metrics give them."""
+        last_LxN = self.train["head_entropy"][-1]
+        return dict(
+            observed=float(np.nanmax(last_LxN)) if np.isfinite(last_LxN).any() else math.nan,
+            context=max_entropy(self.context_length),
+            causal=max_entropy(self.context_length, "causal"),
+        )
+
+
+def load_run(workdir: str | Path) -> Run:
+    """Reads a workdir, of a finished run or one still in training.
+
+    Raises UserError if there is no workdir, no config, no training line yet, or a damaged one before the last.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise UserError(f"workdir {str(workdir)!r} is not there; give the folder that `jax-entropy train` wrote")
+    try:
+        config = json.loads((workdir / "config.json").read_text("utf-8"))
+        int(config["model"]["context_length"])
+    except FileNotFoundError:
+        raise UserError(f"workdir {str(workdir)!r} has no config.json; it is not the folder of a run") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{str(workdir / 'config.json')!r} is damaged: it is not a JSON object with model.context_length"
+        ) from None
+    lines = _read_lines(workdir / "metrics.jsonl")
+    train = _stack([line for line in lines if line.get("kind") == "train"])
+    if "head_entropy" not in train:
+        raise UserError(
+            f"workdir {str(workdir)!r} has no training line in metrics.jsonl yet; "
+            "the first comes after config.train.log_every steps"
+        )
+    return Run(workdir, config, train, _stack([line for line in lines if line.get("kind") == "evaluate"]))
+
+
+def _read_lines(path: Path) -> list[dict]:
+    texts = path.read_text("utf-8", "replace").split("\n") if path.exists() else []
+    texts = texts[:-1] if texts[-1:] == [""] else texts
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            line["step"]
+        except (ValueError, TypeError, KeyError):
+            if number == len(texts):  # a run that was killed, or is just now writing
+                break
+            raise UserError(f"{str(path)!r} is damaged at line {number}: not a JSON object with a step") from None
+        lines.append(line)
+    return lines
+
+
+def _stack(lines: list[dict]) -> dict[str, np.ndarray]:
+    rows = [dict(_leaves(line)) for line in lines]
+    names = dict.fromkeys(name for row in rows for name in row)
+    stacked = {}
+    for name in names:
+        values = [np.asarray(row.get(name), dtype=float) for row in rows]  # None becomes NaN
+        shape = max((value.shape for value in values), key=len)
+        stacked[name] = np.stack([value if value.shape == shape else np.full(shape, np.nan) for value in values])
+    return stacked
+
+
+def _leaves(tree: dict, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}/")
+        elif not isinstance(value, str):
+            yield prefix + name, value

@@ -1,0 +1,107 @@
+"""The TFDS side of a corpus: flat rows of tokens go in, versioned array_record shards with metadata come out.
+
+One builder a source; none of them needs TensorFlow, to write or to read.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+VERSION = "1.0.0"
+SHARD_BYTES = 1 << 25
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a builder writes: files of rows of T + 1 tokens, one a split, and the metadata that belongs to them."""
+
+    files: Mapping[str, Path]
+    dtype: type
+    context_length: int
+    metadata: Mapping[str, Any]
+
+    def rows(self, split: str) -> np.ndarray:
+        """Maps the file of a split: [chunks, T + 1]."""
+        return np.memmap(self.files[split], self.dtype, "r").reshape(-1, self.context_length + 1)
+
+
+class TokenChunks(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Chunks of T + 1 tokens.
+
+    Built shard by shard because TFDS's generator-based builders sort a split in memory and, above a gigabyte, in
+    temporary files that only TensorFlow can write.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+    url_infos = None  # nothing is downloaded, and looking for checksums needs a package that TFDS does not install
+
+    def __init__(self, *, contents: Contents, data_dir: Path):
+        self._contents = contents
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        tokens = tfds.features.Tensor(shape=(self._contents.context_length + 1,), dtype=self._contents.dtype)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            features=tfds.features.FeaturesDict({"tokens": tokens}),
+            metadata=tfds.core.MetadataDict(self._contents.metadata),
+        )
+
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Iterator]]]:
+        shards = {}
+        for split in self._contents.files:
+            rows = self._contents.rows(split)
+            count = min(len(rows), -(-rows.nbytes // SHARD_BYTES))
+            bounds = [len(rows) * i // count for i in range(count + 1)]
+            shards[split] = [functools.partial(self._shard, split, *pair) for pair in zip(bounds, bounds[1:])]
+        return shards
+
+    def _shard(self, split: str, begin: int, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        rows = self._contents.rows(split)
+        for i in tqdm(range(begin, end), f"writing {split}", unit=" chunks", disable=None, leave=False):
+            yield i, {"tokens": np.array(rows[i])}
+
+
+class Stdlib(TokenChunks):
+    """The source of the running Python's standard library, without tests and generated tables."""
+
+
+class Files(TokenChunks):
+    """Files of text or source code."""
+
+
+class Codeparrot(TokenChunks):
+    """Python scripts of the Hugging Face course's filtered CodeParrot set."""
+
+
+class Languini(TokenChunks):
+    """Books, as in Languini Kitchen."""
+
+
+BUILDERS = {builder.name: builder for builder in (Stdlib, Files, Codeparrot, Languini)}
+
+
+def build(source: str, contents: Contents, directory: Path):
+    """Writes `contents` as the TFDS data set `source` below `directory`."""
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads
+        BUILDERS[source](contents=contents, data_dir=directory).download_and_prepare()
+
+
+def read_metadata(source: str, directory: Path) -> dict[str, Any]:
+    """Returns the metadata that was written with a data set."""
+    return json.loads((directory / source / VERSION / "metadata.json").read_text())
+
+
+def read_chunks(source: str, directory: Path, split: str) -> Sequence[dict[str, np.ndarray]]:
+    """Returns random access to the chunks of a split."""
+    return tfds.builder_from_directory(directory / source / VERSION).as_data_source(split=split)

@@ -1,0 +1,272 @@
+"""A corpus prepared once: documents in, array_record chunks of T + 1 tokens and a tokenizer out, found by fingerprint.
+
+Everything that decides the chunks is in the fingerprint and the fingerprint is in the folder's name, so that corpora
+of different sources, tokenizers or context lengths never meet.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from jax_entropy.data import builder, packing
+from jax_entropy.data.sources import Rows, TextFiles, open_documents
+from jax_entropy.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from jax_entropy.errors import UserError
+
+TOKENIZER_SAMPLE_BYTES = 1 << 28
+_COMPLETE = "complete.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus.
+
+    Attributes:
+      directory: where it lies; holds `tokenizer.json` and the TFDS data set.
+      source: which of the four sources it was made from.
+      fingerprint: names everything that decided its chunks.
+      context_length: T; a chunk holds T + 1 tokens.
+      tokenizer: the one its tokens come from.
+      num_train_chunks, num_validation_chunks: chunks of T + 1 tokens.
+      metadata: what went in (`identity`, versions) and, for each split, documents, chunks, predicted tokens, the bytes
+        they stand for, `bytes_per_token`, tokens that filled no chunk and the longest document (tokens).
+    """
+
+    directory: Path
+    source: str
+    fingerprint: str
+    context_length: int
+    tokenizer: Tokenizer
+    num_train_chunks: int
+    num_validation_chunks: int
+    metadata: dict[str, Any]
+
+    def chunks(self, split: str) -> Sequence[dict]:
+        """Returns random access to {"tokens": [T + 1]} of a split, "train" or "validation"."""
+        return builder.read_chunks(self.source, self.directory, split)
+
+
+def prepare(config: Any, context_length: int) -> Corpus:
+    """Makes the corpus that `config.data` describes, or finds the one made before.
+
+    Preparing is safe against kills and against other processes: it happens under a lock in a folder of its own, which
+    gets its name only when it is complete. For a moment it takes twice the space of the finished corpus.
+
+    Args:
+      config: the `data` section of a configuration.
+      context_length: T, in tokens.
+
+    Raises:
+      UserError: a field is out of range, or its source, tokenizer or folder cannot be used.
+    """
+    _check(config, context_length)
+    home = _home(config)
+    request = _Request(config, context_length, open_documents(config, home), _given_tokenizer(config))
+    directory = home / f"{config.source}-{request.fingerprint}"
+    _remove_leftovers(home)
+    if not _is_complete(directory):
+        with _locked(directory):
+            if not _is_complete(directory):
+                _build(request, directory)
+    return _load(request, directory)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """Everything that decides a corpus; `tokenizer` is None where one is to be trained."""
+
+    config: Any
+    context_length: int
+    documents: TextFiles | Rows
+    tokenizer: Tokenizer | None
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "version": builder.VERSION,
+            "source": config.source,
+            "content": self.documents.digest,
+            "python": platform.python_version() if config.source == "stdlib" else None,
+            "tokenizer": self.tokenizer.digest() if self.tokenizer else f"BPE {config.vocab_size}",
+            "context_length": self.context_length,
+            "join_documents": config.join_documents,
+            "validation_fraction": config.validation_fraction,
+            "max_documents": config.max_documents,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check(config: Any, context_length: int):
+    if context_length < 1:
+        raise UserError(f"config.model.context_length={context_length} must be 1 token or more")
+    if not 0 < config.validation_fraction < 1:
+        raise UserError(f"config.data.validation_fraction={config.validation_fraction} must lie between 0 and 1")
+    if config.max_documents < 0:
+        raise UserError(f"config.data.max_documents={config.max_documents} must be 0 (all) or more")
+
+
+def _home(config: Any) -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jax_entropy")
+    home = Path(config.directory).expanduser() if config.directory else default
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"config.data.directory={str(home)!r} cannot be made ({error.strerror})") from error
+    if not os.access(home, os.W_OK):
+        raise UserError(f"config.data.directory={str(home)!r} is not writable; name a folder that is")
+    return home
+
+
+def _given_tokenizer(config: Any) -> Tokenizer | None:
+    try:
+        return load_tokenizer(config.tokenizer) if config.tokenizer else None
+    except UserError as error:
+        raise UserError(f"config.data.tokenizer: {error}") from error
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        sizes = json.loads((directory / _COMPLETE).read_text())
+        return all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    lock = FileLock(f"{directory}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for another process that is preparing {directory}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(home: Path):
+    """Removes what killed preparations left: folders still being built whose lock nobody holds."""
+    for building in home.glob("*.building"):
+        with contextlib.suppress(Timeout), FileLock(building.with_suffix(".lock"), timeout=0):
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _build(request: _Request, directory: Path):
+    start, config = time.monotonic(), request.config
+    building = directory.with_suffix(".building")
+    for folder in (building, directory):
+        shutil.rmtree(folder, ignore_errors=True)
+    building.mkdir()
+    print(f"Preparing {config.source} in {directory}", flush=True)
+    try:
+        metadata = _write(request, building)
+        if open_documents(config, directory.parent).digest != request.documents.digest:
+            raise UserError(f"config.data.source={config.source!r} changed while it was read; start again")
+        building.rename(directory)
+    except BaseException as error:
+        shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"config.data.directory: no space left for {directory}; name a larger disk") from error
+        raise
+    if request.documents.skipped:
+        print(f"Left out {request.documents.skipped} files that are not UTF-8 text", flush=True)
+    print(
+        f"Prepared {metadata['train']['tokens']:,} training and {metadata['validation']['tokens']:,} held-out tokens, "
+        f"vocabulary {metadata['vocab_size']:,}, in {time.monotonic() - start:.1f} s",
+        flush=True,
+    )
+
+
+def _write(request: _Request, building: Path) -> dict[str, Any]:
+    config, documents = request.config, request.documents
+    cuts = packing.plan_cuts(
+        documents,
+        validation_fraction=config.validation_fraction,
+        max_documents=config.max_documents,
+        min_tail=8 * (request.context_length + 1),
+    )
+    tokenizer = request.tokenizer or train_tokenizer(
+        packing.training_sample(documents, cuts, TOKENIZER_SAMPLE_BYTES), config.vocab_size
+    )
+    counts = packing.write_chunks(
+        documents,
+        cuts,
+        tokenizer,
+        building,
+        context_length=request.context_length,
+        join_documents=config.join_documents,
+    )
+    _check_counts(request, **counts)
+    metadata = {
+        "identity": request.identity,
+        "vocab_size": tokenizer.vocab_size,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("tensorflow-datasets", "tokenizers")},
+        **{split: dataclasses.asdict(c) | {"bytes_per_token": c.bytes / c.tokens} for split, c in counts.items()},
+    }
+    files = {split: building / f"{split}.tokens" for split in counts}
+    contents = builder.Contents(files, packing.token_dtype(tokenizer), request.context_length, metadata)
+    builder.build(config.source, contents, building)
+    for path in files.values():
+        path.unlink()
+    tokenizer.save(building / "tokenizer.json")
+    sizes = {str(path.relative_to(building)): path.stat().st_size for path in building.rglob("*") if path.is_file()}
+    (building / _COMPLETE).write_text(json.dumps(sizes, indent=1))
+    return metadata
+
+
+def _check_counts(request: _Request, train: packing.Counts, validation: packing.Counts):
+    config, context_length = request.config, request.context_length
+    if not train.documents + validation.documents:
+        raise UserError(f"config.data.files={config.files!r} holds no text: every document is empty")
+    if not train.chunks and config.join_documents:
+        raise UserError(
+            f"config.model.context_length={context_length} is too long: the {train.documents} documents of "
+            f"config.data.source={config.source!r} have {train.tokens_left_out + 1} tokens together and "
+            f"{context_length + 1} are needed; lower it"
+        )
+    if not train.chunks:
+        raise UserError(
+            f"config.model.context_length={context_length} is too long: the longest document of "
+            f"config.data.source={config.source!r} has {train.longest_document} tokens and {context_length + 1} are "
+            "needed; lower it or set config.data.join_documents=True"
+        )
+    if not validation.chunks:
+        raise UserError(
+            f"config.data.validation_fraction={config.validation_fraction} holds out no text of {context_length + 1} "
+            f"tokens for config.model.context_length={context_length} (the longest has {validation.longest_document}); "
+            "raise it or lower the context length"
+        )
+
+
+def _load(request: _Request, directory: Path) -> Corpus:
+    metadata = builder.read_metadata(request.config.source, directory)
+    return Corpus(
+        directory=directory,
+        source=request.config.source,
+        fingerprint=request.fingerprint,
+        context_length=request.context_length,
+        tokenizer=load_tokenizer(directory / "tokenizer.json"),
+        num_train_chunks=metadata["train"]["chunks"],
+        num_validation_chunks=metadata["validation"]["chunks"],
+        metadata=metadata,
+    )

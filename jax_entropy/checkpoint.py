@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grain
 import jax
@@ -53,13 +53,20 @@ class Checkpointer:
         self._place = repr(str(self._directory))
         self._keep = keep
         self._notify = notify
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Folders made in the background would hold a failed save, and with it the exit, for five minutes.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        composite_options = ocp.CompositeOptions(async_options=options)
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(composite_options=composite_options),
+            async_options=options,
+            checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=True, blocking_write=True),
+        )
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
         self._verified: set[int] = set()
         self._named: set[int] = set()
 
-    def __enter__(self) -> "Checkpointer":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

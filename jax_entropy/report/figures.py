@@ -59,7 +59,7 @@ def head_entropy(run: Run) -> Figure:
         quarter_bars(bar_ax, run.train["bands_observed"][[e]], labelled=False)
         bar_ax.set(xticks=[], yticks=[])
         bar_ax.spines[:].set_visible(False)
-        shares = " · ".join(f"{100 * share:.1f}" for share in run.train["bands_observed"][e])
+        shares = " · ".join(f"{100 * share:z.1f}" for share in run.train["bands_observed"][e])
         bar_ax.set_xlabel(f"{shares} %", labelpad=2)
         if e:
             ax.set_ylabel("")

@@ -114,8 +114,8 @@ def _key_numbers(run: Run) -> dict[str, str]:
     share = 100 * entropy / run.maxima()["context"] if run.context_length > 1 else math.nan
     numbers["training cross-entropy"] = _number(train["cross_entropy"][-1], ".3f", "nats/token")
     numbers["mean head entropy"] = _number(entropy, ".2f", f"nats, {share:.0f} % of log T")
-    numbers["collapse"] = _number(100 * train["bands_observed"][-1, 0], ".1f", "% of heads in the bottom quarter")
-    numbers["overload"] = _number(100 * train["bands_observed"][-1, 3], ".1f", "% of heads in the top quarter")
+    numbers["collapse"] = _number(100 * train["bands_observed"][-1, 0], "z.1f", "% of heads in the bottom quarter")
+    numbers["overload"] = _number(100 * train["bands_observed"][-1, 3], "z.1f", "% of heads in the top quarter")
     if "tokens_per_second" in train:
         numbers["speed, median"] = _number(np.median(train["tokens_per_second"]), ",.0f", "tokens/s")
     lost = int(np.nansum(train["nan_count"]) + np.nansum(train["inf_count"]))

@@ -38,7 +38,7 @@ def print_head_entropy(head_entropy_LxN: np.ndarray, maximum: float, console: Co
         row.append(f"  {entropy_N.mean():.2f}".replace("nan", " NaN"))
         say(row, no_wrap=True, overflow="crop")
     if np.isfinite(entropy_LxN).any():
-        shares = " / ".join(f"{100 * float(share):.1f}" for share in head_bands(entropy_LxN))
+        shares = " / ".join(f"{100 * float(share):z.1f}" for share in head_bands(entropy_LxN))
         largest = entropy_LxN[np.isfinite(entropy_LxN)].max()
         say(f"Heads by quarter of the largest ({largest:.2f} nats): {shares} %, from collapse to overload.")
 

@@ -76,11 +76,9 @@ class ModelConfig:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"model field {name}={value!r} is not known{nearest(value, choices)}")
-        for name in _POSITIVE:
+        for name in (*_POSITIVE, *(("ffn_dim",) if self.ffn_dim is not None else ())):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise UserError(f"model field {name}={value!r} must be a whole number of at least 1")
-        if self.ffn_dim is not None and self.ffn_dim < 1:
-            raise UserError(f"model field ffn_dim={self.ffn_dim} must be at least 1")
         if self.model_dim % self.num_heads:
             widths = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
             close = min(widths, key=lambda n: abs(n - self.num_heads))
@@ -101,9 +99,10 @@ class ModelConfig:
             raise UserError(
                 f"reparametrization={self.reparametrization!r} and reparametrized={self.reparametrized!r} go together"
             )
-        for name in ("temperature_init", "alpha_init", "init_std", "norm_epsilon"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"model field {name}={getattr(self, name)!r} must be above 0")
+        for name in ("temperature_init", "alpha_init", "init_std", "residual_init_std", "norm_epsilon"):
+            value = getattr(self, name)
+            if not (value is None and name == "residual_init_std" or value > 0):
+                raise UserError(f"model field {name}={value!r} must be above 0")
         if not 0 <= self.embedding_dropout < 1:
             raise UserError(f"model field embedding_dropout={self.embedding_dropout} must be in [0, 1)")
         if not math.isfinite(self.negative_slope):
@@ -142,7 +141,7 @@ _GRAMMAR = (
     ("feed-forward", r"ScFFN|ScFuFFN"),
 )
 _SPELLINGS = (
-    "SM LN RN G R LR(0.01) LR(layer) LR(global) ScFFN ScFuFFN SM(t) "
+    "LN RN G R LR(0.01) LR(layer) LR(global) ScFFN ScFuFFN "
     + " ".join(f"{kind}Norm({target})" for kind in "WS" for target in _CHOICES["reparametrized"][1:])
 ).split()
 EXAMPLES = (
@@ -150,6 +149,7 @@ EXAMPLES = (
     *(f"SM+{kind}Norm({target})" for kind in "WS" for target in _CHOICES["reparametrized"][1:]),
     "SM+ScFFN", "SM+ScFuFFN", "SM+ScFuFFN^6", "SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN)", "EReg(SM(t)+ScFuFFN^6)",
 )  # fmt: skip
+_PROPOSALS = (*EXAMPLES, *(f"EReg({name})" for name in EXAMPLES if not name.startswith("EReg")))
 
 
 def architecture(name: str, **overrides: Any) -> ModelConfig:
@@ -174,31 +174,33 @@ def _parse(name: str) -> dict[str, Any]:
         return UserError(f"architecture {name!r}: {piece!r} is not understood{nearest(piece, choices)}")
 
     if not isinstance(name, str) or not name.strip():
-        raise wrong(name, EXAMPLES)
+        raise wrong(name, _PROPOSALS)
     body, regularized = name, name.startswith("EReg(")
     if regularized:
         if not name.endswith(")") or name.count("(") != name.count(")"):
-            raise UserError(f"architecture {name!r}: the parenthesis of 'EReg(' is not closed; did you mean '{name})'?")
+            raise UserError(
+                f"architecture {name!r}: what 'EReg(' opens is not closed by one ')' at the end{nearest(name, _PROPOSALS)}"
+            )
         body = name[len("EReg(") : -1]
     body, caret, count = body.partition("^")
-    if caret and not re.fullmatch(r"[0-9]+", count):
-        raise UserError(f"architecture {name!r}: '^{count}' is not a count of blocks; did you mean '{body}^6'?")
+    if caret and not re.fullmatch(r"[0-9]{1,9}", count):
+        raise UserError(f"architecture {name!r}: {'^' + count!r} is not a count of blocks{nearest(name, _PROPOSALS)}")
     first, *pieces = re.split(r"\+(?![^(]*\))", body)
     if first not in ("SM", "SM(t)"):
-        raise wrong(first, ("SM", "SM(t)") if first[:1] in "Ss" else EXAMPLES)
+        raise wrong(first, ("SM", "SM(t)") if first[:1] in "Ss" else _PROPOSALS)
     fields: dict[str, Any] = dict(
         norm="none", activation="identity", learnable_temperature=first == "SM(t)", entropy_regularizer=regularized,
         ffn_free_layers=int(count or 0),
     )  # fmt: skip
     last = -1
-    for piece in pieces:
+    for previous, piece in zip([first, *pieces], pieces):
         rank = next((i for i, (_, pattern) in enumerate(_GRAMMAR) if re.fullmatch(pattern, piece)), None)
         if rank is None:
             raise wrong(piece)
         if rank <= last:
             raise UserError(
-                f"architecture {name!r}: {piece!r} cannot follow {pieces[pieces.index(piece) - 1]!r}, at most one of "
-                f"each kind in the order {', '.join(kind for kind, _ in _GRAMMAR)}{nearest(name, EXAMPLES)}"
+                f"architecture {name!r}: {piece!r} cannot follow {previous!r}, at most one of "
+                f"each kind in the order {', '.join(kind for kind, _ in _GRAMMAR)}{nearest(name, _PROPOSALS)}"
             )
         last = rank
         fields |= _piece(piece, wrong)
@@ -218,9 +220,12 @@ def _piece(piece: str, wrong) -> dict[str, Any]:
         if argument in ("layer", "global"):
             return dict(activation="leaky_relu", slope=argument)
         try:
-            return dict(activation="leaky_relu", negative_slope=float(argument))
+            slope = float(argument)
         except ValueError:
-            raise wrong(piece) from None
+            slope = math.nan
+        if not math.isfinite(slope):
+            raise wrong(piece)
+        return dict(activation="leaky_relu", negative_slope=slope)
     if argument not in _CHOICES["reparametrized"][1:]:
         raise wrong(piece)
     return dict(reparametrization="weight" if head == "WNorm" else "spectral", reparametrized=argument)

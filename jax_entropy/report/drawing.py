@@ -191,7 +191,7 @@ def label_ends(ax: Axes, lines: list[Line2D], labels: list[str], kind: str = "")
     The uppermost label also says what `kind` of thing they number; a line that ends in no finite value is marked NaN.
     """
     fig = ax.get_figure()
-    fig.draw_without_rendering()  # the height of the axes is known only then
+    fig.get_layout_engine().execute(fig)  # the height of the axes is known only then
     to_axes = ax.transData + ax.transAxes.inverted()
     ends = []
     for line in lines:

@@ -162,6 +162,18 @@ def test_only_leftovers_is_a_fresh_start(tmp_path):
         assert checkpointer.latest_step() is None
 
 
+def test_a_step_gets_its_name_once_its_manifest_is_there(tmp_path, monkeypatch):
+    rename, complete = Path.rename, []
+
+    def checked(path, target):
+        complete.append((path / MANIFEST).exists())
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", checked)
+    saved(tmp_path, [1, 2])
+    assert complete == [True, True]
+
+
 SAVE_FOREVER = """
 import sys
 import jax

@@ -39,9 +39,13 @@ def evaluate(parse: "Parse") -> None:
         best=(False, "the best checkpoint by validation loss instead of the newest"),
         batch_size=(32, "sequences evaluated at once; does not change the numbers"),
     )
-    from jax_entropy.evaluate import evaluate_run
+    from rich.console import Console
 
-    evaluate_run(values.workdir, best=values.best, batch_size=values.batch_size)
+    from jax_entropy.evaluate import evaluate_run
+    from jax_entropy.summary import print_evaluation
+
+    evaluation = evaluate_run(values.workdir, best=values.best, batch_size=values.batch_size, notify=_warn)
+    print_evaluation(evaluation, Console(highlight=False))
 
 
 def generate(parse: "Parse") -> None:
@@ -102,8 +106,11 @@ class Parse:
         if {"-h", "--help"} & set(self.arguments):
             print(f"jax-entropy {self.command}: {COMMANDS[self.command].__doc__}\n{values.get_help()}")
             raise SystemExit(0)
+        if config:
+            self._check_config_file()
         try:
             extra = values(argv)[1:]
+            given = {name: name in values and values[name].value for name in ("config", "workdir")}
         except UserError:
             raise
         except flags.UnrecognizedFlagError as error:
@@ -116,10 +123,18 @@ class Parse:
             raise UserError(f"the config file does not load: {error}") from None
         if extra:
             raise UserError(f"the argument {extra[0]!r} is not understood; flags are written --name=value")
-        for name in ("config", "workdir"):
-            if name in values and not values[name].value:
+        for name, value in given.items():
+            if name in values and not value:
                 raise UserError(f"--{name} is missing")
         return values
+
+    def _check_config_file(self) -> None:
+        """Raises UserError if --config names no file."""
+        for argument in self.arguments:
+            file = Path(argument.removeprefix("--config=").partition(":")[0])
+            if argument.startswith("--config=") and not file.is_file():
+                there = [str(path) for path in file.parent.glob("*.py")] or ["configs/quickstart.py"]
+                raise UserError(f"there is no config file {str(file)!r}{nearest(file, there)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

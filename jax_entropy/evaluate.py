@@ -2,16 +2,19 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_entropy import data
 from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
 from jax_entropy.sharding import constrain
+from jax_entropy.workdir import Workdir, load_run
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -37,7 +40,8 @@ def evaluate(
       batches: pairs of tokens [B, T+1] and weights [B], sharded or not; weight 0 marks rows that only fill a batch.
       byte_lengths: bytes that each token of the vocabulary stands for, [V].
     Returns:
-      validation_loss (nats/token), validation_perplexity, bits_per_byte, head_entropy (nats) [L, N], tokens (count).
+      validation_loss (nats/token), validation_perplexity, bits_per_byte, head_entropy (nats) [L, N], tokens (count),
+      context_length (tokens).
     """
     loss = num_bytes = tokens = sequences = 0.0
     entropy = 0.0
@@ -58,4 +62,23 @@ def evaluate(
         bits_per_byte=loss / math.log(2) / num_bytes,
         head_entropy=np.asarray(entropy / sequences, np.float32),
         tokens=int(tokens),
+        context_length=tokens_BxT1.shape[1] - 1,
     )
+
+
+def evaluate_run(
+    path: str | Path, *, best: bool = False, batch_size: int = 32, notify: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Evaluates a workdir's newest (or best) checkpoint on the validation split of its corpus, in its own tokens.
+
+    Raises UserError as `load_run` and `data.prepare` do.
+    """
+    run = load_run(path, notify, best=best)
+    context_length = run.config.model.context_length
+    corpus = data.prepare(run.config.data, context_length)
+    if corpus.tokenizer.digest() != run.tokenizer.digest():
+        notify("the corpus has changed since training; it is read with the run's own tokenizer")
+        run.config.data.tokenizer = str(Workdir(path).tokenizer)
+        corpus = data.prepare(run.config.data, context_length)
+    batches = data.validation_batches(corpus, batch_size=batch_size)
+    return {"step": run.step, **evaluate(run.model, run.variables, batches, run.tokenizer.byte_lengths())}

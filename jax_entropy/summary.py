@@ -1,5 +1,7 @@
 """What a person sees when training ends: held-out quality, entropies of every head, samples, and where things are."""
 
+from typing import Any
+
 import jax
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -14,6 +16,15 @@ _SAMPLES = 3
 _SAMPLE_TOKENS = 48
 
 
+def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
+    """Held-out perplexity and the entropies of every head, as `evaluate` returns them."""
+    console.print(
+        f"\nstep {evaluation['step']}, held out: perplexity {evaluation['validation_perplexity']:.3f}, "
+        f"{evaluation['bits_per_byte']:.4f} bits per byte, {evaluation['tokens']:,} tokens\n"
+    )
+    print_head_entropy(evaluation["head_entropy"], max_entropy(evaluation["context_length"], "causal"), console)
+
+
 def conclude(config: ConfigDict, path: str, result: Result, command: str, console: Console) -> None:
     """Prints the end of a run and writes its report; `command` is what goes on with a stopped one."""
     workdir = Workdir(path)
@@ -23,12 +34,7 @@ def conclude(config: ConfigDict, path: str, result: Result, command: str, consol
     if result.start == result.step:
         console.print(f"the run in {workdir.path} is complete ({result.step} steps); nothing to train")
     if result.evaluation:
-        evaluation, context = result.evaluation, config.model.context_length
-        console.print(
-            f"\nheld out: perplexity {evaluation['validation_perplexity']:.2f}, "
-            f"{evaluation['bits_per_byte']:.3f} bits per byte over {evaluation['tokens']:,} tokens\n"
-        )
-        print_head_entropy(evaluation["head_entropy"], max_entropy(context, "causal"), console)
+        print_evaluation(result.evaluation, console)
     prompt = "def " if config.data.source in ("stdlib", "codeparrot") else "The "
     tokens = min(_SAMPLE_TOKENS, config.model.context_length // 2)
     variables = jax.device_get(result.variables)

@@ -56,22 +56,27 @@ def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print) 
     mesh = _mesh(config)
     workdir = Workdir(path)
     if lead:
-        workdir.claim(config)
+        workdir.check(config)
     corpus = _corpus(config)
     model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
-    if lead:
-        corpus.tokenizer.save(workdir.tokenizer)
     notify(f"{config.architecture}: {_describe(config, model, corpus, mesh)}")
 
     state_sharding, state_shape = _abstract_state(config, model, mesh)
     iterator = _iterator(config, corpus)
+    if lead:
+        workdir.claim(config, corpus.tokenizer)
     with Checkpointer(workdir.checkpoints, keep=config.train.keep, notify=notify) as checkpointer:
         start = checkpointer.latest_step() or 0
         if start:
             abstract = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, state_sharding
             )
-            state, _ = checkpointer.restore(start, abstract, iterator)
+            state, meta = checkpointer.restore(start, abstract, iterator)
+            if meta["corpus"] != corpus.fingerprint:
+                raise UserError(
+                    f"the corpus of {config.data.source} has changed since {workdir.path} was started ({meta['corpus']} "
+                    f"then, {corpus.fingerprint} now); restore it or start in another --workdir"
+                )
             notify(f"resumed at step {start} of {config.train.num_steps}")
         else:
             with jax.set_mesh(mesh):

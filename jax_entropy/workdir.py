@@ -1,7 +1,9 @@
 """The folder of a run: where its parts lie, whose it is, and the trained model in it."""
 
+import contextlib
 import functools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +30,8 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.figures = self.path / "figures"
 
-    def claim(self, config: ConfigDict) -> None:
-        """Makes the folder this config's run. Raises UserError if it is another's, or cannot be written."""
+    def check(self, config: ConfigDict) -> None:
+        """Raises UserError if the folder holds another config's run, or cannot be written."""
         if self.config.exists():
             stored, mine = flatten(json.loads(self.read_config_text())), flatten(json.loads(to_json(config)))
             differing = [name for name in sorted(stored | mine) if stored.get(name) != mine.get(name)]
@@ -41,9 +43,24 @@ class Workdir:
                     + (f" (and {len(differing) - 1} more fields differ)" if len(differing) > 1 else "")
                     + "; choose another --workdir"
                 )
-        try:
+        with self._written():
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write(self.config, to_json(config))
+            tempfile.TemporaryFile(dir=self.path).close()
+
+    def claim(self, config: ConfigDict, tokenizer: Tokenizer) -> None:
+        """Makes the folder this config's run; from now on no other config may train here."""
+        with self._written():
+            partial = self.path / "partial"  # files appear whole or not at all
+            if not self.tokenizer.exists():
+                tokenizer.save(partial)
+                partial.replace(self.tokenizer)
+            partial.write_text(to_json(config))
+            partial.replace(self.config)
+
+    @contextlib.contextmanager
+    def _written(self):
+        try:
+            yield
         except OSError as error:
             raise UserError(f"--workdir={self.path} cannot be written: {error.strerror}; choose another") from error
 
@@ -57,12 +74,6 @@ class Workdir:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.config} is damaged ({error}); restore it or choose another --workdir") from None
         return text
-
-    def write(self, path: Path, text: str) -> None:
-        """Writes a file whole or not at all."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(path)
 
 
 class Run(NamedTuple):

@@ -1,0 +1,120 @@
+"""Whole training steps side by side: ours, and Hugging Face GPT-2 in PyTorch with the same penalty.
+
+Each contender is a process that trains one step for every line it reads and answers with the seconds it took; the
+parent takes turns between them, so that a machine that changes its speed changes it for both.
+"""
+
+import functools
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jax_entropy.errors import UserError
+
+SHAPES = ((128, 32), (512, 8), (1024, 4))  # context length, batch size
+_MODEL = dict(layers=4, width=256, heads=4, vocab_size=4096)
+_WARM_UP = 2  # steps
+
+
+def bench_step(
+    shapes=SHAPES, dtypes=("float32", "bfloat16"), *, rounds: int, peer_python: str, notify
+) -> list[dict[str, Any]]:
+    """Tokens/s (median over `rounds` steps) and peak memory of both, with ratios, for every shape and type.
+
+    Args:
+      peer_python: a Python with torch and transformers; "": this one, if it has them, else our rows alone.
+    Raises:
+      UserError: `peer_python` cannot run the peer.
+    """
+    contenders = {"jax_entropy": [sys.executable, "-m", "jax_entropy.bench.step"]}
+    if not peer_python and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        peer_python = sys.executable
+    if peer_python:
+        contenders["torch"] = [peer_python, str(Path(__file__).with_name("torch_step.py"))]
+    rows = []
+    for dtype in dtypes:
+        for context, batch in shapes:
+            row = dict(dtype=dtype, context=context, batch=batch)
+            times, memory = _alternate(contenders, _MODEL | row, rounds)
+            for name, seconds in times.items():
+                row[f"{name} tokens/s"] = context * batch / statistics.median(seconds)
+                row[f"{name} MB"] = memory[name]
+            if "torch" in times:
+                ratios = [theirs / ours for ours, theirs in zip(times["jax_entropy"], times["torch"])]
+                row["speed ratio"] = statistics.median(ratios)
+                row["memory ratio"] = memory["jax_entropy"] / memory["torch"]
+            notify(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            rows.append(row)
+    return rows
+
+
+def _alternate(contenders: dict[str, list[str]], shape: dict[str, Any], rounds: int):
+    """Seconds of every step after the warm-up, and peak memory in MB, by contender."""
+    processes = {
+        name: subprocess.Popen([*command, json.dumps(shape)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name, command in contenders.items()
+    }
+
+    def ask(name: str) -> float:
+        process = processes[name]
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return answer(name)
+
+    def answer(name: str) -> float:
+        line = processes[name].stdout.readline()
+        if not line:
+            raise UserError(f"the benchmark's process of {name} ended: {' '.join(contenders[name])}")
+        return float(line)
+
+    try:
+        for name in processes:
+            for _ in range(_WARM_UP):
+                ask(name)
+        times = {name: [] for name in processes}
+        for _ in range(rounds):
+            for name in processes:
+                times[name].append(ask(name))
+        memory = {}
+        for name, process in processes.items():
+            process.stdin.close()
+            memory[name] = answer(name)
+    finally:
+        for process in processes.values():
+            process.kill()
+    return times, memory
+
+
+def _worker(shape: dict[str, Any]) -> None:
+    """Our contender: one training step for each line on stdin."""
+    import jax
+
+    from jax_entropy.config import default_config, model_config
+    from jax_entropy.model import Transformer
+    from jax_entropy.state import init_state, make_train_step
+
+    config = default_config("EReg(SM+LN+G)")
+    config.model.update(
+        num_layers=shape["layers"], num_heads=shape["heads"], model_dim=shape["width"],
+        context_length=shape["context"], bias="all", scan_unroll=shape["layers"],
+    )  # fmt: skip
+    config.train.dtype = shape["dtype"]
+    model = Transformer(model_config(config, shape["vocab_size"]))
+    state = jax.jit(functools.partial(init_state, config, model))()
+    tokens = jax.random.randint(jax.random.key(0), (shape["batch"], shape["context"] + 1), 0, shape["vocab_size"])
+    train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(train_step(state, tokens, False))
+        print(time.perf_counter() - start, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+
+
+if __name__ == "__main__":
+    _worker(json.loads(sys.argv[1]))

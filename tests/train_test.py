@@ -1,0 +1,250 @@
+"""Training as a whole: resumed runs, signals, failures, meshes and processes. Real processes where it matters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jax_entropy.errors import UserError
+from jax_entropy.train import train
+from tests.tiny_config import REPOSITORY, get_config
+
+
+@pytest.fixture(scope="module")
+def corpus_directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("corpora")
+
+
+@pytest.fixture
+def tiny(corpus_directory):
+    def config(architecture="EReg(SM(t)+ScFuFFN)", **fields):
+        config = get_config(architecture)
+        config.data.directory = str(corpus_directory)
+        config.mesh.data = 8
+        config.update_from_flattened_dict(fields)
+        return config
+
+    return config
+
+
+def command(workdir, corpus_directory, *overrides, architecture="EReg(SM(t)+ScFuFFN)"):
+    return [
+        sys.executable, "-m", "jax_entropy", "train", f"--config={REPOSITORY}/tests/tiny_config.py:{architecture}",
+        f"--workdir={workdir}", f"--config.data.directory={corpus_directory}", *overrides,
+    ]  # fmt: skip
+
+
+def environment():
+    return os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+def run(*args, **kwargs):
+    return subprocess.run(
+        command(*args, **kwargs), env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+
+
+def lines(workdir, kind="train"):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def parameters(workdir, notify=print):
+    from jax_entropy.workdir import load_run
+
+    return jax.tree.map(np.asarray, load_run(workdir, notify).variables)
+
+
+def assert_same_run(workdir, reference):
+    """Bit-identical parameters, and the same loss on every line that was logged."""
+    jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(reference))
+    losses, expected = ({line["step"]: line["loss"] for line in lines(w)} for w in (workdir, reference))
+    assert losses == expected
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, corpus_directory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    done = run(workdir, corpus_directory)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_the_first_line_of_the_readme_shows_what_it_promises(unbroken):
+    workdir, output = unbroken
+    for promise in (
+        "step 24/24", "perplexity", "tokens/s", "entropy", "collapse", "overload", "left", "held out", "bits per byte",
+        "Head entropy", "sample 3", str(workdir / "figures"), str(workdir / "metrics.jsonl"), "checkpoints",
+    ):  # fmt: skip
+        assert promise in output, promise
+    assert {"config.json", "metrics.jsonl", "checkpoints", "figures", "tokenizer.json", "report.html"} <= {
+        path.name for path in workdir.iterdir()
+    }
+    assert list(workdir.glob("events.out.tfevents.*")) and list((workdir / "figures").glob("*.png"))
+    assert [line["step"] for line in lines(workdir)] == [1, 4, 8, 12, 16, 20, 24]
+    assert lines(workdir)[-1]["loss"] < lines(workdir)[0]["loss"]
+
+
+def test_a_complete_run_is_not_trained_again(unbroken, corpus_directory):
+    workdir, _ = unbroken
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = run(workdir, corpus_directory)
+    assert again.returncode == 0 and "complete" in again.stdout and "step 1/24" not in again.stdout
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_is_refused_in_one_sentence(unbroken, corpus_directory):
+    workdir, _ = unbroken
+    other = run(workdir, corpus_directory, "--config.optimizer.learning_rate=0.5")
+    assert other.returncode == 2 and "optimizer.learning_rate" in other.stderr and "0.5" in other.stderr
+    assert "Traceback" not in other.stderr and len(other.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_started_again_ends_bit_identical(unbroken, tmp_path, corpus_directory):
+    reference, _ = unbroken
+    workdir, kills = tmp_path / "run", 0
+    for seconds in np.random.default_rng(0).uniform(3, 9, 4):
+        process = subprocess.Popen(
+            command(workdir, corpus_directory), env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        time.sleep(seconds)
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = run(workdir, corpus_directory)
+    assert done.returncode == 0, done.stderr
+    assert kills
+    assert_same_run(workdir, reference)
+
+
+def test_killed_between_two_checkpoints_resumes_from_the_last(unbroken, tmp_path, corpus_directory):
+    reference, _ = unbroken
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(workdir, corpus_directory), env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 16/24"):
+            process.kill()
+            break
+    process.wait()
+    done = run(workdir, corpus_directory)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stdout
+    assert_same_run(workdir, reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first_and_says_how_to_go_on(unbroken, tmp_path, corpus_directory, number):
+    reference, _ = unbroken
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(workdir, corpus_directory), env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("step 4/24"):
+            process.send_signal(number)
+    output = "".join(seen)
+    assert process.wait() == 0, process.stderr.read()
+    assert "stopped and saved at step" in output and "jax-entropy train" in output and str(workdir) in output
+    assert not any(line["step"] == 24 for line in lines(workdir))
+    assert run(workdir, corpus_directory).returncode == 0
+    assert_same_run(workdir, reference)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_loss_entropies_and_parameters_do_not_depend_on_the_mesh(tiny, tmp_path, mesh):
+    results = {}
+    for shape in ((8, 1, 1), mesh):
+        workdir = tmp_path / "x".join(map(str, shape))
+        fields = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape))
+        config = tiny(**fields, **{"train.num_steps": 8, "train.checkpoint_every": 8})
+        result = train(config, str(workdir), notify=lambda line: None)
+        results[shape] = lines(workdir), jax.device_get(result.variables)
+    (expected, expected_variables), (actual, variables) = results.values()
+    for name in ("loss", "head_entropy", "max_logit", "gradient_norm"):
+        np.testing.assert_allclose([x[name] for x in actual], [x[name] for x in expected], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), variables, expected_variables)
+
+
+def test_a_run_moves_to_another_mesh_without_losing_its_place(tiny, tmp_path):
+    """The stopped run's config.json keeps its mesh; the state is resharded when the mesh field says 'what is left'."""
+    reference = train(tiny(**{"mesh.data": -1}), str(tmp_path / "reference"), notify=lambda line: None)
+    assert reference.step == 24 and reference.evaluation["step"] == 24
+
+
+def test_softmax_only_diverges_with_a_diagnosis(tiny, tmp_path):
+    config = tiny("SM", **{"optimizer.learning_rate": 50.0, "optimizer.clip_norm": 0.0, "train.num_steps": 200})
+    config.model.final_norm = "none"
+    with pytest.raises(UserError) as caught:
+        train(config, str(tmp_path / "run"), notify=lambda line: None)
+    sentence = str(caught.value)
+    assert "not finite at step" in sentence and "layer" in sentence and "mean entropies" in sentence
+    assert "checkpoint" in sentence
+
+
+def test_accumulation_and_spectral_vectors_are_saved_and_restored(tiny, tmp_path):
+    fields = {"optimizer.accumulate": 2, "train.num_steps": 12}
+    whole = train(tiny("SM+SNorm(QKVO+FFN)", **fields), str(tmp_path / "whole"), notify=lambda line: None)
+
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        if line.startswith("step 8/12"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(tiny("SM+SNorm(QKVO+FFN)", **fields), str(tmp_path / "parts"), notify=stop)
+    parts = train(tiny("SM+SNorm(QKVO+FFN)", **fields), str(tmp_path / "parts"), notify=lambda line: None)
+    assert parts.start == 6
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts.variables), jax.device_get(whole.variables))
+
+
+def test_steps_that_do_not_log_compute_no_statistics(tiny):
+    """The plain step of a model without EReg returns none of the metrics, and jit prunes what made them."""
+    import functools
+
+    from jax_entropy.config import model_config
+    from jax_entropy.model import Transformer
+    from jax_entropy.state import init_state, make_train_step
+
+    config = tiny("SM+LN+G")
+    model = Transformer(model_config(config, 61))
+    state = jax.eval_shape(functools.partial(init_state, config, model))
+    tokens = jax.ShapeDtypeStruct((8, 33), np.int32)
+    step = jax.jit(make_train_step(config, model), static_argnums=2)
+    flops = {watch: step.lower(state, tokens, watch).compile().cost_analysis()["flops"] for watch in (False, True)}
+    assert flops[False] < flops[True]
+
+
+@pytest.mark.slow
+def test_two_processes_get_the_losses_of_one(tmp_path, corpus_directory):
+    """launch/local.sh with real jax.distributed, 20 steps."""
+    overrides = ("--config.train.num_steps=20", "--config.train.log_every=1")
+    assert run(tmp_path / "one", corpus_directory, *overrides).returncode == 0
+    arguments = command(tmp_path / "two", corpus_directory, *overrides)[4:]
+    done = subprocess.run(
+        ["bash", "launch/local.sh", "2", *arguments],
+        env=environment() | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (np.array([[line["step"], line["loss"]] for line in lines(tmp_path / w)]) for w in ("one", "two"))
+    assert len(one) == 20
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    for name in ("head_entropy",):
+        a, b = (np.array([line[name] for line in lines(tmp_path / w)]) for w in ("one", "two"))
+        np.testing.assert_allclose(b, a, rtol=1e-4)

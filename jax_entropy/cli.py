@@ -80,7 +80,53 @@ def report(parse: "Parse") -> None:
     write_report(values.workdir)
 
 
-COMMANDS = {function.__name__: function for function in (train, evaluate, generate, report)}
+def convert(parse: "Parse") -> None:
+    """A Hugging Face GPT-2 folder as a workdir, or a workdir as such a folder."""
+    values = parse.flags(
+        workdir=True,
+        huggingface=("", "folder with config.json, model.safetensors and tokenizer.json"),
+        to=("", "what to write: workdir | huggingface"),
+        best=(False, "into a folder, the best checkpoint by validation loss instead of the newest"),
+    )
+    if values.to not in ("workdir", "huggingface"):
+        raise UserError(f"--to={values.to!r} is not known{nearest(values.to, ('workdir', 'huggingface'))}")
+    if not values.huggingface:
+        raise UserError("--huggingface is missing")
+    from jax_entropy.convert import export_run, import_run
+
+    if values.to == "workdir":
+        import_run(values.huggingface, values.workdir, notify=_warn)
+    else:
+        export_run(values.workdir, values.huggingface, notify=_warn, best=values.best)
+
+
+def census(parse: "Parse") -> None:
+    """FLOPs and nonlinear operations of a config's model (--config=…), or of an architecture (--architecture=…)."""
+    from_config = any(argument.startswith("--config") for argument in parse.arguments)
+    size = dict(
+        num_layers=(12, "blocks"), num_heads=(12, "heads in a block"), model_dim=(768, "width"),
+        context_length=(128, "tokens"), vocab_size=(50257, "entries of the tokenizer"),
+    )  # fmt: skip
+    notation = ("", "in the paper's notation, like SM+LN+G")
+    values = parse.flags(config=True) if from_config else parse.flags(architecture=notation, **size)
+    from rich.console import Console
+
+    from jax_entropy.architecture import architecture
+    from jax_entropy.config import check, model_config
+    from jax_entropy.private.census import census as count
+    from jax_entropy.private.census import print_census
+
+    if from_config:
+        check(values.config)
+        model = model_config(values.config, values.config.model.vocab_size or values.config.data.vocab_size)
+    elif values.architecture:
+        model = architecture(values.architecture, **{name: values[name].value for name in size})
+    else:
+        raise UserError("--architecture is missing; give one like --architecture=SM+LN+G, or --config=file.py")
+    print_census(count(model), Console(highlight=False, soft_wrap=True))
+
+
+COMMANDS = {function.__name__: function for function in (train, evaluate, generate, report, convert, census)}
 
 
 class Parse:

@@ -91,7 +91,7 @@ def print_census(census: Census, console: Console) -> None:
     flops = Table("FLOPs of a forward pass", "", box=None, pad_edge=False)
     flops.columns[1].justify = "right"
     for name, count in (("FFN", census.ffn_flops), ("attention", census.attention_flops)):
-        flops.add_row(name, f"{count / 1e9:.1f} B")
+        flops.add_row(name, f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M")
     console.print(flops)
     operations = Table("nonlinear operation", "shape", "elements", box=None, pad_edge=False)
     operations.columns[2].justify = "right"

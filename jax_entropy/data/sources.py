@@ -29,7 +29,7 @@ TEXT_SUFFIXES = tuple(
 )
 SHARD_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 CODEPARROT_REPOSITORY = "huggingface-course/codeparrot-ds-train"
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 17
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 _STDLIB_SKIPPED = _SKIPPED_FOLDERS | {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip", "turtledemo", "encodings", "pydoc_data")
@@ -45,10 +45,10 @@ class Document:
     open: Callable[[], BinaryIO]
 
     def text(self, begin: int, end: int) -> Iterator[str]:
-        """Yields the text between two byte offsets (moved up to whole characters) in pieces of about a mebibyte.
+        """Yields the text between two byte offsets (moved up to whole characters) in pieces of about a block.
 
         Pieces end where a line starts without white space around the break, so that byte-level BPE gives the same
-        tokens as for the whole; a mebibyte without such a place is cut anywhere.
+        tokens as for the whole; a block without such a place is cut anywhere.
         """
         with self.open() as stream:
             begin, end = _whole_characters(stream, begin), _whole_characters(stream, end)

@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jax_entropy.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-_BATCH_CHARACTERS, _BATCH_TEXTS = 1 << 22, 1 << 14
+_BATCH_CHARACTERS, _BATCH_TEXTS = 1 << 21, 1 << 14
 _LONG_RUN = re.compile(r"\w{256,}|[^\w\s]{256,}|\s{256,}")
 
 
@@ -50,7 +50,7 @@ class Tokenizer:
             raise UserError(f"text is not valid Unicode: {ascii(text[:40])}") from None
 
     def encode_stream(self, texts: Iterable[tuple[Any, str]]) -> Iterator[tuple[Any, list[int]]]:
-        """Yields (label, ids) for each (label, text) in order, encoding a few mebibytes at a time on all cores."""
+        """Yields (label, ids) for each (label, text) in order, encoding two mebibytes at a time on all cores."""
         batch, characters = [], 0
         for item in texts:
             batch.append(item)

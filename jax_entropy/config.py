@@ -66,10 +66,10 @@ def default_config(architecture_name: str) -> ConfigDict:
                 tokenizer="",  # an existing tokenizer.json; "": a byte-level BPE trained on the corpus
                 vocab_size=4096,  # of the BPE trained on the corpus
                 join_documents=False,  # False: chunks never cross files, only full ones are kept
-                validation_fraction=0.05,  # share of documents
+                validation_fraction=0.05,  # share of the text
                 max_documents=0,  # 0: all
                 num_threads=2,
-                prefetch=16,  # chunks
+                prefetch=16,  # batches
             ),
             mesh=dict(data=-1, fsdp=1, tensor=1, rules=RULES),  # devices along each axis, -1: what is left
             train=dict(

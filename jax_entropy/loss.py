@@ -13,8 +13,12 @@ from einops import rearrange
 
 from jax_entropy.entropy import entropy_penalty
 from jax_entropy.model import Aux, Transformer, logits
+from jax_entropy.sharding import batch_parts
 
-_CHUNK_ELEMENTS = 1 << 22  # logits in one chunk of one device
+# Logits in one chunk on one device: what a CPU's cache holds (measured: docs/benchmarks/step.md), or enough to keep an
+# accelerator busy.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20}
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
 class LossParts(NamedTuple):
@@ -109,7 +113,8 @@ def _chunk_losses(hidden_BxTxD, head_VxD, targets_BxT):
 def _split(hidden_BxTxD, targets_BxT, vocab_size):
     """Cuts along T, never along the sharded batch, into the fewest equal chunks that stay small; [C, B, T/C, …]."""
     B, T = targets_BxT.shape
-    count = next(c for c in range(1, T + 1) if T % c == 0 and (B * T // c * vocab_size <= _CHUNK_ELEMENTS or c == T))
+    most = _CHUNK_ELEMENTS.get(jax.default_backend(), _CHUNK_ELEMENTS_ELSEWHERE) * batch_parts()
+    count = next(c for c in range(1, T + 1) if T % c == 0 and (B * T // c * vocab_size <= most or c == T))
     return (
         rearrange(hidden_BxTxD, "B (C T) D -> C B T D", C=count),
         rearrange(targets_BxT, "B (C T) -> C B T", C=count),

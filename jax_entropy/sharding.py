@@ -97,6 +97,12 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def batch_parts() -> int:
+    """How many ways the mesh that we are in splits a batch; 1 outside."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in BATCH) if mesh.axis_names == AXES else 1
+
+
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Fixes the layout of an activation inside a mesh of ours; elsewhere the identity."""
     if jax.sharding.get_abstract_mesh().axis_names != AXES:

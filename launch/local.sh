@@ -6,9 +6,9 @@ usage="usage: launch/local.sh [--dry-run] N TRAIN_FLAG…
 
   launch/local.sh 2 --config=configs/quickstart.py --workdir=runs/quickstart
 
-Runs \`jax-entropy train --distributed TRAIN_FLAG…\` N times. Process 0 writes to the terminal, the others to log files that
-are named when something fails. Ctrl-C and SIGTERM reach every process: the run saves and stops. If one process fails, the
-others are killed, and its exit code is the script's.
+Runs \`jax-entropy train --distributed TRAIN_FLAG…\` N times. Process 0 writes to the terminal, the others to log files,
+which are named when something fails. Ctrl-C and SIGTERM reach every process: the run saves and stops. If one process
+fails, the others are killed, and its exit code is the script's.
 
   --dry-run   print the commands, run nothing
 
@@ -45,7 +45,8 @@ address=${JAX_COORDINATOR_ADDRESS:-127.0.0.1:$(free_port)}
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_COORDINATOR_ADDRESS="$address" JAX_NUM_PROCESSES="$count"
 
 if [[ $dry_run ]]; then
-  printf 'export JAX_PLATFORMS=%q JAX_COORDINATOR_ADDRESS=%q JAX_NUM_PROCESSES=%q\n' "$JAX_PLATFORMS" "$address" "$count"
+  printf 'export JAX_PLATFORMS=%q JAX_COORDINATOR_ADDRESS=%q ' "$JAX_PLATFORMS" "$address"
+  echo "JAX_NUM_PROCESSES=$count"
   echo "logs=\$(mktemp -d)"
   for ((i = 0; i < count; i++)); do
     printf 'JAX_PROCESS_ID=%d' "$i"

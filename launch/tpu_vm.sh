@@ -51,7 +51,8 @@ run() {
 on_hosts() { # WORKER COMMAND
   run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"
 }
-idle="if [ -s train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then echo this slice is busy with a run >&2; exit 2; fi"
+idle="if [ -s train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; \
+then echo this slice is busy with a run >&2; exit 2; fi"
 
 create() {
   local find=(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format="value(state)")
@@ -78,12 +79,12 @@ install() {
 }
 
 start() {
-  local there=\$HOME/$workdir
+  local there=\$HOME/$workdir train
   [[ $workdir != /* ]] || there=$workdir
-  on_hosts all "$idle; rm -f train.pid train.code; cd jax_entropy || exit; setsid nohup bash -c \
-'\"\$@\" & echo \$! >~/train.pid; wait \$!; echo \$? >~/train.code' train \
-../venv/bin/jax-entropy train --distributed --workdir=$there $(quote ${flags[@]+"${flags[@]}"}) >~/train.log 2>&1 </dev/null & \
-until [ -s ~/train.pid ]; do sleep 0.1; done"
+  train="../venv/bin/jax-entropy train --distributed --workdir=$there $(quote ${flags[@]+"${flags[@]}"})"
+  on_hosts all "$idle; rm -f train.pid train.code; cd jax_entropy || exit; \
+setsid nohup bash -c '\"\$@\" & echo \$! >~/train.pid; wait \$!; echo \$? >~/train.code' train $train \
+>~/train.log 2>&1 </dev/null & until [ -s ~/train.pid ]; do sleep 0.1; done"
 }
 
 follow() {

@@ -79,7 +79,7 @@ def entropy_penalty(
         )
     excess = jnp.abs(deviation) - tolerance * maximum
     if shape == "deadzone":
-        penalty = jnp.where(excess > 0, jnp.square(deviation), 0)
+        penalty = jnp.where(excess <= 0, 0, jnp.square(deviation))  # a NaN is not free
     elif shape == "hinge":
         penalty = jnp.square(jnp.maximum(excess, 0))
     else:
@@ -92,8 +92,9 @@ def entropy_penalty(
 def head_bands(entropy_LxN: jax.Array, maximum: float | jax.Array | None = None) -> jax.Array:
     """Shares of heads in the four quarters of the entropy range, the lowest first (Fig. 2a, 7): [L, N] -> [4].
 
-    Quarters are half-open but for the last. The first share is *collapse*, the last *overload*. Heads whose entropy is
-    not a number are in no quarter, so that the shares then sum to less than 1.
+    Quarters are half-open but for the last. The first share is *collapse*, the last *overload*; a head without any
+    entropy is in the first even where no head has any. Heads whose entropy is not a number are in no quarter, so that
+    the shares then sum to less than 1.
 
     Args:
       entropy_LxN: head entropies in nats.
@@ -101,6 +102,6 @@ def head_bands(entropy_LxN: jax.Array, maximum: float | jax.Array | None = None)
     """
     entropy_LxN = _at_least_float32(jnp.asarray(entropy_LxN))
     maximum = jnp.nanmax(entropy_LxN) if maximum is None else maximum
-    above = [jnp.mean(entropy_LxN >= maximum * quarter / 4) for quarter in (1, 2, 3)]
+    above = [jnp.mean((entropy_LxN >= maximum * quarter / 4) & (entropy_LxN > 0)) for quarter in (1, 2, 3)]
     known = jnp.mean(~jnp.isnan(entropy_LxN))
     return jnp.stack([known - above[0], above[0] - above[1], above[1] - above[2], above[2]])

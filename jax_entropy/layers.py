@@ -181,7 +181,8 @@ def normalise(kind: str, config: ModelConfig, name: str):
     """The normalisation layer of a kind, statistics in float32; the identity for "none"."""
     if kind == "none":
         return lambda x: x
-    layer = nn.LayerNorm if kind == "layer" else nn.RMSNorm
+    # E[x²] − E[x]² would lose the variance of a stream whose mean is large
+    layer = functools.partial(nn.LayerNorm, use_fast_variance=False) if kind == "layer" else nn.RMSNorm
     return layer(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
 
 

@@ -94,7 +94,8 @@ def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT):
         return (carry[0] + loss, carry[1] + d_head), d_hidden
 
     chunks = _split(hidden_BxTxD, targets_BxT, head_VxD.shape[0])
-    (loss, d_head), d_hidden = jax.lax.scan(step, (jnp.zeros(()), jnp.zeros_like(head_VxD)), chunks)
+    nothing = jnp.zeros((), jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)), jnp.zeros_like(head_VxD)
+    (loss, d_head), d_hidden = jax.lax.scan(step, nothing, chunks)
     return loss, (rearrange(d_hidden, "C B T D -> B (C T) D"), d_head)
 
 

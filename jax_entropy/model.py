@@ -101,9 +101,9 @@ def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:
 
 
 def logits(hidden_BxTxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
-    """Scores of the next token, [B, T, V], accumulated in float32."""
-    head_VxD = head_VxD.astype(hidden_BxTxD.dtype)
-    return jnp.einsum("BTD,VD->BTV", hidden_BxTxD, head_VxD, preferred_element_type=jnp.float32)
+    """Scores of the next token, [B, T, V], accumulated in float32 or better."""
+    head_VxD, wide = head_VxD.astype(hidden_BxTxD.dtype), jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
+    return jnp.einsum("BTD,VD->BTV", hidden_BxTxD, head_VxD, preferred_element_type=wide)
 
 
 def empty_cache(config: ModelConfig, batch_size: int) -> KeyValueCache:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_entropy.architecture import ModelConfig, architecture
@@ -87,6 +87,7 @@ def written_fields(draw):
     return fields
 
 
+@settings(deadline=None)
 @given(written_fields())
 def test_any_combination_survives_printing_and_reading(fields):
     config = ModelConfig(**fields)
@@ -154,6 +155,7 @@ def test_the_spelling_offered_is_the_nearest(name, spelling):
     assert offered(str(caught.value)) == spelling
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(), st.text("SM(t)+LNRGWorm QKVOFcu^0169.eg", max_size=30)))
 def test_arbitrary_text_is_read_or_refused(name):
     try:
@@ -164,6 +166,7 @@ def test_arbitrary_text_is_read_or_refused(name):
         assert architecture(str(config)) == config
 
 
+@settings(deadline=None)
 @given(st.sampled_from(NOTATIONS), st.data())
 def test_a_damaged_notation_is_read_or_refused(name, data):
     position = data.draw(st.integers(0, len(name)))

@@ -73,11 +73,15 @@ def generate(parse: "Parse") -> None:
 
 
 def report(parse: "Parse") -> None:
-    """Figures and an HTML page of a run."""
-    values = parse.flags(workdir=True)
-    from jax_entropy.report import write_report
+    """Figures and an HTML page of a run, and of two runs side by side."""
+    values = parse.flags(workdir=True, against=("", "folder of another run, drawn beside this one in comparison.png"))
+    from jax_entropy.report import write_comparison, write_report
+    from jax_entropy.workdir import Workdir
 
     write_report(values.workdir)
+    if values.against:
+        out = Workdir(values.workdir).figures / "comparison.png"
+        print(f"wrote {write_comparison([values.workdir, values.against], out)}")
 
 
 def convert(parse: "Parse") -> None:
@@ -98,6 +102,7 @@ def convert(parse: "Parse") -> None:
         import_run(values.huggingface, values.workdir, notify=_warn)
     else:
         export_run(values.workdir, values.huggingface, notify=_warn, best=values.best)
+    print(f"wrote {values.workdir if values.to == 'workdir' else values.huggingface}")
 
 
 def census(parse: "Parse") -> None:
@@ -126,7 +131,34 @@ def census(parse: "Parse") -> None:
     print_census(count(model), Console(highlight=False, soft_wrap=True))
 
 
-COMMANDS = {function.__name__: function for function in (train, evaluate, generate, report, convert, census)}
+def bench(parse: "Parse") -> None:
+    """Speed and memory: `bench attention`, `bench step` (beside PyTorch's) or `bench data`."""
+    what = parse.word(("attention", "step", "data"))
+    if what == "attention":
+        from jax_entropy.bench.attention import bench_attention
+
+        values = parse.flags(rounds=(10, "calls of each implementation"))
+        rows = bench_attention(rounds=values.rounds)
+    elif what == "step":
+        from jax_entropy.bench.step import bench_step
+
+        values = parse.flags(
+            rounds=(10, "steps of each contender, in turn"),
+            peer_python=("", "a Python with torch and transformers; unset: this one, if it has them"),
+        )
+        rows = bench_step(rounds=values.rounds, peer_python=values.peer_python, notify=_warn)
+    else:
+        from jax_entropy.bench.data import bench_feeding
+
+        rows = [bench_feeding(parse.flags(config=True).config)]
+    from rich.console import Console
+
+    from jax_entropy.bench import print_rows
+
+    print_rows(rows, Console(highlight=False))
+
+
+COMMANDS = {function.__name__: function for function in (train, evaluate, generate, report, convert, census, bench)}
 
 
 class Parse:
@@ -134,6 +166,16 @@ class Parse:
 
     def __init__(self, command: str, arguments: Sequence[str]):
         self.command, self.arguments = command, list(arguments)
+
+    def word(self, choices: Sequence[str]) -> str:
+        """Takes the word that follows the command. Raises UserError if it is none of `choices`."""
+        if {"-h", "--help"} & set(self.arguments[:1]):
+            print(f"jax-entropy {self.command}: {COMMANDS[self.command].__doc__}")
+            raise SystemExit(0)
+        word = self.arguments.pop(0) if self.arguments else ""
+        if word not in choices:
+            raise UserError(f"{self.command} what? {word!r} is not known{nearest(word, choices)}")
+        return word
 
     def flags(self, config: bool = False, workdir: bool = False, **defaults: tuple) -> flags.FlagValues:
         """Flags by name with (default, help); `config` and `workdir` are required where asked for.

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.checkpoint import Checkpointer
-from jax_entropy.config import default_config, from_json, model_config
+from jax_entropy.config import default_config, from_json, model_config, to_json
 from jax_entropy.data import load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface import check_expressible, from_huggingface, to_huggingface
@@ -39,10 +39,12 @@ def import_run(directory: str | Path, path: str | Path, notify: Callable[[str], 
     if workdir.config.exists():
         raise UserError(f"{workdir.path} holds a run already; choose another --workdir")
     config = _run_config(model, workdir)
+    workdir.check(config)
     state = jax.jit(functools.partial(init_state, config, Transformer(model)))()
-    workdir.claim(config)
     if tokenizer:
-        tokenizer.save(workdir.tokenizer)
+        workdir.claim(config, tokenizer)
+    else:
+        workdir.config.write_text(to_json(config))
     with Checkpointer(workdir.checkpoints, notify=notify) as checkpointer:
         meta = dict(config=config.to_dict(), corpus=None)
         checkpointer.save(0, state._replace(params=variables["params"]), None, meta)

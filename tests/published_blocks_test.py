@@ -73,18 +73,18 @@ def as_ours(published: dict[str, np.ndarray], config: ModelConfig) -> dict:
     }
 
 
-def assert_close(actual, desired, rtol: float, name: str) -> None:
-    np.testing.assert_allclose(actual, desired, rtol=rtol, atol=1e-5, err_msg=name)
+def rounding_error(run, params: dict, exact: dict) -> dict:
+    """How far one rounding of the weights moves each array that `run` returns, by its largest entry.
 
-
-def assert_close_in_scale(actual, desired, rtol: float, name: str) -> None:
-    """The same tolerance of the array's largest entry, and of each entry for nine in ten.
-
-    Without normalisation the last layer's scores reach ±6000, where neighbouring float32 numbers are 5e-4 apart: in two
-    of the four files one row is nearly a tie, and no two float32 programs agree on it to five digits.
+    Without normalisation the last layer's scores reach ±6000, where neighbouring float32 numbers are 5e-4 apart, and
+    some rows are nearly ties: there no two float32 programs agree to five digits, torch's own among them.
     """
-    np.testing.assert_allclose(actual, desired, rtol=0, atol=rtol * np.max(np.abs(desired)) + 1e-5, err_msg=name)
-    assert np.mean(np.isclose(actual, desired, rtol=rtol, atol=1e-5)) > 0.9, name
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: 0.0, exact)
+    for _ in range(4):
+        rounded = jax.tree.map(lambda x: x * (1 + 2.0**-23 * rng.uniform(-1, 1, x.shape)).astype(np.float32), params)
+        moved = jax.tree.map(lambda m, x, y: max(m, np.max(np.abs(x - y))), moved, run(rounded), exact)
+    return moved
 
 
 @pytest.mark.parametrize("implementation", ["dense", "blockwise"])
@@ -105,16 +105,20 @@ def test_numbers_of_the_published_blocks(norm, activation, implementation):
 
     @jax.jit
     def run(params):
-        gradients_of = jax.value_and_grad(loss_fn, has_aux=True)
-        return model.apply({"params": params}, tokens_BxT), gradients_of(params, tokens_BxT, model=model)
+        logits, aux = model.apply({"params": params}, tokens_BxT)
+        (loss, _), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens_BxT, model=model)
+        return {"logits": logits, "entropy": aux.stats.entropy, "loss": loss, "gradients": gradients}
 
-    (logits, aux), ((loss, _), gradients) = run(params)
-    close = assert_close if norm == "ln" else assert_close_in_scale
-    close(logits, golden["logits"], 1e-4, "logits")
-    close(aux.stats.entropy, golden["entropy"], 1e-4, "entropy")
-    close(loss, golden["loss"], 1e-4, "loss")
-    assert jax.tree.structure(gradients) == jax.tree.structure(expected_gradients)
-    leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    for (path, gradient), reference in zip(leaves, jax.tree.leaves(expected_gradients), strict=True):
-        if not np.isnan(reference).all():
-            close(gradient, reference, 1e-3, jax.tree_util.keystr(path))
+    actual = run(params)
+    desired = {name: golden[name] for name in ("logits", "entropy", "loss")} | {"gradients": expected_gradients}
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    slack = rounding_error(run, params, actual) if norm == "free" else jax.tree.map(lambda x: 0.0, actual)
+
+    def compare(path, actual, desired, slack):
+        rtol = 1e-3 if path[0].key == "gradients" else 1e-4
+        if not np.isnan(desired).all():
+            name = jax.tree_util.keystr(path)
+            assert slack <= 1e-4 + 0.01 * np.max(np.abs(desired)), name
+            np.testing.assert_allclose(actual, desired, rtol=rtol, atol=1e-5 + 2 * slack, err_msg=name)
+
+    jax.tree_util.tree_map_with_path(compare, actual, desired, slack)

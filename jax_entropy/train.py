@@ -57,6 +57,9 @@ def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print) 
     workdir = Workdir(path)
     if lead:
         workdir.check(config)
+    # traced, not run: what cannot work is found before the corpus is prepared
+    rehearsal = Transformer(model_config(config, config.model.vocab_size or 1))
+    jax.eval_shape(functools.partial(init_state, config, rehearsal))
     corpus = _corpus(config)
     model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
     notify(f"{config.architecture}: {_describe(config, model, corpus, mesh)}")

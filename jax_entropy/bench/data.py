@@ -1,8 +1,18 @@
-"""How fast the loader feeds tokens, to set beside how fast a step eats them."""
+"""How fast the loader feeds tokens, beside how fast a training step eats them."""
 
+import functools
+import statistics
 import time
 
-from jax_entropy.data import Corpus, train_iterator
+import jax
+from ml_collections import ConfigDict
+
+from jax_entropy.config import check, model_config
+from jax_entropy.data import Corpus, prepare, train_iterator
+from jax_entropy.model import Transformer
+from jax_entropy.state import init_state, make_train_step
+
+_STEPS = 10
 
 
 def bench_data(
@@ -35,3 +45,24 @@ def bench_data(
         "batches_per_second": count / elapsed,
         "first_batch_seconds": first_batch_seconds,
     }
+
+
+def bench_feeding(config: ConfigDict) -> dict[str, float]:
+    """Tokens/s of the loader and of the training step of a config, and how many times faster the loader is."""
+    check(config)
+    corpus = prepare(config.data, config.model.context_length)
+    batch_size = config.train.batch_size * config.optimizer.accumulate
+    loader = bench_data(
+        corpus, batch_size, num_threads=config.data.num_threads, prefetch=config.data.prefetch
+    )["tokens_per_second"]
+    model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
+    state = jax.jit(functools.partial(init_state, config, model))()
+    train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
+    batches, seconds = train_iterator(corpus, batch_size=batch_size, seed=0), []
+    for _ in range(_STEPS):
+        tokens = next(batches)["tokens"]
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(train_step(state, tokens, False))
+        seconds.append(time.perf_counter() - start)
+    step = batch_size * corpus.context_length / statistics.median(seconds[1:])
+    return {"loader tokens/s": loader, "step tokens/s": step, "loader / step": loader / step}

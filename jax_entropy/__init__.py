@@ -3,6 +3,7 @@
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.entropy import entropy_penalty, head_bands, head_entropy, max_entropy, row_entropy
+from jax_entropy.huggingface import from_huggingface, to_huggingface
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Aux, Transformer
 
@@ -14,9 +15,11 @@ __all__ = [
     "architecture",
     "attention",
     "entropy_penalty",
+    "from_huggingface",
     "head_bands",
     "head_entropy",
     "loss_fn",
     "max_entropy",
     "row_entropy",
+    "to_huggingface",
 ]

@@ -6,7 +6,7 @@ Exit codes: 0 done or cleanly stopped, 2 a mistake of the user's, said in one se
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags

@@ -43,6 +43,7 @@ def default_config(architecture_name: str) -> ConfigDict:
                 ffn_dim=config_dict.placeholder(int),  # unset: 4·model_dim, or model_dim where fused
                 context_length=128,  # tokens
                 vocab_size=config_dict.placeholder(int),  # unset: the tokenizer's; anything else must agree with it
+                activation=config_dict.placeholder(str),  # unset: the notation's; gelu_tanh is Hugging Face's GPT-2
                 temperature_init=1e-2,  # divisor of the scaled logits
                 temperature_parameter="direct",  # direct | log
                 alpha_init=1.0,
@@ -119,6 +120,8 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
             "leave it unset to take the tokenizer's"
         )
     fields["vocab_size"] = vocab_size
+    if fields["activation"] is None:
+        del fields["activation"]
     return architecture(
         config.architecture, **fields, dtype=config.train.dtype, threshold_init=config.penalty.threshold_init
     )

@@ -75,6 +75,8 @@ def evaluate_run(
     """
     run = load_run(path, notify, best=best)
     context_length = run.config.model.context_length
+    if run.config.data.tokenizer:  # the workdir's copy moves with it
+        run.config.data.tokenizer = str(Workdir(path).tokenizer)
     corpus = data.prepare(run.config.data, context_length)
     if corpus.tokenizer.digest() != run.tokenizer.digest():
         notify("the corpus has changed since training; it is read with the run's own tokenizer")

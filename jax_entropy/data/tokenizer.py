@@ -136,7 +136,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"tokenizer {str(path)!r} is damaged or not a tokenizer.json ({error})") from error
-    if settings["model"].get("type") != "BPE" or '"ByteLevel"' not in json.dumps(settings.get("decoder")):
+    if settings["model"].get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(settings.get("decoder")):
         raise UserError(f"tokenizer {str(path)!r} is not byte-level BPE; use one of GPT-2's kind")
     if backend.token_to_id(END_OF_TEXT) is None:
         raise UserError(f"tokenizer {str(path)!r} has no {END_OF_TEXT}; add it to the file's added_tokens as special")

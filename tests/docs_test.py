@@ -1,0 +1,134 @@
+"""The documentation says what the code does: fields and defaults, architectures, numbers, and links that lead somewhere."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from jax_entropy.architecture import ModelConfig, architecture
+from jax_entropy.config import default_config, flatten
+from jax_entropy.entropy import max_entropy
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted(path for path in (*REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "README.md") if path.exists())
+
+
+def rows(page, columns):
+    """The cells of a page's table rows of that many columns."""
+    lines = (REPOSITORY / "docs" / page).read_text().splitlines()
+    cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    return [row for row in cells if len(row) == columns]
+
+
+def written(value):
+    """A default as the page writes it."""
+    if value is None:
+        return "unset"
+    return f"`{value}`" if value != "" else '`""`'
+
+
+def documented():
+    return {row[0].strip("`"): row[2] for row in rows("configuration.md", 4) if row[0].startswith("`")}
+
+
+def test_every_field_is_documented_with_its_default():
+    config = flatten(default_config("SM"))
+    expected = {name: written(value) for name, value in config.items()}
+    expected |= {"architecture": "from the file", "mesh.rules": "`sharding.RULES`"}
+    on_the_page = documented()
+    assert {name: on_the_page.get(name) for name in expected} == expected
+
+
+def test_every_field_of_the_notation_is_documented_with_its_default():
+    elsewhere = {*default_config("SM").model, "dtype", "threshold_init"}  # train.dtype, penalty.threshold_init
+    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name not in elsewhere}
+    on_the_page = {name: default for name, default in documented().items() if name in fields}
+    assert on_the_page == {name: written(default) for name, default in fields.items()}
+
+
+def test_no_documented_field_is_gone():
+    known = {*flatten(default_config("SM")), *(field.name for field in dataclasses.fields(ModelConfig))}
+    assert set(documented()) <= known
+
+
+def test_fields_named_in_prose_exist():
+    sections = {name for name, value in default_config("SM").items() if isinstance(value, ConfigDict)}
+    known = {f"config.{name}" for name in (*flatten(default_config("SM")), *sections)}
+    for page in PAGES:
+        text = re.sub(r"```diff.*?```", "", page.read_text(), flags=re.S)
+        named = set(re.findall(r"(?<![/\w])config\.[a-z]\w*(?:\.[a-z]\w*)*", text.replace(".update(", "(")))
+        named -= {"config.json"}
+        assert named <= known, f"{page.name}: {named - known}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_and_images_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    for target in targets:
+        if not re.match(r"[a-z]+:|#", target):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_architecture_in_a_table_is_one():
+    names = set()
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            if line.startswith("|"):
+                names |= set(re.findall(r"`((?:EReg\()?SM[(+][^`]*|SM)`", line))
+    assert {"SM+LN+G", "SM", "SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN^6)", "SM+SNorm(QKVO+FFN)"} <= names
+    for name in names:
+        assert str(architecture(name)) == name
+
+
+def test_every_row_of_the_paper_has_its_row():
+    from jax_entropy.architecture import EXAMPLES
+
+    first_cells = {row[0].strip("`") for columns in (3, 4, 5, 6) for row in rows("architectures.md", columns)}
+    assert set(EXAMPLES) - first_cells == set()
+
+
+def recipe():
+    """The diffs of "how to add an architecture": (file, text that is there, text to put there)."""
+    page = (REPOSITORY / "docs/architectures.md").read_text()
+    for block in re.findall(r"```diff\n(.*?)```", page, flags=re.S):
+        for name, hunk in re.findall(r"^@@ (\S+) @@\n(.*?)(?=^@@|\Z)", block, flags=re.S | re.M):
+            before, after = (
+                "\n".join(line[1:] for line in hunk.splitlines() if line[0] in kept) for kept in (" -", " +")
+            )
+            yield name, before, after
+
+
+@pytest.mark.slow
+def test_the_recipe_for_a_new_architecture_takes_ten_lines_and_works(tmp_path):
+    for folder in ("jax_entropy", "tests"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("golden", "__pycache__"))
+    new_lines = 0
+    for name, before, after in recipe():
+        path = tmp_path / name
+        text = path.read_text()
+        assert text.count(before) == 1, f"{name} has changed: {before}"
+        path.write_text(text.replace(before, after))
+        new_lines += len(set(after.splitlines()) - set(before.splitlines()))
+    assert new_lines == 10
+    tests = ["tests/architecture_test.py", "tests/model_test.py::test_the_model_is_the_papers[SM+LN+G+P]"]
+    tested = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert tested.returncode == 0, tested.stdout
+
+
+def test_the_table_of_maximum_entropies_is_right():
+    table = [row for row in rows("mathematics.md", 4) if row[0].isdigit()]
+    assert len(table) == 4
+    for length, context, causal, share in table:
+        T = int(length)
+        assert context == f"{max_entropy(T):.3f}" and causal == f"{max_entropy(T, 'causal'):.3f}"
+        assert share == f"{max_entropy(T, 'causal') / max_entropy(T):.3f}"

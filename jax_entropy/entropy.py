@@ -102,6 +102,7 @@ def head_bands(entropy_LxN: jax.Array, maximum: float | jax.Array | None = None)
     """
     entropy_LxN = _at_least_float32(jnp.asarray(entropy_LxN))
     maximum = jnp.nanmax(entropy_LxN) if maximum is None else maximum
-    above = [jnp.mean((entropy_LxN >= maximum * quarter / 4) & (entropy_LxN > 0)) for quarter in (1, 2, 3)]
-    known = jnp.mean(~jnp.isnan(entropy_LxN))
-    return jnp.stack([known - above[0], above[0] - above[1], above[1] - above[2], above[2]])
+    above = [jnp.sum((entropy_LxN >= maximum * quarter / 4) & (entropy_LxN > 0)) for quarter in (1, 2, 3)]
+    known = jnp.sum(~jnp.isnan(entropy_LxN))
+    counts_4 = jnp.stack([known - above[0], above[0] - above[1], above[1] - above[2], above[2]])
+    return counts_4 / entropy_LxN.size

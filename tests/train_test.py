@@ -164,19 +164,21 @@ def test_a_signal_saves_first_and_says_how_to_go_on(unbroken, tmp_path, corpus_d
     assert_same_run(workdir, reference)
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
-def test_loss_entropies_and_parameters_do_not_depend_on_the_mesh(tiny, tmp_path, mesh):
-    results = {}
-    for shape in ((8, 1, 1), mesh):
-        workdir = tmp_path / "x".join(map(str, shape))
-        fields = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape))
-        config = tiny(**fields, **{"train.num_steps": 8, "train.checkpoint_every": 8})
-        result = train(config, str(workdir), notify=lambda line: None)
-        results[shape] = lines(workdir), jax.device_get(result.variables)
-    (expected, expected_variables), (actual, variables) = results.values()
-    for name in ("loss", "head_entropy"):
-        np.testing.assert_allclose([x[name] for x in actual], [x[name] for x in expected], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), variables, expected_variables)
+@pytest.mark.slow
+def test_loss_and_entropies_do_not_depend_on_the_mesh(tiny, tmp_path):
+    def trained(data, fsdp, tensor):
+        config = tiny(**{"train.num_steps": 8, "optimizer.learning_rate": 1e-3})
+        config.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+        config.model.bias = "none"  # softmax does not see a key bias: its gradient is rounding that Adam blows up
+        workdir = tmp_path / f"{data}x{fsdp}x{tensor}"
+        train(config, str(workdir), notify=lambda line: None)
+        return lines(workdir)
+
+    expected = trained(8, 1, 1)
+    for mesh in (1, 8, 1), (2, 4, 1), (2, 2, 2):
+        actual = trained(*mesh)
+        for name in ("loss", "cross_entropy", "penalty", "head_entropy", "threshold"):
+            np.testing.assert_allclose([x[name] for x in actual], [x[name] for x in expected], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Exit codes: 0 done or cleanly stopped, 2 a mistake of the user's, said in one se
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def train(parse: "Parse") -> None:
     from jax_entropy.train import train as run
 
     if values.distributed:
-        jax.distributed.initialize()
+        # jax would take SIGTERM for itself; the loop saves and stops on it
+        jax.config.update("jax_enable_preemption_service", False)
+        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
     console = Console(highlight=False, soft_wrap=True)
     result = run(values.config, values.workdir, notify=lambda line: console.print(line, markup=False))
     if jax.process_index() == 0:
@@ -227,6 +231,20 @@ class Parse:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
+    code = 1
+    try:
+        code = _run(argv)
+    except Exception:
+        traceback.print_exc()
+    if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        # a failed process must not wait for its peers, which wait for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     name, *arguments = [*(sys.argv[1:] if argv is None else argv), ""][:-1] or ["help"]
     if name in ("help", "--help", "-h"):
         print("jax-entropy COMMAND --flag=value …\n")

@@ -21,6 +21,7 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay", "optimizer.clip_norm", "penalty.weight", "penalty.tolerance", "penalty.warmup",
     "data.max_documents",
 )  # fmt: skip
+_SHARES = ("optimizer.beta1", "optimizer.beta2", "penalty.warmup")
 _CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("linear", "cosine", "constant"),
@@ -129,16 +130,24 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for values that cannot work, before data is prepared or anything is compiled."""
-    flat = flatten(config)
-    for name in flatten(default_config("SM")):
+    flat, known = flatten(config), flatten(default_config("SM"))
+    for name in flat:
+        if name not in known:
+            raise UserError(f"config.{name} is not a field{nearest(name, known)}")
+    for name, default in known.items():
         if name not in flat:
             raise UserError(f"config.{name} is missing; start from jax_entropy.config.default_config(…)")
+        if flat[name] is None and default is not None:
+            raise UserError(f"config.{name}=None must have a value; its default is {default!r}")
     for name in _POSITIVE:
         if flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 1")
     for name in _NOT_NEGATIVE:
         if not flat[name] >= 0:
             raise UserError(f"config.{name}={flat[name]} must not be negative")
+    for name in _SHARES:
+        if not 0 <= flat[name] < 1:
+            raise UserError(f"config.{name}={flat[name]} must be at least 0 and below 1")
     for name, choices in _CHOICES.items():
         if flat[name] not in choices:
             raise UserError(f"config.{name}={flat[name]!r} is not known{nearest(flat[name], choices)}")
@@ -163,11 +172,17 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Inverse of `to_json`, on top of the defaults, so that types and unset fields are known again."""
-    stored = json.loads(text)
-    config = default_config(stored["architecture"])
-    stored["mesh"]["rules"] = tuple((pattern, _tuples(axes)) for pattern, axes in stored["mesh"]["rules"])
-    config.update(stored)
+    """Inverse of `to_json`, on top of the defaults, so that types and unset fields are known again.
+
+    Raises UserError if the text is not such a config's.
+    """
+    try:
+        stored = json.loads(text)
+        config = default_config(stored["architecture"])
+        stored["mesh"]["rules"] = tuple((pattern, _tuples(axes)) for pattern, axes in stored["mesh"]["rules"])
+        config.update(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config.json is damaged ({error!r}); restore it") from None
     return config
 
 

@@ -34,7 +34,7 @@ def generate(
     ids, context = tokenizer.encode(prompt), model.config.context_length
     if not ids:
         raise UserError("the prompt is empty; give at least one character")
-    if num_tokens < 1 or temperature < 0 or top_k < 0:
+    if num_tokens < 1 or not temperature >= 0 or top_k < 0:
         raise UserError(
             f"tokens={num_tokens} must be at least 1, temperature={temperature} and top_k={top_k} not negative"
         )
@@ -58,11 +58,10 @@ def _continue(model, variables, prompt_1xT, key, temperature, num_tokens, top_k,
     decode = functools.partial(model.apply, variables, method="decode")
 
     def choose(logits_V, key):
-        if top_k:
-            kth = jax.lax.top_k(logits_V, top_k)[0][-1]
-            logits_V = jnp.where(logits_V >= kth, logits_V, -jnp.inf)
-        sampled = jax.random.categorical(key, logits_V / jnp.where(temperature > 0, temperature, 1))
-        return jnp.where(temperature > 0, sampled, jnp.argmax(logits_V))
+        logits_K, ids_K = jax.lax.top_k(logits_V, top_k or logits_V.size)
+        # the largest is 0 then, whatever small temperature divides it
+        sampled = jax.random.categorical(key, (logits_K - logits_K[0]) / jnp.where(temperature > 0, temperature, 1))
+        return ids_K[jnp.where(temperature > 0, sampled, 0)]
 
     def step(carry, key):
         cache, token, position = carry

@@ -137,7 +137,10 @@ class _Loop:
                 self._save(step, state, iterator)
         if self.writer:
             self.writer.close()
-        return Result(step, start, self.model, state.variables, self.corpus, self.evaluation)
+        variables = state.variables
+        if jax.process_count() > 1:
+            variables = multihost_utils.process_allgather(variables, tiled=True)
+        return Result(step, start, self.model, variables, self.corpus, self.evaluation)
 
     def _place(self, rows: np.ndarray) -> jax.Array:
         """This process's rows of a batch as part of the whole."""

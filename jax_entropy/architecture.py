@@ -83,8 +83,8 @@ class ModelConfig:
             widths = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
             close = min(widths, key=lambda n: abs(n - self.num_heads))
             raise UserError(
-                f"model_dim={self.model_dim} is not divisible by num_heads={self.num_heads}; the nearest count of heads "
-                f"that divides it is {close}"
+                f"model_dim={self.model_dim} is not divisible by num_heads={self.num_heads}; the nearest count of "
+                f"heads that divides it is {close}"
             )
         if not 0 <= self.ffn_free_layers <= self.num_layers:
             raise UserError(
@@ -179,7 +179,8 @@ def _parse(name: str) -> dict[str, Any]:
     if regularized:
         if not name.endswith(")") or name.count("(") != name.count(")"):
             raise UserError(
-                f"architecture {name!r}: what 'EReg(' opens is not closed by one ')' at the end{nearest(name, _PROPOSALS)}"
+                f"architecture {name!r}: what 'EReg(' opens must be closed by one ')' at the end"
+                + nearest(name, _PROPOSALS)
             )
         body = name[len("EReg(") : -1]
     body, caret, count = body.partition("^")

@@ -21,7 +21,7 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay", "optimizer.clip_norm", "penalty.weight", "penalty.tolerance", "penalty.warmup",
     "data.max_documents",
 )  # fmt: skip
-_SHARES = ("optimizer.beta1", "optimizer.beta2", "penalty.warmup")
+_BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
 _CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("linear", "cosine", "constant"),
@@ -145,7 +145,7 @@ def check(config: ConfigDict) -> None:
     for name in _NOT_NEGATIVE:
         if not flat[name] >= 0:
             raise UserError(f"config.{name}={flat[name]} must not be negative")
-    for name in _SHARES:
+    for name in _BELOW_ONE:
         if not 0 <= flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 0 and below 1")
     for name, choices in _CHOICES.items():
@@ -153,6 +153,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{name}={flat[name]!r} is not known{nearest(flat[name], choices)}")
     if not 0 < config.data.validation_fraction < 1:
         raise UserError(f"config.data.validation_fraction={config.data.validation_fraction} must lie between 0 and 1")
+    if config.penalty.warmup > 1:
+        raise UserError(f"config.penalty.warmup={config.penalty.warmup} is a share of the steps, at most 1")
     if not config.optimizer.learning_rate > 0:
         raise UserError(f"config.optimizer.learning_rate={config.optimizer.learning_rate} must be above 0")
     model_config(config, config.model.vocab_size or 1)

@@ -22,7 +22,7 @@ _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
 class LossParts(NamedTuple):
-    """What the loss is made of: cross_entropy (nats/token), penalty (nats², not yet times λ), Aux, other collections."""
+    """Parts of the loss: cross_entropy (nats/token), penalty (nats², not yet times λ), Aux, other collections."""
 
     cross_entropy: jax.Array
     penalty: jax.Array

@@ -1,6 +1,6 @@
 """The decoder-only transformer: embeddings, scanned blocks, head.
 
-`apply(variables, tokens)` returns logits and `Aux`, the attention statistics of every layer; jit drops what nobody uses.
+`apply(variables, tokens)` returns logits and `Aux`, the attention statistics of every layer; jit drops unused ones.
 """
 
 from typing import NamedTuple

@@ -144,7 +144,8 @@ def test_nonsense_is_answered_with_the_bad_piece_and_a_valid_spelling(name):
 @pytest.mark.parametrize(
     ("name", "spelling"),
     [
-        ("EReg(SM", "EReg(SM)"), ("SM+ScFuFN", "ScFuFFN"), ("SM+WNorm(QKFFN)", "WNorm(QK+FFN)"), ("SM+LR(lay)", "LR(layer)"),
+        ("EReg(SM", "EReg(SM)"), ("SM+ScFuFN", "ScFuFFN"), ("SM+WNorm(QKFFN)", "WNorm(QK+FFN)"),
+        ("SM+LR(lay)", "LR(layer)"),
         ("sm", "SM"), ("SM(T)+ScFuFFN", "SM(t)"), ("SM+LN+G+R", "SM+LN+G"), ("SM+SNorm(QKVOFFN)", "SNorm(QKVO+FFN)"),
         ("EReg(SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN)"), ("ereg(SM)", "EReg(SM)"),
     ],
@@ -184,9 +185,11 @@ def test_what_is_no_text_is_refused(name):
 
 FIELDS = {
     "num_layers": (0, -1, 2.0, "12"), "num_heads": (0,), "model_dim": (0,), "context_length": (0,), "vocab_size": (0,),
-    "scan_unroll": (0,), "ffn_dim": (0, -4, 1.5), "norm": ("layers", None), "final_norm": ("LN",), "activation": ("swish",),
+    "scan_unroll": (0,), "ffn_dim": (0, -4, 1.5), "norm": ("layers", None), "final_norm": ("LN",),
+    "activation": ("swish",),
     "slope": ("head",), "ffn": ("fusd",), "reparametrized": ("QQ", "QK"), "reparametrization": ("weight", "wieght"),
-    "temperature_parameter": ("exp",), "bias": (True,), "dtype": ("float16",), "temperature_init": (0.0, -1.0, float("nan")),
+    "temperature_parameter": ("exp",), "bias": (True,), "dtype": ("float16",),
+    "temperature_init": (0.0, -1.0, float("nan")),
     "alpha_init": (0.0,), "init_std": (0.0,), "residual_init_std": (0.0, -1.0), "norm_epsilon": (0.0,),
     "embedding_dropout": (1.0, -0.1, float("nan")), "ffn_free_layers": (-1, 13), "negative_slope": (float("inf"),),
 }  # fmt: skip

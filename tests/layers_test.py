@@ -1,5 +1,7 @@
 """The parts of a block: linear layers and their reparametrisations, temperature, feed-forward, norms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +27,6 @@ def linear_inputs(in_axes):
     out_shape, in_shape = ((WIDTH,), HEADS) if in_axes == 2 else (HEADS, (WIDTH,))
     options = dict(out_shape=out_shape, init_std=0.3, in_axes=in_axes)
     return options, normal(2, 5, *in_shape), normal(2, 5, *out_shape, seed=1), normal(*in_shape, *out_shape, seed=2)
-
-
-# Linear layers
 
 
 @pytest.mark.parametrize("in_axes", [1, 2])
@@ -147,8 +146,6 @@ def test_evaluation_neither_updates_nor_needs_to_update_the_singular_vectors():
     assert all(jax.tree.leaves(changed))
 
 
-# Which projections are reparametrised, and what else a block holds
-
 PROJECTIONS = {"QK": {"query", "key"}, "QKV": {"query", "key", "value"}, "QKVO": {"query", "key", "value", "out"}}
 
 
@@ -167,7 +164,8 @@ def test_a_reparametrisation_touches_the_projections_it_names(target, suffix, ff
 
 
 @pytest.mark.parametrize(
-    ("bias", "biased"), [("none", set()), ("qk", {"query", "key"}), ("all", {"query", "key", "value", "out", "up", "down"})]
+    ("bias", "biased"),
+    [("none", set()), ("qk", {"query", "key"}), ("all", {"query", "key", "value", "out", "up", "down"})],
 )
 def test_biases(bias, biased):
     paths = flatten_dict(shapes(tiny("SM+LN+G", bias=bias))["params"])
@@ -180,37 +178,32 @@ def test_biases(bias, biased):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_block_without_feed_forward_has_no_parameters_of_one(name):
     config = tiny(name)
-    params = shapes(config)["params"]
-    without, depth = config.ffn_free_layers, {0: [2], 1: [1, 1], 2: [2]}[config.ffn_free_layers]
-    stacks = [stack for stack in ("blocks", "blocks_without_ffn") if stack in params]
-    assert stacks == {0: ["blocks"], 1: ["blocks", "blocks_without_ffn"], 2: ["blocks_without_ffn"]}[without]
-    for stack, length in zip(stacks, depth, strict=True):
+    params, without = shapes(config)["params"], config.ffn_free_layers
+    lengths = {stack: length for stack, length in (("blocks", 2 - without), ("blocks_without_ffn", without)) if length}
+    assert {stack for stack in params if stack.startswith("blocks")} == set(lengths)
+    norms = {"norm1", "norm2"} if config.norm != "none" else set()
+    scales = {"alpha", "beta"} if config.ffn != "full" else set()
+    expected = {
+        "blocks": {"attention", "ffn"} | norms | scales,
+        "blocks_without_ffn": {"attention"} | norms - {"norm2"},
+    }
+    for stack, length in lengths.items():
         assert {leaf.shape[0] for leaf in jax.tree.leaves(params[stack])} == {length}
-    norm = {"norm1"} if config.norm != "none" else set()
-    if without:
-        assert set(params["blocks_without_ffn"]) == {"attention"} | norm
-    if without < 2:
-        scaled = {"alpha", "beta"} if config.ffn != "full" else set()
-        assert set(params["blocks"]) == {"attention", "ffn"} | scaled | {n + "2" for n in ("norm",) if norm} | norm
-    attention = params[stacks[0]]["attention"]
-    assert ("threshold" in attention) == config.entropy_regularizer
-    assert ("temperature" in attention) == config.learnable_temperature
+        assert set(params[stack]) == expected[stack]
+        assert ("threshold" in params[stack]["attention"]) == config.entropy_regularizer
+        assert ("temperature" in params[stack]["attention"]) == config.learnable_temperature
 
 
 @pytest.mark.parametrize(
     ("slope", "expected"),
-    [("0.01", {}), ("layer", {"blocks/ffn/negative_slope": (2,)}), ("global", {"negative_slope": ()})],
+    [("0.3", {}), ("layer", {"blocks/ffn/negative_slope": (3,)}), ("global", {"negative_slope": ()})],
 )
-def test_learned_slopes_are_one_a_layer_or_one_in_all(slope, expected):
-    params = flatten_dict(shapes(tiny(f"SM+LR({slope})"))["params"], sep="/")
-    assert {path: leaf.shape for path, leaf in params.items() if "slope" in path} == expected
-    values = flatten_dict(initial(tiny(f"SM+LR({slope})", negative_slope=0.3) if slope != "0.01" else tiny("SM"))["params"])
-    assert all(np.all(leaf == np.float32(0.3)) for path, leaf in values.items() if path[-1] == "negative_slope")
-
-
-def test_a_slope_per_layer_is_one_for_each_layer_with_a_feed_forward():
-    params = flatten_dict(shapes(tiny("SM+LR(layer)^1", num_layers=4))["params"], sep="/")
-    assert params["blocks/ffn/negative_slope"].shape == (3,)
+def test_learned_slopes_are_one_for_each_feed_forward_or_one_in_all(slope, expected):
+    config = tiny(f"SM+LR({slope})^1", num_layers=4, **({} if slope == "0.3" else {"negative_slope": 0.3}))
+    params = flatten_dict(initial(config)["params"], sep="/")
+    slopes = {path: leaf for path, leaf in params.items() if "slope" in path}
+    assert {path: leaf.shape for path, leaf in slopes.items()} == expected
+    assert all(np.all(leaf == np.float32(0.3)) for leaf in slopes.values())
 
 
 def test_initial_values():
@@ -232,9 +225,6 @@ def test_initial_values():
     assert not np.array_equal(params["blocks/attention/query/kernel"], params["blocks/attention/key/kernel"])
 
 
-# Scaled feed-forward
-
-
 @pytest.mark.parametrize("name", ["SM+ScFFN", "SM+ScFuFFN", "SM+LN+R+ScFFN"])
 def test_the_scaled_feed_forward_is_equation_8(name):
     config = tiny(name)
@@ -243,7 +233,9 @@ def test_the_scaled_feed_forward_is_equation_8(name):
     output, _ = jit(lambda params, x: Block(config, True).apply({"params": params}, x, None, None, 0))(
         *jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
     )
-    attended, _ = reference.attend(config, params["attention"], {}, reference.normalise(config, config.norm, params.get("norm1"), x))
+    attended, _ = reference.attend(
+        config, params["attention"], {}, reference.normalise(config, config.norm, params.get("norm1"), x)
+    )
     residual = x + attended
     normed = reference.normalise(config, config.norm, params.get("norm2"), residual)
     if config.ffn == "fused":
@@ -256,17 +248,15 @@ def test_the_scaled_feed_forward_is_equation_8(name):
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
 
 
-# Temperature
-
-temperature_of = {
-    kind: jit(lambda p, config=tiny("SM(t)", temperature_parameter=kind): temperature(p, config)) for kind in ("direct", "log")
-}
+@functools.partial(jit, static_argnums=1)
+def temperature_of(parameter, kind):
+    return temperature(parameter, tiny("SM(t)", temperature_parameter=kind))
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4))
 def test_a_direct_temperature_is_positive_and_nearly_its_parameter(parameter):
-    t = np.asarray(temperature_of["direct"](jnp.asarray(parameter, jnp.float32)))
+    t = np.asarray(temperature_of(jnp.asarray(parameter, jnp.float32), "direct"))
     assert np.all(t >= 0.99e-4)
     large = np.abs(parameter) >= 0.01
     np.testing.assert_allclose(t[large], np.abs(np.float32(parameter))[large], rtol=1e-4)
@@ -275,7 +265,7 @@ def test_a_direct_temperature_is_positive_and_nearly_its_parameter(parameter):
 @settings(deadline=None)
 @given(st.lists(st.floats(-50, 50, width=32), min_size=4, max_size=4))
 def test_a_logarithmic_temperature_is_the_exponential_of_its_parameter(parameter):
-    t = temperature_of["log"](jnp.asarray(parameter, jnp.float32))
+    t = temperature_of(jnp.asarray(parameter, jnp.float32), "log")
     assert np.all(t > 0)
     np.testing.assert_allclose(t, np.exp(np.float64(parameter)), rtol=1e-5)
 
@@ -332,9 +322,6 @@ def test_a_higher_temperature_diffuses():
     assert entropies[-1] == pytest.approx(np.log(np.arange(1, 17)).mean(), rel=1e-4)
 
 
-# Norms
-
-
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize(("offset", "scale"), [(0, 1), (3, 1), (0, 1e-3), (0, 1e4), (300, 1)])
 def test_norms(kind, offset, scale):
@@ -350,4 +337,6 @@ def test_norms_of_bfloat16_have_float32_statistics():
     layer, params = normalise("layer", config, "norm"), {"scale": np.ones(64), "bias": np.zeros(64)}
     y = layer.apply({"params": params}, x)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(y, np.float64), reference.normalise(config, "layer", params, x.astype(np.float64)), atol=2e-2)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), reference.normalise(config, "layer", params, x.astype(np.float64)), atol=2e-2
+    )

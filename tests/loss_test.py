@@ -121,7 +121,11 @@ def loss_and_gradients(config):
     def function(params):
         variables_ = variables  # spectral vectors stay as they are: differences hold them fixed too
         return loss_fn(
-            params, random_tokens(2, 9), model=_Frozen(Transformer(config), variables_), penalty_weight=WEIGHT, **OPTIONS
+            params,
+            random_tokens(2, 9),
+            model=_Frozen(Transformer(config), variables_),
+            penalty_weight=WEIGHT,
+            **OPTIONS,
         )
 
     return jit(jax.value_and_grad(function, has_aux=True))(params)
@@ -174,19 +178,17 @@ def test_the_penaltys_gradient_reaches_queries_keys_temperatures_and_thresholds(
     variables, tokens = scattered(config), random_tokens(2, 13)
 
     def penalty(params):
-        _, parts = loss_fn(
-            params, tokens, model=Transformer(config), tolerance=0.02, reduction=reduction, shape=shape
-        )
+        _, parts = loss_fn(params, tokens, model=Transformer(config), tolerance=0.02, reduction=reduction, shape=shape)
         return parts.penalty
 
     gradients = jit(jax.grad(penalty))(variables["params"])
     attention = gradients["blocks"]["attention"]
-    for reached in (attention["query"]["kernel"], attention["key"]["kernel"], attention["query"]["bias"],
-                    attention["temperature"][..., 1:12], attention["threshold"], gradients["position_embedding"][:12]):  # fmt: skip
-        assert np.all(np.isfinite(reached)) and np.any(np.abs(reached) > 1e-6)
-    for unreached in (attention["value"]["kernel"], attention["out"]["kernel"], gradients["blocks"]["ffn"],
-                      gradients["final_norm"], attention["temperature"][..., 12:], gradients["position_embedding"][12:]):  # fmt: skip
-        assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(unreached))
+    t, positions = attention["temperature"], gradients["position_embedding"]
+    reached = [attention[name]["kernel"] for name in ("query", "key")]
+    reached += [attention["query"]["bias"], t[..., 1:12], attention["threshold"], positions[:12]]
+    assert all(np.all(np.isfinite(leaf)) and np.any(np.abs(leaf) > 1e-6) for leaf in reached)
+    unreached = [attention["value"], attention["out"], gradients["blocks"]["ffn"], gradients["final_norm"]]
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves([*unreached, t[..., 12:], positions[12:]]))
 
 
 @pytest.mark.parametrize("name", ["SM+LN+G", "SM(t)+ScFuFFN"])
@@ -204,7 +206,9 @@ def test_the_weight_may_follow_a_schedule():
     @jit
     def run(step):
         weight = optax.linear_schedule(0.0, 1.0, 10)(step)
-        return loss_fn(scattered(config)["params"], random_tokens(2, 9), model=Transformer(config), penalty_weight=weight)
+        return loss_fn(
+            scattered(config)["params"], random_tokens(2, 9), model=Transformer(config), penalty_weight=weight
+        )
 
     for step, weight in ((0, 0.0), (5, 0.5), (20, 1.0)):
         loss, parts = run(step)
@@ -224,7 +228,11 @@ def test_spectral_vectors_come_back_updated():
 
 def test_dropout_needs_its_key():
     config = tiny("SM+LN+G", embedding_dropout=0.5)
-    run = jit(lambda key: loss_fn(scattered(config)["params"], random_tokens(2, 9), model=Transformer(config), dropout_key=key)[0])
+    run = jit(
+        lambda key: loss_fn(
+            scattered(config)["params"], random_tokens(2, 9), model=Transformer(config), dropout_key=key
+        )[0]
+    )
     assert run(None) == run(None)
     assert run(jax.random.key(0)) == run(jax.random.key(0)) != run(jax.random.key(1))
     assert run(jax.random.key(0)) != run(None)

@@ -28,7 +28,10 @@ def forward(config: ModelConfig, variables, tokens_BxT):
 
 def apply_block(config, params, vectors, x, slope):
     attended, stats = attend(
-        config, params["attention"], vectors.get("attention", {}), normalise(config, config.norm, params.get("norm1"), x)
+        config,
+        params["attention"],
+        vectors.get("attention", {}),
+        normalise(config, config.norm, params.get("norm1"), x),
     )
     x = x + attended
     if "ffn" in params:

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
 from jax_entropy.architecture import ModelConfig, architecture
+from jax_entropy.config import default_config
 from jax_entropy.model import Transformer
 
 TARGETS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")
@@ -21,7 +23,6 @@ ARCHITECTURES = (
 )  # fmt: skip
 # A few of them that go through every line of the model.
 VARIED = ("SM+LN+G", "SM+WNorm(QKVO+FFN)", "EReg(SM(t)+ScFuFFN^1)", ARCHITECTURES[-2], ARCHITECTURES[-1])
-
 
 
 def _quick_to_compile() -> dict[str, Any]:
@@ -45,7 +46,7 @@ def assert_gradients(function, *arguments, step: float = 1e-6, rtol: float = 1e-
         along = jax.tree.map(lambda leaf: rng.standard_normal(np.shape(leaf)), arguments[i])
 
         def at(distance, i=i, along=along):
-            moved = jax.tree.map(lambda leaf, d: leaf + distance * d, arguments[i], along)
+            moved = jax.tree.map(lambda leaf, direction: leaf + distance * direction, arguments[i], along)
             return value(*arguments[:i], moved, *arguments[i + 1 :])
 
         slope = sum(np.sum(g * d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(along), strict=True))
@@ -53,9 +54,27 @@ def assert_gradients(function, *arguments, step: float = 1e-6, rtol: float = 1e-
         np.testing.assert_allclose(slope, (at(step) - at(-step)) / (2 * step), rtol=rtol)
 
 
+def changed(params: Any, path: str, change) -> Any:
+    """Parameters with one of them changed."""
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict(flat | {path: change(flat[path])}, sep="/")
+
+
 def tiny(name: str, **overrides: Any) -> ModelConfig:
     size = dict(num_layers=2, num_heads=2, model_dim=16, context_length=16, vocab_size=61)
     return architecture(name, **(size | dict(init_std=0.15, temperature_init=0.5) | overrides))
+
+
+def run_config(architecture_name: str, **fields: Any) -> ConfigDict:
+    """The config of a run of such a model; `fields` as {"train.num_steps": 20}."""
+    config = default_config(architecture_name)
+    config.model.update(num_layers=2, num_heads=2, model_dim=16, context_length=16, init_std=0.15, temperature_init=0.5)
+    config.train.update(num_steps=20, batch_size=8)
+    # gradients that are zero but for rounding stay next to zero
+    config.optimizer.update(learning_rate=1e-2, warmup=0.0, schedule="constant", epsilon=1e-3)
+    config.penalty.update(weight=0.3, reduction="row_mean", tolerance=0.05)
+    config.update_from_flattened_dict(fields)
+    return config
 
 
 def random_tokens(batch_size: int, length: int, seed: int = 0) -> jax.Array:

@@ -1,0 +1,110 @@
+"""Held-out figures: computed directly once more, whatever the batch, in the bytes of the text."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jax_entropy import evaluate as evaluate_module
+from jax_entropy.evaluate import evaluate
+from jax_entropy.model import Transformer
+from jax_entropy.sharding import batch_sharding, make_mesh
+from tests import reference_model as reference
+from tests.tiny_model import VARIED, jit, random_tokens, scattered, tiny
+
+BYTES = np.random.default_rng(5).integers(0, 7, 61).astype(np.int32)
+ROWS = np.asarray(random_tokens(7, 17, seed=3))
+
+quickly_compiled = jit(evaluate_module._evaluate_batch.__wrapped__, static_argnums=0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(evaluate_module, "_evaluate_batch", quickly_compiled)
+
+
+def batches(size, padding=0):
+    """The rows in batches of a size; the last is padded with rows of token 60 and weight 0."""
+    for start in range(0, len(ROWS), size):
+        rows = ROWS[start : start + size]
+        missing = size - len(rows)
+        weight = np.asarray([1.0] * len(rows) + [0.0] * missing, np.float32)
+        yield np.concatenate([rows, np.full((missing, 17), padding, np.int32)]), weight
+
+
+def run(config, *args, **kwargs):
+    return evaluate(Transformer(config), scattered(config), batches(*args, **kwargs), BYTES)
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_the_figures_are_those_of_a_direct_computation(name):
+    config = tiny(name)
+    logits, entropy, *_ = reference.forward(config, scattered(config), ROWS[:, :-1])
+    targets = ROWS[:, 1:]
+    picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    largest = logits.max(-1)
+    nats = (np.log(np.exp(logits - largest[..., None]).sum(-1)) + largest - picked).sum()
+
+    result = run(config, 4)
+    assert result["validation_loss"] == pytest.approx(nats / targets.size, rel=1e-5)
+    assert result["validation_perplexity"] == pytest.approx(math.exp(nats / targets.size), rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / BYTES[targets].sum(), rel=1e-5)
+    np.testing.assert_allclose(result["head_entropy"], entropy.mean((1, 3)), rtol=1e-4)
+    assert (result["tokens"], result["context_length"]) == (targets.size, 16) == (112, 16)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16])
+def test_the_batch_does_not_change_the_figures(size):
+    config = tiny("EReg(SM(t)+ScFuFFN^1)")
+    one, other = run(config, 4), run(config, size, padding=60)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(other[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_weights_count_rows():
+    """A row of weight 2 counts as two rows."""
+    config = tiny("SM+LN+G")
+    model, variables = Transformer(config), scattered(config)
+    weighted = evaluate(model, variables, [(ROWS[:2], np.asarray([2.0, 1.0], np.float32))], BYTES)
+    repeated = evaluate(model, variables, [(ROWS[[0, 0, 1]], np.ones(3, np.float32))], BYTES)
+    for name, value in repeated.items():
+        np.testing.assert_allclose(weighted[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_figures_of_a_model_that_knows_nothing():
+    """Equal logits: log V nats a token; one byte a token: log2 V bits a byte; keys all alike: entropies log i."""
+    config = tiny("SM+LN+G")
+    variables = jax.tree.map(np.zeros_like, scattered(config))
+    result = evaluate(Transformer(config), variables, [(ROWS, np.ones(7, np.float32))], np.ones(61, np.int32))
+    assert result["validation_loss"] == pytest.approx(math.log(61), rel=1e-6)
+    assert result["validation_perplexity"] == pytest.approx(61, rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(math.log2(61), rel=1e-6)
+    np.testing.assert_allclose(result["head_entropy"], np.log(np.arange(1, 17)).mean(), rtol=1e-5)
+
+
+def test_batches_on_a_mesh_give_the_same_figures():
+    config, mesh = tiny("EReg(SM(t)+ScFuFFN^1)"), make_mesh(2, 4, 1)
+    placed = [tuple(jax.device_put(part, batch_sharding(mesh)) for part in batch) for batch in batches(8)]
+    with jax.set_mesh(mesh):
+        result = evaluate(Transformer(config), scattered(config), placed, BYTES)
+    for name, value in run(config, 4).items():
+        np.testing.assert_allclose(result[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_dropout_is_off_and_spectral_vectors_stay():
+    config = tiny("SM+LN+SNorm(QK)", embedding_dropout=0.9)
+    variables = scattered(config)
+    before = jax.tree.map(np.array, variables)
+    first, again = run(config, 7), run(config, 7)
+    assert first["validation_loss"] == again["validation_loss"]
+    assert run(tiny("SM+LN+SNorm(QK)"), 7)["validation_loss"] == first["validation_loss"]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.all(a == b)), before, variables))
+
+
+def test_a_loss_that_is_no_number_is_shown():
+    config = tiny("SM+LN+G")
+    variables = jax.tree.map(lambda leaf: leaf * np.nan, scattered(config))
+    result = evaluate(Transformer(config), variables, batches(7), BYTES)
+    assert math.isnan(result["validation_loss"]) and math.isnan(result["bits_per_byte"])

@@ -1,0 +1,130 @@
+"""What a run watches, against NumPy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from jax_entropy.attention import AttentionStats
+from jax_entropy.metrics import entropy_metrics, gradient_norms, temperature_metrics
+from jax_entropy.model import Aux
+from tests.tiny_model import ARCHITECTURES, changed, jit, scattered, tiny
+
+L, B, N, T = 3, 4, 2, 16
+
+
+def random_aux(with_threshold=True):
+    rng = np.random.default_rng(0)
+    stats = [rng.uniform(0.1, math.log(T), (L, B, N, T)).astype(np.float32) for _ in range(3)]
+    return Aux(AttentionStats(*stats), rng.uniform(size=(L, N)).astype(np.float32) if with_threshold else None)
+
+
+def quarters(entropy, maximum):
+    share = np.clip((entropy / maximum * 4).astype(int), 0, 3)
+    return np.bincount(share.ravel(), minlength=4) / share.size
+
+
+def test_entropy_metrics():
+    aux = random_aux()
+    metrics = entropy_metrics(aux)
+    head = aux.stats.entropy.astype(np.float64).mean((1, 3))
+    causal = np.log(np.arange(1, T + 1)).mean()
+    expected = dict(
+        head_entropy=head,
+        layer_entropy=head.mean(1),
+        bands_observed=quarters(head, head.max()),
+        bands_context=quarters(head, math.log(T)),
+        bands_causal=quarters(head, causal),
+        collapse=quarters(head, head.max())[0],
+        overload=quarters(head, head.max())[3],
+        max_logit=aux.stats.max_logit.max((1, 2, 3)),
+        nan_count=np.zeros(L),
+        inf_count=np.zeros(L),
+        threshold=aux.threshold,
+        threshold_mean=aux.threshold.mean(1),
+        threshold_variance=aux.threshold.var(1),
+    )
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_three_maxima_give_three_shares():
+    """Heads at 0.6 of log T: in the third quarter of log T, in the last of what causal heads reach."""
+    stats = AttentionStats(*[np.full((L, B, N, T), 0.6 * math.log(T), np.float32)] * 3)
+    metrics = entropy_metrics(Aux(stats, None))
+    np.testing.assert_array_equal(metrics["bands_observed"], [0, 0, 0, 1])
+    np.testing.assert_array_equal(metrics["bands_context"], [0, 0, 1, 0])
+    np.testing.assert_array_equal(metrics["bands_causal"], [0, 0, 0, 1])
+    assert metrics["overload"] == 1 and metrics["collapse"] == 0
+
+
+def test_without_thresholds_there_are_none_to_watch():
+    assert not [name for name in entropy_metrics(random_aux(with_threshold=False)) if name.startswith("threshold")]
+
+
+def test_numbers_that_are_none_are_counted_in_their_layer():
+    aux = random_aux()
+    aux.stats.entropy[1, :2, 0, 3] = math.nan
+    aux.stats.entropy[2, 0, 0, 0] = math.nan
+    aux.stats.logsumexp[0, 1, 1, :5] = math.inf
+    aux.stats.logsumexp[2, 1, 1, 0] = -math.inf
+    metrics = entropy_metrics(aux)
+    np.testing.assert_array_equal(metrics["nan_count"], [0, 2, 1])
+    np.testing.assert_array_equal(metrics["inf_count"], [5, 0, 1])
+    np.testing.assert_array_equal(np.isnan(metrics["head_entropy"]), [[False, False], [True, False], [True, False]])
+    np.testing.assert_allclose(np.sum(metrics["bands_observed"]), 4 / 6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("parameter", ["direct", "log"])
+@pytest.mark.parametrize("without_ffn", [0, 1, 3])
+def test_temperatures(parameter, without_ffn):
+    config = tiny("SM(t)", num_layers=3, ffn_free_layers=without_ffn, temperature_parameter=parameter)
+    params = scattered(config)["params"]
+    stacks = [params[s]["attention"]["temperature"] for s in ("blocks", "blocks_without_ffn") if s in params]
+    t = np.concatenate(stacks).astype(np.float64)
+    t = np.exp(t) if parameter == "log" else np.sqrt(t**2 + 1e-8)
+    metrics = temperature_metrics(params, config)["temperature"]
+    assert metrics.keys() == {"mean", "min", "max"} and t.shape[0] == 3
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, getattr(np, name)(t, axis=(1, 2)), rtol=1e-5)
+
+
+def test_without_temperatures_there_are_none_to_watch():
+    config = tiny("SM+ScFuFFN")
+    assert temperature_metrics(scattered(config)["params"], config) == {}
+
+
+def group_of(path):
+    if path[-1] in ("token_embedding", "position_embedding", "head"):
+        return "embedding"
+    if path[-1] in ("temperature", "threshold"):
+        return path[-1]
+    if path[-1] in ("alpha", "beta", "negative_slope"):
+        return "scale"
+    return "norm" if "norm" in path[-2] else {"attention": "attention", "ffn": "feed_forward"}[path[-3]]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradient_norms_are_of_groups_that_part_the_parameters(name):
+    gradients = scattered(tiny(name, tied_head=False, bias="all"))["params"]
+    squares = {}
+    for path, leaf in flatten_dict(gradients).items():
+        squares[group_of(path)] = squares.get(group_of(path), 0) + np.square(np.asarray(leaf, np.float64)).sum()
+    norms = jax.device_get(jit(gradient_norms)(gradients))
+    assert norms.keys() == squares.keys()
+    for group, square in squares.items():
+        assert norms[group] == pytest.approx(math.sqrt(square), rel=1e-5), group
+    total = sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(gradients))
+    assert math.sqrt(sum(float(norm) ** 2 for norm in norms.values())) == pytest.approx(math.sqrt(total), rel=1e-5)
+
+
+def test_gradient_norms_of_a_gradient_that_is_not_a_number_say_where():
+    gradients = scattered(tiny("SM+LN+G"))["params"]
+    path = "blocks/attention/query/kernel"
+    gradients = changed(gradients, path, lambda kernel: kernel.at[1, 0, 0, 0].set(jnp.nan))
+    norms = jit(gradient_norms)(gradients)
+    assert [group for group, norm in norms.items() if np.isnan(norm)] == ["attention"]

@@ -1,0 +1,114 @@
+"""The optimiser by hand: schedules, what decays, clipping, and AdamW's own arithmetic."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from jax_entropy.config import default_config
+from jax_entropy.errors import UserError
+from jax_entropy.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from tests.tiny_model import ARCHITECTURES, jit, shapes, tiny
+
+
+def options(**fields):
+    config = default_config("SM").optimizer
+    config.update(learning_rate=0.2, end_learning_rate=0.02, **fields)
+    return config
+
+
+def by_hand(step, schedule, warmup, num_steps, peak=0.2, end=0.02):
+    if step < warmup:
+        return peak * step / warmup
+    share = min((step - warmup) / (num_steps - warmup), 1)
+    return {
+        "linear": peak + (end - peak) * share,
+        "cosine": end + (peak - end) * (1 + math.cos(math.pi * share)) / 2,
+        "constant": peak,
+    }[schedule]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0.05, 5), (0.0, 0), (7.0, 7), (1.0, 1), (0.004, 0)])
+def test_learning_rates(schedule, warmup, steps):
+    rate = learning_rate_schedule(options(schedule=schedule, warmup=warmup), 100)
+    for step in (0, 1, 4, 5, 6, 7, 8, 50, 99, 100, 1000):
+        assert float(rate(step)) == pytest.approx(by_hand(step, schedule, steps, 100), rel=1e-5, abs=1e-8), step
+
+
+def test_the_papers_schedule():
+    """5 % warm-up to 1e-3, linearly down to 1e-7 over 32,621 steps."""
+    rate = learning_rate_schedule(default_config("SM").optimizer, 32_621)
+    assert float(rate(0)) == 0
+    assert float(rate(1631)) == pytest.approx(1e-3, rel=1e-5)
+    assert float(rate((1631 + 32_621) // 2)) == pytest.approx(5e-4, rel=1e-3)
+    assert float(rate(32_621)) == pytest.approx(1e-7, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_steps", "message"),
+    [
+        (dict(warmup=100.0), 100, "warmup=100.0 leaves none of the 100 steps"),
+        (dict(warmup=2000.0), 100, "warmup=2000.0"),
+        (dict(warmup=0.999), 100, "warmup=0.999"),
+        (dict(schedule="cosin"), 100, "schedule='cosin' is not known; did you mean 'cosine'"),
+    ],
+)
+def test_schedules_that_cannot_work(fields, num_steps, message):
+    with pytest.raises(UserError, match=message):
+        learning_rate_schedule(options(**fields), num_steps)
+
+
+EXEMPT = {"bias", "scale", "gain", "temperature", "threshold", "alpha", "beta", "negative_slope"}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("fields", [{}, dict(bias="all", tied_head=False)])
+def test_matrices_and_embeddings_decay_and_nothing_else(name, fields):
+    params = shapes(tiny(name, **fields))["params"]
+    mask = flatten_dict(decay_mask(params))
+    assert mask.keys() == flatten_dict(params).keys()
+    decayed = {path for path, decays in mask.items() if decays}
+    assert {path[-1] for path in mask.keys() - decayed} <= EXEMPT
+    assert {path[-1] for path in decayed} <= {"kernel", "token_embedding", "position_embedding", "head"}
+    assert decayed >= {("token_embedding",), ("position_embedding",)}
+    layers = [stack for stack in ("blocks", "blocks_without_ffn") if stack in params]
+    assert decayed >= {(s, "attention", p, "kernel") for s in layers for p in ("query", "key", "value", "out")}
+
+
+def test_a_decay_without_gradient_shrinks_what_decays():
+    params = {"kernel": jnp.ones(3), "bias": jnp.ones(3), "threshold": jnp.ones(3), "head": jnp.ones(3)}
+    optimizer = make_optimizer(options(schedule="constant", warmup=0.0, weight_decay=0.1), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for name, update in updates.items():
+        np.testing.assert_allclose(update, -0.2 * 0.1 if name in ("kernel", "head") else 0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("clip_norm", "expected"), [(1.0, 1.0), (0.5, 0.5), (100.0, 10.0), (0.0, 10.0)])
+def test_clipping_is_by_the_norm_of_all_gradients(clip_norm, expected):
+    gradients = {"kernel": jnp.full(50, 1.0), "bias": jnp.full(50, -1.0)}
+    optimizer = make_optimizer(options(clip_norm=clip_norm, beta1=0.9), 10)
+    _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    moments = optax.tree_utils.tree_get(state, "mu")
+    assert float(optax.global_norm(moments)) == pytest.approx(0.1 * expected, rel=1e-5)
+
+
+def test_adamw_by_hand():
+    fields = dict(beta1=0.8, beta2=0.95, epsilon=1e-3, weight_decay=0.3, clip_norm=0.0, warmup=0.2)
+    optimizer = make_optimizer(options(**fields), 10)
+    rng = np.random.default_rng(0)
+    p = rng.standard_normal(5)
+    params, m, v = {"kernel": jnp.asarray(p, jnp.float32)}, np.zeros(5), np.zeros(5)
+    state, update = optimizer.init(params), jit(optimizer.update)
+    for step in range(6):
+        g = rng.standard_normal(5)
+        updates, state = update({"kernel": jnp.asarray(g, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+        adam = m / (1 - 0.8 ** (step + 1)) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-3)
+        p = p - by_hand(step, "linear", 2, 10) * (adam + 0.3 * p)
+        np.testing.assert_allclose(params["kernel"], p, rtol=1e-5, atol=1e-6)

@@ -40,8 +40,8 @@ def attention(
       q_BxTxNxH: queries.
       k_BxSxNxH, v_BxSxNxH: keys and values.
       temperature_NxT: divisor t of the scaled logits by head and query position; None is 1.
-      implementation: "dense" keeps every weight, "blockwise" none of them, "auto" takes the faster one by a measured
-        rule: see `choose`.
+      implementation: "dense" keeps every weight; "blockwise" none of them, in reverse mode only (no jvp, no second
+        derivative); "auto" takes the faster one, see `choose`.
 
     Returns:
       out [B, T, N, H] in the type of q, and AttentionStats.
@@ -51,7 +51,7 @@ def attention(
     """
     _check_shapes(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT)
     (_, T, N, H), S = q_BxTxNxH.shape, k_BxSxNxH.shape[1]
-    dtype = jnp.promote_types(q_BxTxNxH.dtype, jnp.float32)
+    dtype = jnp.result_type(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, jnp.float32)
     scale_NxT = jnp.full((N, T), H**-0.5, dtype)
     if temperature_NxT is not None:
         scale_NxT = scale_NxT / temperature_NxT.astype(dtype)
@@ -61,24 +61,23 @@ def attention(
 
 
 def choose(T: int, S: int) -> str:
-    """The rule of "auto": blockwise as soon as a tile is worth its loop (docs/benchmarks/attention.md).
+    """The rule of "auto", measured on CPU (docs/benchmarks/attention.md).
 
-    Forward + backward on 2 CPU cores, blockwise is faster from 64 positions on; below, dense compiles faster and the
-    difference drowns in the rest of a step.
+    Up to 64 × 64 logits a head both take the same time and dense compiles faster; beyond, blockwise takes less time,
+    forward and backward, in float32 and bfloat16.
     """
-    return "blockwise" if T * S >= 64 * 64 else "dense"
+    return "dense" if T * S <= 64 * 64 else "blockwise"
 
 
 def _implementation(name: str, T: int, S: int):
     if name == "auto":
         name = choose(T, S)
-    if name not in IMPLEMENTATIONS:
-        platform = jax.default_backend()
-        choices = ("auto", *IMPLEMENTATIONS)
-        if name in ("gpu", "tpu"):
-            raise UserError(f"attention implementation {name!r} is not available on this {platform}{nearest('', choices)}")
-        raise UserError(f"there is no attention implementation {name!r}{nearest(name, choices)}")
-    return IMPLEMENTATIONS[name]
+    if name in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[name]
+    choices = ("auto", *IMPLEMENTATIONS)
+    if name in ("gpu", "tpu"):
+        raise UserError(f"attention {name!r} is not available on this {jax.default_backend()}{nearest('', choices)}")
+    raise UserError(f"unknown attention implementation {name!r}{nearest(name, choices)}")
 
 
 def _check_shapes(q, k, v, temperature) -> None:
@@ -87,9 +86,9 @@ def _check_shapes(q, k, v, temperature) -> None:
         raise UserError(f"attention needs q [B, T, N, H], k and v [B, S, N, H], not {shapes}")
     B, T, N, H = q.shape
     S = k.shape[1]
-    if k.shape != v.shape or k.shape != (B, S, N, H):
+    if not k.shape == v.shape == (B, S, N, H):
         raise UserError(f"k and v must be [B, S, N, H] with the B, N and H of q, not {shapes}")
     if not 1 <= T <= S:
         raise UserError(f"causal attention needs at least as many keys as queries (S >= T >= 1), not {shapes}")
     if temperature is not None and temperature.shape != (N, T):
-        raise UserError(f"temperature must be [N, T] = {(N, T)}, one a head and query position, not {temperature.shape}")
+        raise UserError(f"temperature must be [N, T] = {(N, T)} for {shapes}, not {temperature.shape}")

@@ -35,7 +35,7 @@ def conclude(config: ConfigDict, path: str, result: Result, command: str, consol
         console.print(f"the run in {workdir.path} is complete ({result.step} steps); nothing to train")
     if result.evaluation:
         print_evaluation(result.evaluation, console)
-    prompt = "def " if config.data.source in ("stdlib", "codeparrot") else "The "
+    prompt = "def" if config.data.source in ("stdlib", "codeparrot") else "The"
     tokens = min(_SAMPLE_TOKENS, config.model.context_length // 2)
     variables = jax.device_get(result.variables)
     for seed in range(_SAMPLES):

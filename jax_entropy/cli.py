@@ -174,7 +174,7 @@ class Parse:
     def word(self, choices: Sequence[str]) -> str:
         """Takes the word that follows the command. Raises UserError if it is none of `choices`."""
         if {"-h", "--help"} & set(self.arguments[:1]):
-            print(f"jax-entropy {self.command}: {COMMANDS[self.command].__doc__}")
+            print(f"jax-entropy {self.command}: {COMMANDS[self.command].__doc__}\n{self.command} WORD --help lists its flags")
             raise SystemExit(0)
         word = self.arguments.pop(0) if self.arguments else ""
         if word not in choices:

@@ -1,6 +1,8 @@
 """The attention operator against its float64 definition: values, every gradient, properties, memory."""
 
 import functools
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_entropy import attention
 from jax_entropy.attention import IMPLEMENTATIONS, choose
+from jax_entropy.bench.attention import bench_attention
 from jax_entropy.errors import UserError
 
 B, N, H = 2, 3, 8
@@ -33,6 +36,16 @@ def definition(q, k, v, t):
     return out, stats
 
 
+def naive(q, k, v, t):
+    """The definition once more, differentiable: −Σ p log p over the keys seen, no trick."""
+    T, S = q.shape[1], k.shape[1]
+    s = jnp.einsum("BTNH,BSNH->BNTS", q, k) / (t[None, :, :, None] * q.shape[-1] ** 0.5)
+    s = jnp.where(jnp.tril(jnp.ones((T, S), bool), S - T)[None, None], s, -jnp.inf)
+    p = jax.nn.softmax(s, axis=-1)
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", p, v), entropy, jax.nn.logsumexp(s, axis=-1)
+
+
 def inputs(T, S, scale=1.0, seed=0, dtype=np.float64, temperatures=(0.1, 10.0)):
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((B, length, N, H)) for length in (T, S, S))
@@ -52,36 +65,58 @@ def gradients(arguments, implementation, through):
 
 
 def assert_close(actual, expected, rtol=1e-6):
-    """Relative to the array's largest element: rows that cancel have no digits of their own."""
-    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=max(1e-12, rtol * float(np.abs(expected).max())))
+    """Relative to each element; what cancels to far less than the largest one has no digits of its own."""
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=1e-12 + 1e-5 * rtol * float(np.abs(expected).max()))
+
+
+def vjp(function, arguments, cotangents):
+    """Outputs and the gradients of all arguments in one compilation."""
+
+    def both(arguments, cotangents):
+        outputs, backward = jax.vjp(function, *arguments)
+        return outputs, backward(cotangents)
+
+    return jax.jit(both)(arguments, cotangents)
+
+
+@functools.cache
+def expected(T, earlier):
+    """Arguments, cotangents of out, entropy and logsumexp, and what the definition makes of them."""
+    arguments = inputs(T, T + earlier, temperatures=(0.01, 10.0))
+    rng = np.random.default_rng(1)
+    cotangents = tuple(jnp.asarray(rng.standard_normal(shape)) for shape in ((B, T, N, H), (B, N, T), (B, N, T)))
+    return arguments, cotangents, *vjp(naive, arguments, cotangents)
 
 
 @BOTH
 @pytest.mark.parametrize("T", [1, 7, 96, 129, 200, 512])
 @pytest.mark.parametrize("earlier", [0, 1, 32])
-def test_values_agree_with_the_definition(implementation, T, earlier):
-    with jax.enable_x64(True):
-        arguments = inputs(T, T + earlier, temperatures=(0.01, 10.0))
+def test_values_and_gradients_agree_with_the_definition(implementation, T, earlier):
+    def operator(*arguments):
         out, stats = attention(*arguments, implementation=implementation)
-        expected_out, expected_stats = definition(*arguments)
-        assert_close(out, expected_out)
-        for actual, expected in zip((stats.entropy, stats.logsumexp, stats.max_logit), expected_stats, strict=True):
-            assert_close(actual, expected)
+        return out, stats.entropy, stats.logsumexp
 
-
-@pytest.mark.parametrize("through", ["out", "entropy", "logsumexp"])
-@pytest.mark.parametrize("T, earlier", [(1, 0), (1, 32), (7, 1), (96, 0), (129, 32), (200, 1), (512, 0)])
-def test_gradients_of_blockwise_are_those_of_dense(T, earlier, through):
     with jax.enable_x64(True):
-        arguments = inputs(T, T + earlier, temperatures=(0.01, 10.0))
-        expected = gradients(arguments, "dense", through)
-        for actual, reference in zip(gradients(arguments, "blockwise", through), expected, strict=True):
-            assert_close(actual, reference)
-        if through != "out" and T > 1:
-            for gradient in (expected[0], expected[1], expected[3]):  # libraries lose these silently
-                assert np.abs(gradient).max() > 1e-3
-        if through == "entropy" and T == 1 and not earlier:
-            assert all(np.abs(gradient).max() < 1e-12 for gradient in expected)
+        arguments, cotangents, outputs, gradients = expected(T, earlier)
+        actual_outputs, actual_gradients = vjp(operator, arguments, cotangents)
+        by_rows, (entropy, logsumexp, max_logit) = definition(*arguments)
+        for actual, values in zip(actual_outputs, (by_rows, entropy, logsumexp), strict=True):
+            assert_close(actual, values)
+        assert_close(attention(*arguments, implementation=implementation)[1].max_logit, max_logit)
+        for actual, values in zip((*actual_outputs, *actual_gradients), (*outputs, *gradients), strict=True):
+            assert actual.dtype == jnp.float64
+            assert_close(actual, values)
+
+
+@pytest.mark.parametrize("through", ["entropy", "logsumexp"])
+def test_the_statistics_have_gradients_and_both_implementations_the_same(through):
+    """Every library attention loses these silently."""
+    arguments = inputs(129, 130, dtype=np.float32, temperatures=(0.5, 2.0))
+    dense, blockwise = (gradients(arguments, name, through) for name in ("dense", "blockwise"))
+    for argnum in (0, 1, 3):
+        assert np.abs(dense[argnum]).max() > 1e-2
+        np.testing.assert_allclose(blockwise[argnum], dense[argnum], rtol=1e-4, atol=1e-5)
+    assert not np.any(blockwise[2]) and not np.any(dense[2])
 
 
 @BOTH
@@ -133,9 +168,14 @@ def test_bfloat16_inputs_have_float32_statistics(implementation):
     assert out.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in stats)
     expected_out, expected_stats = definition(*(np.asarray(x, np.float32) for x in (q, k, v, t)))
     np.testing.assert_allclose(np.asarray(out, np.float32), expected_out, atol=0.03)
-    assert_close(stats.entropy, expected_stats[0], rtol=1e-5)
-    for actual, reference in zip(gradients((q, k, v, t), implementation, "entropy"), (q, k, v, t), strict=True):
-        assert actual.dtype == reference.dtype
+    np.testing.assert_allclose(stats.entropy, expected_stats[0], rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(stats.logsumexp, expected_stats[1], rtol=1e-5, atol=2e-6)
+    for through in ("out", "entropy", "logsumexp"):
+        precise = gradients([x.astype(jnp.float32) for x in (q, k, v, t)], implementation, through)
+        for actual, reference, argument in zip(gradients((q, k, v, t), implementation, through), precise, (q, k, v, t)):
+            assert actual.dtype == argument.dtype
+            error = np.linalg.norm(np.asarray(actual, np.float32) - reference)
+            assert error <= 0.02 * np.linalg.norm(reference)
 
 
 @BOTH
@@ -193,19 +233,31 @@ def test_no_temperature_is_a_temperature_of_one(implementation):
 
 
 @BOTH
-def test_transformations_and_shards_do_not_change_the_numbers(implementation):
+def test_transformations_do_not_change_values_or_gradients(implementation):
     arguments = inputs(130, 130, dtype=np.float32)
-    operator = functools.partial(attention, implementation=implementation)
-    expected = operator(*arguments)
+
+    def loss(*arguments):
+        out, stats = attention(*arguments, implementation=implementation)
+        return jnp.sum(out**2) + jnp.sum(stats.entropy**2) + jnp.sum(jnp.sin(stats.logsumexp))
+
+    def gradient(loss):
+        return jax.value_and_grad(loss, (0, 1, 2, 3))
 
     def close(actual):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), actual, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, reference)
 
-    close(jax.jit(operator)(*arguments))
-    close(jax.checkpoint(operator)(*arguments))
-    stacked = tuple(x[None] for x in arguments)
-    close(jax.tree.map(lambda x: x[0], jax.vmap(operator)(*stacked)))
-    close(jax.tree.map(lambda x: x[0], jax.lax.scan(lambda carry, x: (carry, operator(*x)), 0, stacked)[1]))
+    reference = gradient(loss)(*arguments)
+    close(jax.jit(gradient(loss))(*arguments))
+    close(jax.jit(gradient(jax.checkpoint(loss)))(*arguments))
+    two = tuple(jnp.stack([x, 0.5 * x]) for x in arguments)
+    close(jax.tree.map(lambda x: x[0], jax.jit(jax.vmap(gradient(loss)))(*two)))
+    close(jax.tree.map(lambda x: x[0], jax.lax.map(lambda x: gradient(loss)(*x), two)))
+
+    def scanned(*arguments):
+        return jax.lax.scan(lambda carry, x: (carry + jax.checkpoint(loss)(*x), None), 0.0, arguments)[0]
+
+    _, gradients_of_two = jax.jit(gradient(scanned))(*two)
+    close((reference[0], jax.tree.map(lambda x: x[0], gradients_of_two)))
 
 
 @BOTH
@@ -223,22 +275,60 @@ def test_batch_and_heads_may_be_sharded(implementation):
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), in_shardings=(sharding,) * 3).lower(q, k, v).compile()
     actual = compiled(*(jax.device_put(x, sharding) for x in (q, k, v)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected)
-    assert "all-gather" not in compiled.as_text()
+    assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
 
 
-def test_blockwise_keeps_no_square_array():
-    """Forward + backward at B=8, T=2048, N=12, H=64: temporaries of at most 200 MiB, and no T×T residual."""
-    shape = jax.ShapeDtypeStruct((8, 2048, 12, 64), jnp.float32)
+def sizes(jaxpr):
+    """How many elements each intermediate array has, inner functions and loops included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)
+
+
+@pytest.mark.parametrize("implementation, square", [("dense", True), ("blockwise", False), ("auto", False)])
+def test_blockwise_makes_no_square_array(implementation, square):
+    """Neither among the residuals nor on the way, forward or backward."""
 
     def loss(q, k, v):
-        out, stats = attention(q, k, v, implementation="blockwise")
+        out, stats = attention(q, k, v, implementation=implementation)
         return jnp.sum(out) + jnp.sum(stats.entropy) + jnp.sum(stats.logsumexp)
 
-    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+    x = jax.ShapeDtypeStruct((1, 512, 1, 8), jnp.float32)
+    residuals = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(loss, *x)[1], x, x, x))
+    assert any(leaf.size >= 512 * 512 for leaf in residuals) == square
+    assert any(size >= 512 * 512 for size in sizes(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x))) == square
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "auto"])
+def test_temporaries_of_a_long_context_fit_in_200_mebibytes(implementation):
+    x, t = jax.ShapeDtypeStruct((8, 2048, 12, 64), jnp.float32), jax.ShapeDtypeStruct((12, 2048), jnp.float32)
+
+    def loss(*arguments):
+        out, stats = attention(*arguments, implementation=implementation)
+        return jnp.sum(out**2) + jnp.sum(stats.entropy**2) + jnp.sum(stats.logsumexp)
+
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).lower(x, x, x, t).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 200 * 2**20
-    small = jax.ShapeDtypeStruct((1, 256, 2, 8), jnp.float32)
-    _, backward = jax.eval_shape(lambda *x: jax.vjp(loss, *x), small, small, small)
-    assert all(leaf.size < 256 * 256 for leaf in jax.tree.leaves(backward))
+
+
+def test_the_benchmark_has_a_row_for_each_implementation_and_counts_from_the_first():
+    dense, blockwise = bench_attention([(1, 256, 2, 8)], ["float32"], rounds=2)
+    assert (dense["implementation"], blockwise["implementation"]) == ("dense", "blockwise")
+    assert dense["ratio"] == 1 and blockwise["ratio"] > 0 and dense["forward ms"] > 0
+    assert blockwise["temporaries MiB"] < dense["temporaries MiB"]
+
+
+@pytest.mark.slow
+def test_blockwise_is_at_least_1_7_times_faster_than_dense_at_a_context_of_1024():
+    """In a process of its own: the virtual devices of this one share two cores."""
+    code = (
+        "from jax_entropy.bench.attention import bench_attention\n"
+        "print(bench_attention([(4, 1024, 12, 64)], ['float32'], rounds=5)[1]['ratio'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(ran.stdout.splitlines()[-1]) >= 1.7
 
 
 def test_auto_follows_its_rule():

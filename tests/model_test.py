@@ -72,9 +72,9 @@ def test_reading_with_a_cache_is_reading_at_once(name):
 
     @jit
     def read(variables):
-        """Seven tokens, then one, one and three."""
+        """Seven tokens, then one, then four."""
         cache, parts, position = empty_cache(config, 2), [], 0
-        for size in (7, 1, 1, 3):
+        for size in (7, 1, 4):
             piece = tokens[:, position : position + size]
             logits, cache = model.apply(variables, piece, cache, position, method="decode")
             parts.append(logits)

@@ -31,7 +31,7 @@ from jax_entropy.state import init_state, make_train_step
 from tests.tiny_model import ARCHITECTURES, jit, run_config
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2))
-TRAINED = ("EReg(SM(t)+ScFuFFN^1)", "EReg(SM(t)+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN^1)")
+TRAINED = ("EReg(SM(t)+ScFuFFN^1)", "EReg(SM+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN)")
 
 
 def mesh_of(shape):

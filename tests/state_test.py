@@ -15,7 +15,7 @@ from jax_entropy.optimizer import make_optimizer
 from jax_entropy.state import init_state, make_train_step
 from tests.tiny_model import changed, jit, random_tokens, run_config
 
-EREG, SPECTRAL = "EReg(SM(t)+ScFuFFN^1)", "EReg(SM(t)+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN^1)"
+EREG, SPECTRAL = "EReg(SM(t)+ScFuFFN^1)", "EReg(SM+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN)"
 
 
 def model_of(config):

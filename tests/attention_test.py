@@ -18,6 +18,7 @@ from jax_entropy.bench.attention import bench_attention
 from jax_entropy.errors import UserError
 
 B, N, H = 2, 3, 8
+compiled_attention = jax.jit(attention, static_argnames="implementation")
 BOTH = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 
 
@@ -53,6 +54,7 @@ def inputs(T, S, scale=1.0, seed=0, dtype=np.float64, temperatures=(0.1, 10.0)):
     return tuple(jnp.asarray(x, dtype) for x in (q * scale, k, v, t))
 
 
+@functools.partial(jax.jit, static_argnames=("implementation", "through"))
 def scalar(*arguments, implementation, through):
     """A number that depends on one of the operator's outputs, every element with its own weight."""
     out, stats = attention(*arguments, implementation=implementation)
@@ -67,6 +69,11 @@ def gradients(arguments, implementation, through):
 def assert_close(actual, expected, rtol=1e-6):
     """Relative to each element; what cancels to far less than the largest one has no digits of its own."""
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=1e-12 + 1e-5 * rtol * float(np.abs(expected).max()))
+
+
+def differentiable(*arguments, implementation):
+    out, stats = attention(*arguments, implementation=implementation)
+    return out, stats.entropy, stats.logsumexp
 
 
 def vjp(function, arguments, cotangents):
@@ -92,10 +99,7 @@ def expected(T, earlier):
 @pytest.mark.parametrize("T", [1, 7, 96, 129, 200, 512])
 @pytest.mark.parametrize("earlier", [0, 1, 32])
 def test_values_and_gradients_agree_with_the_definition(implementation, T, earlier):
-    def operator(*arguments):
-        out, stats = attention(*arguments, implementation=implementation)
-        return out, stats.entropy, stats.logsumexp
-
+    operator = functools.partial(differentiable, implementation=implementation)
     with jax.enable_x64(True):
         arguments, cotangents, outputs, gradients = expected(T, earlier)
         actual_outputs, actual_gradients = vjp(operator, arguments, cotangents)
@@ -147,8 +151,9 @@ def test_logits_up_to_80_and_collapsed_rows_stay_exact(implementation):
         assert_close(out, expected_out)
         assert_close(stats.entropy, expected_stats[0])
         for through in ("out", "entropy", "logsumexp"):
-            for a, b in zip(gradients((q, k, v, t), implementation, through), gradients((q, k, v, t), "dense", through)):
-                assert_close(a, b)
+            reference = gradients((q, k, v, t), "dense", through)
+            for actual, expected in zip(gradients((q, k, v, t), implementation, through), reference, strict=True):
+                assert_close(actual, expected)
 
 
 @BOTH
@@ -163,47 +168,52 @@ def test_a_row_with_one_key_has_no_entropy_and_finite_gradients(implementation):
 @BOTH
 def test_bfloat16_inputs_have_float32_statistics(implementation):
     q, k, v, t = inputs(129, 129, dtype=np.float32)
-    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-    out, stats = attention(q, k, v, t, implementation=implementation)
-    assert out.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in stats)
-    expected_out, expected_stats = definition(*(np.asarray(x, np.float32) for x in (q, k, v, t)))
+    rounded = *(x.astype(jnp.bfloat16) for x in (q, k, v)), t
+    precise = tuple(x.astype(jnp.float32) for x in rounded)
+    rng = np.random.default_rng(1)
+    dout, dentropy = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (q.shape, (B, N, 129)))
+    dout = dout.astype(jnp.bfloat16)
+    operator = functools.partial(differentiable, implementation=implementation)
+    (out, entropy, logsumexp), actual = vjp(operator, rounded, (dout, dentropy, dentropy))
+    _, reference = vjp(naive, precise, (dout.astype(jnp.float32), dentropy, dentropy))
+    assert out.dtype == jnp.bfloat16 and entropy.dtype == logsumexp.dtype == jnp.float32
+    expected_out, expected_stats = definition(*precise)
     np.testing.assert_allclose(np.asarray(out, np.float32), expected_out, atol=0.03)
-    np.testing.assert_allclose(stats.entropy, expected_stats[0], rtol=1e-5, atol=2e-6)
-    np.testing.assert_allclose(stats.logsumexp, expected_stats[1], rtol=1e-5, atol=2e-6)
-    for through in ("out", "entropy", "logsumexp"):
-        precise = gradients([x.astype(jnp.float32) for x in (q, k, v, t)], implementation, through)
-        for actual, reference, argument in zip(gradients((q, k, v, t), implementation, through), precise, (q, k, v, t)):
-            assert actual.dtype == argument.dtype
-            error = np.linalg.norm(np.asarray(actual, np.float32) - reference)
-            assert error <= 0.02 * np.linalg.norm(reference)
+    np.testing.assert_allclose(entropy, expected_stats[0], rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(logsumexp, expected_stats[1], rtol=1e-5, atol=2e-6)
+    for argument, gradient, exact in zip(rounded, actual, reference, strict=True):
+        assert gradient.dtype == argument.dtype
+        assert np.linalg.norm(np.asarray(gradient, np.float32) - exact) <= 0.01 * np.linalg.norm(exact)
 
 
 @BOTH
 def test_the_largest_logit_is_for_watching_only(implementation):
-    assert all(np.all(np.asarray(g) == 0) for g in gradients(inputs(7, 7, dtype=np.float32), implementation, "max_logit"))
+    for gradient in gradients(inputs(7, 7, dtype=np.float32), implementation, "max_logit"):
+        assert np.all(np.asarray(gradient) == 0)
 
 
 @BOTH
-@hypothesis.given(st.integers(1, 40), st.integers(0, 5), st.floats(0.05, 20.0), st.integers(0, 10**6))
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(st.sampled_from([1, 2, 40, 130]), st.sampled_from([0, 5]), st.floats(0.05, 50), st.integers(0, 10**6))
+@hypothesis.settings(max_examples=30, deadline=None)
 def test_entropy_lies_between_0_and_the_logarithm_of_the_keys_seen(implementation, T, earlier, scale, seed):
-    _, stats = attention(*inputs(T, T + earlier, scale, seed, np.float32), implementation=implementation)
+    _, stats = compiled_attention(*inputs(T, T + earlier, scale, seed, np.float32), implementation=implementation)
     most = np.log(np.arange(T) + 1 + earlier)
-    assert np.all(np.asarray(stats.entropy) >= -1e-6) and np.all(np.asarray(stats.entropy) <= most + 2e-6)
+    assert np.all(np.asarray(stats.entropy) >= 0) and np.all(np.asarray(stats.entropy) <= most + 2e-6)
+    if not earlier:
+        assert np.all(np.asarray(stats.entropy[..., 0]) == 0)
 
 
 @BOTH
 @hypothesis.given(st.integers(0, 10**6), st.floats(-30, 30))
-@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.settings(max_examples=30, deadline=None)
 def test_a_constant_added_to_a_row_of_logits_changes_nothing_but_the_logsumexp(implementation, seed, constant):
     """The constant enters through a feature in which all keys are 1."""
     with jax.enable_x64(True):
         q, k, v, t = inputs(33, 33, seed=seed)
         k = k.at[..., 0].set(1.0)
         shifted = q.at[..., 0].add(constant * jnp.swapaxes(t, 0, 1)[None] * H**0.5)
-        (out, stats), (moved, moved_stats) = (
-            attention(x, k, v, t, implementation=implementation) for x in (q, shifted)
-        )
+        out, stats = compiled_attention(q, k, v, t, implementation=implementation)
+        moved, moved_stats = compiled_attention(shifted, k, v, t, implementation=implementation)
         np.testing.assert_allclose(moved, out, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(moved_stats.entropy, stats.entropy, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(moved_stats.logsumexp, stats.logsumexp + constant, rtol=1e-9, atol=1e-9)
@@ -213,13 +223,14 @@ def test_a_constant_added_to_a_row_of_logits_changes_nothing_but_the_logsumexp(i
 @pytest.mark.parametrize("T, earlier", [(150, 0), (20, 140)])
 def test_no_query_sees_a_later_key(implementation, T, earlier):
     arguments = inputs(T, T + earlier, dtype=np.float32)
+
+    @jax.jit
+    def one_row(k, v, row):
+        out, stats = attention(arguments[0], k, v, arguments[3], implementation=implementation)
+        return jnp.sum(out[:, row]) + jnp.sum(stats.entropy[..., row]) + jnp.sum(stats.logsumexp[..., row])
+
     for row in (0, T // 2, T - 1):
-
-        def one_row(k, v, row=row):
-            out, stats = attention(arguments[0], k, v, arguments[3], implementation=implementation)
-            return jnp.sum(out[:, row]) + jnp.sum(stats.entropy[..., row]) + jnp.sum(stats.logsumexp[..., row])
-
-        for gradient in jax.grad(one_row, (0, 1))(*arguments[1:3]):
+        for gradient in jax.grad(one_row, (0, 1))(*arguments[1:3], row):
             assert np.all(np.asarray(gradient[:, row + earlier + 1 :]) == 0)
             assert np.any(np.asarray(gradient[:, row + earlier]) != 0)
 
@@ -338,7 +349,7 @@ def test_auto_follows_its_rule():
     jax.tree.map(np.testing.assert_array_equal, attention(*arguments), expected)
 
 
-@pytest.mark.parametrize("name, named", [("flash", "blockwise"), ("gpu", "dense"), ("tpu", "dense"), ("densse", "dense")])
+@pytest.mark.parametrize("name, named", [("flash", "blockwise"), ("gpu", "dense"), ("tpu", "auto"), ("dnse", "dense")])
 def test_an_implementation_that_is_not_here_is_an_error_that_says_which_is(name, named):
     with pytest.raises(UserError, match=name) as caught:
         attention(*inputs(4, 4, dtype=np.float32), implementation=name)

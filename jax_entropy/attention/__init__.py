@@ -39,7 +39,7 @@ def attention(
     Args:
       q_BxTxNxH: queries.
       k_BxSxNxH, v_BxSxNxH: keys and values.
-      temperature_NxT: divisor t of the scaled logits by head and query position; None is 1.
+      temperature_NxT: positive divisor t of the scaled logits by head and query position; None is 1.
       implementation: "dense" keeps every weight; "blockwise" none of them, in reverse mode only (no jvp, no second
         derivative); "auto" takes the faster one, see `choose`.
 

@@ -32,8 +32,8 @@ def blockwise_attention(
         def key_block(j, running):
             visible_QxK = j * K + jnp.arange(K)[None] <= last_key_Q[:, None]
             s_BxNxQxK = _dot("BNQH,BNKH->BNQK", q_BxNxQxH, _block(k_BxSxNxH, j, K), dtype)
-            s_BxNxQxK = jnp.where(visible_QxK[None, None], s_BxNxQxK * scale_NxQ[None, :, :, None], _MASKED)
-            return _accumulate(running, s_BxNxQxK, _block(v_BxSxNxH, j, K))
+            s_BxNxQxK = jnp.where(visible_QxK[None, None], s_BxNxQxK, _MASKED)
+            return _accumulate(running, s_BxNxQxK, scale_NxQ, _block(v_BxSxNxH, j, K))
 
         zeros_BxNxQ = jnp.zeros((B, N, Q), dtype)
         start = (jnp.zeros((B, N, Q, H), dtype), zeros_BxNxQ, zeros_BxNxQ, zeros_BxNxQ + _MASKED)
@@ -41,6 +41,7 @@ def blockwise_attention(
         out_BxNxQxH, z_BxNxQ, w_BxNxQ, max_BxNxQ = lax.fori_loop(0, num_visible, key_block, start)
         out_BxQxNxH = (out_BxNxQxH / z_BxNxQ[..., None]).swapaxes(1, 2).astype(q_BxTxNxH.dtype)
         log_z_BxNxQ = jnp.log(z_BxNxQ)
+        max_BxNxQ *= scale_NxQ[None]
         stats_BxNxQ = (log_z_BxNxQ - w_BxNxQ / z_BxNxQ, max_BxNxQ + log_z_BxNxQ, max_BxNxQ)
         out_BxTxNxH, *stats_BxNxT = results
         stats_BxNxT = (_put(x, y, i, 2) for x, y in zip(stats_BxNxT, stats_BxNxQ))
@@ -51,13 +52,16 @@ def blockwise_attention(
     return out_BxTxNxH[:, :T], *(x[..., :T] for x in stats_BxNxT)
 
 
-def _accumulate(running, s_BxNxQxK: jax.Array, v_BxNxKxH: jax.Array):
-    """Adds a tile of logits to the running Σ e^(s−m)·v, z = Σ e^(s−m), w = Σ e^(s−m)·(s−m) and m = max s."""
+def _accumulate(running, s_BxNxQxK: jax.Array, scale_NxQ: jax.Array, v_BxNxKxH: jax.Array):
+    """Adds a tile to the running Σ e^(s−m)·v, z = Σ e^(s−m), w = Σ e^(s−m)·(s−m), and max q·k, which gives m.
+
+    Scaled after the maximum is taken off: what is exactly 0 then stays so, and no entropy falls below 0.
+    """
     out_BxNxQxH, z_BxNxQ, w_BxNxQ, old_max_BxNxQ = running
     max_BxNxQ = jnp.maximum(old_max_BxNxQ, jnp.max(s_BxNxQxK, axis=-1))
-    s_BxNxQxK = s_BxNxQxK - max_BxNxQ[..., None]
+    s_BxNxQxK = (s_BxNxQxK - max_BxNxQ[..., None]) * scale_NxQ[None, :, :, None]
     e_BxNxQxK = jnp.exp(s_BxNxQxK)
-    shift_BxNxQ = old_max_BxNxQ - max_BxNxQ
+    shift_BxNxQ = (old_max_BxNxQ - max_BxNxQ) * scale_NxQ[None]
     decay_BxNxQ = jnp.exp(shift_BxNxQ)
     w_BxNxQ = decay_BxNxQ * (w_BxNxQ + z_BxNxQ * shift_BxNxQ) + jnp.sum(e_BxNxQxK * s_BxNxQxK, axis=-1)
     z_BxNxQ = decay_BxNxQ * z_BxNxQ + jnp.sum(e_BxNxQxK, axis=-1)

@@ -15,9 +15,11 @@ def dense_attention(
     visible_TxS = jnp.arange(S)[None] <= jnp.arange(T)[:, None] + S - T
     s_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q_BxTxNxH, k_BxSxNxH, preferred_element_type=scale_NxT.dtype)
     # Finite, so that a masked key adds 0 · finite to the entropy and to every gradient, never 0 · inf.
-    s_BxNxTxS = jnp.where(visible_TxS[None, None], s_BxNxTxS * scale_NxT[None, :, :, None], -1e30)
+    s_BxNxTxS = jnp.where(visible_TxS[None, None], s_BxNxTxS, -1e30)
     max_BxNxT = jax.lax.stop_gradient(jnp.max(s_BxNxTxS, axis=-1))
-    s_BxNxTxS = s_BxNxTxS - max_BxNxT[..., None]
+    # Scaled after the maximum is taken off: what is exactly 0 then stays so, and no entropy falls below 0.
+    s_BxNxTxS = (s_BxNxTxS - max_BxNxT[..., None]) * scale_NxT[None, :, :, None]
+    max_BxNxT = max_BxNxT * scale_NxT[None]
     e_BxNxTxS = jnp.exp(s_BxNxTxS)
     z_BxNxT = jnp.sum(e_BxNxTxS, axis=-1)
     entropy_BxNxT = jnp.log(z_BxNxT) - jnp.sum(e_BxNxTxS * s_BxNxTxS, axis=-1) / z_BxNxT

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_entropy import attention
 from jax_entropy.attention import IMPLEMENTATIONS, choose
@@ -272,20 +272,25 @@ def test_transformations_do_not_change_values_or_gradients(implementation):
 
 
 @BOTH
-def test_batch_and_heads_may_be_sharded(implementation):
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_batch_and_heads_may_be_sharded(implementation, axis_type):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((4, 130, 4, H)), jnp.float32) for _ in range(3))
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    arguments = q, k, v, jnp.linspace(0.5, 2.0, 4 * 130).reshape(4, 130)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+    specs = *(PartitionSpec("data", None, "tensor"),) * 3, PartitionSpec("tensor")
 
-    def loss(q, k, v):
-        out, stats = attention(q, k, v, implementation=implementation)
+    def loss(*arguments):
+        out, stats = attention(*arguments, implementation=implementation)
         return jnp.sum(out**2) + jnp.sum(stats.entropy**2)
 
-    expected = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), in_shardings=(sharding,) * 3).lower(q, k, v).compile()
-    actual = compiled(*(jax.device_put(x, sharding) for x in (q, k, v)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected)
+    expected = jax.value_and_grad(loss, (0, 1, 2, 3))(*arguments)
+    with jax.set_mesh(mesh):
+        arguments = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs, strict=True))
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).lower(*arguments).compile()
+        actual = compiled(*arguments)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(lambda a, b: close(np.asarray(a), np.asarray(b)), actual, expected)
     assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
 
 

@@ -55,6 +55,8 @@ def test_the_model_is_the_papers(name):
         ("SM(t)", dict(temperature_parameter="log", ffn_dim=24, num_heads=4)),
         ("SM+RN+ScFFN^2", dict(num_layers=4, bias="all", norm_epsilon=0.1)),
         ("SM+LN+LR(-0.5)", dict(num_layers=1, num_heads=1)),
+        ("EReg(SM(t)+ScFuFFN)", dict(attention="blockwise")),
+        ("EReg(SM(t)+ScFuFFN)", dict(attention="dense")),
     ],
 )
 def test_the_fields_that_the_notation_leaves_open(name, overrides):
@@ -189,6 +191,11 @@ def test_a_context_may_be_filled_but_not_passed():
     assert logits.shape == (3, 1, 61) and aux.stats.entropy.shape == (2, 3, 2, 1)
     with pytest.raises(UserError, match="17 tokens do not fit into context_length=16"):
         run(jnp.zeros((3, 17), jnp.int32))
+
+
+def test_an_attention_that_does_not_exist_is_named_before_anything_is_compiled():
+    with pytest.raises(UserError, match="'blockwize'.*blockwise"):
+        shapes(tiny("SM", attention="blockwize"))
 
 
 def test_logits_do_not_depend_on_the_tokens_that_follow():

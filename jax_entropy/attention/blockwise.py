@@ -20,7 +20,7 @@ def blockwise_attention(
     q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k)."""
-    (B, T, N, H), S, dtype = q_BxTxNxH.shape, k_BxSxNxH.shape[1], scale_NxT.dtype
+    T, S, dtype = q_BxTxNxH.shape[1], k_BxSxNxH.shape[1], scale_NxT.dtype
     (num_queries, Q), (num_keys, K) = _blocks(T), _blocks(S)
     q_BxTxNxH, scale_NxT = (_pad(x, num_queries * Q, 1) for x in (q_BxTxNxH, scale_NxT))
     k_BxSxNxH, v_BxSxNxH = (_pad(x, num_keys * K, 1) for x in (k_BxSxNxH, v_BxSxNxH))
@@ -35,8 +35,9 @@ def blockwise_attention(
             s_BxNxQxK = jnp.where(visible_QxK[None, None], s_BxNxQxK, _MASKED)
             return _accumulate(running, s_BxNxQxK, scale_NxQ, _block(v_BxSxNxH, j, K))
 
-        zeros_BxNxQ = jnp.zeros((B, N, Q), dtype)
-        start = (jnp.zeros((B, N, Q, H), dtype), zeros_BxNxQ, zeros_BxNxQ, zeros_BxNxQ + _MASKED)
+        zeros_BxNxQxH = jnp.zeros_like(q_BxNxQxH, dtype)
+        zeros_BxNxQ = zeros_BxNxQxH[..., 0]
+        start = (zeros_BxNxQxH, zeros_BxNxQ, zeros_BxNxQ, zeros_BxNxQ + _MASKED)
         num_visible = jnp.minimum(last_key_Q[-1] // K + 1, num_keys)
         out_BxNxQxH, z_BxNxQ, w_BxNxQ, max_BxNxQ = lax.fori_loop(0, num_visible, key_block, start)
         out_BxQxNxH = (out_BxNxQxH / z_BxNxQ[..., None]).swapaxes(1, 2).astype(q_BxTxNxH.dtype)
@@ -47,7 +48,8 @@ def blockwise_attention(
         stats_BxNxT = (_put(x, y, i, 2) for x, y in zip(stats_BxNxT, stats_BxNxQ))
         return _put(out_BxTxNxH, out_BxQxNxH, i, 1), *stats_BxNxT
 
-    start = (jnp.zeros_like(q_BxTxNxH), *(jnp.zeros((B, N, num_queries * Q), dtype),) * 3)
+    zeros_BxNxT = jnp.zeros_like(q_BxTxNxH[..., 0].swapaxes(1, 2), dtype)
+    start = (jnp.zeros_like(q_BxTxNxH), zeros_BxNxT, zeros_BxNxT, zeros_BxNxT)
     out_BxTxNxH, *stats_BxNxT = lax.fori_loop(0, num_queries, query_block, start)
     return out_BxTxNxH[:, :T], *(x[..., :T] for x in stats_BxNxT)
 
@@ -79,11 +81,11 @@ def _backward(residuals, cotangents):
     """With p = e^(s−lse): ds = p · (dout·v − dout·out + dlse − dentropy · (log p + entropy)), tile by tile."""
     q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, out_BxTxNxH, entropy_BxNxT, lse_BxNxT = residuals
     dout_BxTxNxH, dentropy_BxNxT, dlse_BxNxT, _ = cotangents
-    (B, T, N, H), S, dtype = q_BxTxNxH.shape, k_BxSxNxH.shape[1], scale_NxT.dtype
+    T, S, dtype = q_BxTxNxH.shape[1], k_BxSxNxH.shape[1], scale_NxT.dtype
     (num_queries, Q), (num_keys, K) = _blocks(T), _blocks(S)
     dot_BxNxT = jnp.sum(out_BxTxNxH.astype(dtype) * dout_BxTxNxH.astype(dtype), axis=-1).swapaxes(1, 2)
     row_BxNxT = dlse_BxNxT - dot_BxNxT - dentropy_BxNxT * entropy_BxNxT
-    rows = (jnp.broadcast_to(scale_NxT, (B, N, T)), lse_BxNxT, row_BxNxT, dentropy_BxNxT)
+    rows = (jnp.broadcast_to(scale_NxT, lse_BxNxT.shape), lse_BxNxT, row_BxNxT, dentropy_BxNxT)
     rows = [_pad(x_BxNxT, num_queries * Q, 2) for x_BxNxT in rows]
     q_BxTxNxH, dout_BxTxNxH = (_pad(x, num_queries * Q, 1) for x in (q_BxTxNxH, dout_BxTxNxH))
     k_BxSxNxH, v_BxSxNxH = (_pad(x, num_keys * K, 1) for x in (k_BxSxNxH, v_BxSxNxH))
@@ -111,14 +113,14 @@ def _backward(residuals, cotangents):
             dq_BxQxNxH = _take(dq_BxTxNxH, i, Q, 1) + dq_BxNxHxQ.transpose(0, 3, 1, 2)
             return _put(dq_BxTxNxH, dq_BxQxNxH, i, 1), dk_BxNxKxH, dv_BxNxKxH
 
-        start = (dq_BxTxNxH, jnp.zeros((B, N, K, H), dtype), jnp.zeros((B, N, K, H), dtype))
+        start = (dq_BxTxNxH, jnp.zeros_like(k_BxNxKxH, dtype), jnp.zeros_like(v_BxNxKxH, dtype))
         first_visible = jnp.maximum((j * K - (S - T)) // Q, 0)
         dq_BxTxNxH, dk_BxNxKxH, dv_BxNxKxH = lax.fori_loop(first_visible, num_queries, query_block, start)
         dk_BxSxNxH = _put(dk_BxSxNxH, dk_BxNxKxH.swapaxes(1, 2).astype(dk_BxSxNxH.dtype), j, 1)
         dv_BxSxNxH = _put(dv_BxSxNxH, dv_BxNxKxH.swapaxes(1, 2).astype(dv_BxSxNxH.dtype), j, 1)
         return dq_BxTxNxH, dk_BxSxNxH, dv_BxSxNxH
 
-    start = (jnp.zeros(q_BxTxNxH.shape, dtype), jnp.zeros_like(k_BxSxNxH), jnp.zeros_like(v_BxSxNxH))
+    start = (jnp.zeros_like(q_BxTxNxH, dtype), jnp.zeros_like(k_BxSxNxH), jnp.zeros_like(v_BxSxNxH))
     dq_BxTxNxH, dk_BxSxNxH, dv_BxSxNxH = lax.fori_loop(0, num_keys, key_block, start)
     q_BxTxNxH, dq_BxTxNxH = q_BxTxNxH[:, :T], dq_BxTxNxH[:, :T]
     # q_i·dq_i is Σ_j dS_ij · s_ij: the temperature's gradient needs no pass of its own.

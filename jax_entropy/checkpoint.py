@@ -213,8 +213,13 @@ class Checkpointer:
         return sorted(int(path.name) for path in folders if any(path.iterdir()))
 
     def _find_latest(self) -> int:
-        steps = self._steps()
-        return next(filter(self._verify, reversed(steps)), _ALL_DAMAGED if steps else _NOTHING_SAVED)
+        steps, named = self._steps(), set(self._named)
+        good = next(filter(self._verify, reversed(steps)), None)
+        if good is None:
+            return _ALL_DAMAGED if steps else _NOTHING_SAVED
+        if self._named - named:
+            self._notify(f"the checkpoint of step {good} is used instead")
+        return good
 
     def _find_best(self) -> int:
         return next(iter(self._by_loss(list(filter(self._verify, self._steps())))), _NOTHING_SAVED)

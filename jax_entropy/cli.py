@@ -15,6 +15,9 @@ from ml_collections import config_flags
 
 from jax_entropy.errors import UserError, nearest
 
+# glibc reads it when a process starts, and from nowhere else
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 
 def train(parse: "Parse") -> None:
     """Trains the run of a config in a workdir, or goes on with it."""
@@ -174,7 +177,8 @@ class Parse:
     def word(self, choices: Sequence[str]) -> str:
         """Takes the word that follows the command. Raises UserError if it is none of `choices`."""
         if {"-h", "--help"} & set(self.arguments[:1]):
-            print(f"jax-entropy {self.command}: {COMMANDS[self.command].__doc__}\n{self.command} WORD --help lists its flags")
+            print(f"jax-entropy {self.command}: {COMMANDS[self.command].__doc__}")
+            print(f"{self.command} WORD --help lists its flags")
             raise SystemExit(0)
         word = self.arguments.pop(0) if self.arguments else ""
         if word not in choices:
@@ -189,10 +193,17 @@ class Parse:
         values = flags.FlagValues()
         argv = [f"jax-entropy {self.command}", *self.arguments]
         if config:
-            config_flags.DEFINE_config_file("config", None, "file.py or file.py:ARCHITECTURE", flag_values=values, sys_argv=argv)
+            config_flags.DEFINE_config_file(
+                "config", None, "file.py or file.py:ARCHITECTURE", flag_values=values, sys_argv=argv
+            )
         if workdir:
             flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-        define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+        define = {
+            bool: flags.DEFINE_bool,
+            int: flags.DEFINE_integer,
+            float: flags.DEFINE_float,
+            str: flags.DEFINE_string,
+        }
         for name, (default, text) in defaults.items():
             define[type(default)](name, default, text, flag_values=values)
         if {"-h", "--help"} & set(self.arguments):
@@ -253,6 +264,8 @@ def _run(argv: Sequence[str] | None) -> int:
         print("\njax-entropy COMMAND --help lists a command's flags.")
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if argv is None and name in ("train", "bench"):
+        _use_huge_pages()
     try:
         if name not in COMMANDS:
             raise UserError(f"there is no command {name!r}{nearest(name, COMMANDS)}")
@@ -264,6 +277,12 @@ def _run(argv: Sequence[str] | None) -> int:
         print("jax-entropy: interrupted; the same command starts again", file=sys.stderr)
         return 1
     return 0
+
+
+def _use_huge_pages() -> None:
+    """Starts this program again with large buffers in huge pages: page faults are a sixth of a step on CPU."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.execve(sys.executable, sys.orig_argv, os.environ | HUGE_PAGES)
 
 
 def _warn(line: str) -> None:

@@ -19,7 +19,7 @@ from jax_entropy.workdir import Workdir, load_run
 
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate_batch(model: Transformer, variables: Any, tokens_BxT1, weight_B, bytes_V):
-    """Per sequence: weight, loss in nats, bytes predicted [B], and head entropy [B, L, N]; the same on every process."""
+    """Per sequence: weight, loss in nats, bytes predicted [B], head entropy [B, L, N]; the same on every process."""
     hidden_BxTxD, head_VxD, aux = model.apply(variables, tokens_BxT1[:, :-1], method="hidden")
     loss_B = jnp.sum(token_losses(hidden_BxTxD, head_VxD, tokens_BxT1[:, 1:]), axis=1)
     bytes_B = jnp.sum(bytes_V[tokens_BxT1[:, 1:]], axis=1)

@@ -41,7 +41,8 @@ class Linear(nn.Module):
             matrix = matrix * (gain.reshape(-1) / norm)[None]
         elif self.reparametrization == "spectral":
             matrix = matrix / self._spectral_norm(matrix)
-        y = x.reshape(*batch_shape, -1) @ matrix.astype(self.dtype)
+        # Rows are flattened: with two batch axes XLA's CPU backend computes the kernel's gradient far more slowly.
+        y = x.reshape(-1, matrix.shape[0]) @ matrix.astype(self.dtype)
         y = y.reshape(*batch_shape, *self.out_shape)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.out_shape, jnp.float32)

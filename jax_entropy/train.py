@@ -77,8 +77,8 @@ def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print) 
             state, meta = checkpointer.restore(start, abstract, iterator)
             if meta["corpus"] != corpus.fingerprint:
                 raise UserError(
-                    f"the corpus of {config.data.source} has changed since {workdir.path} was started ({meta['corpus']} "
-                    f"then, {corpus.fingerprint} now); restore it or start in another --workdir"
+                    f"the corpus of {config.data.source} has changed since {workdir.path} was started "
+                    f"({meta['corpus']} then, {corpus.fingerprint} now); restore it or start in another --workdir"
                 )
             notify(f"resumed at step {start} of {config.train.num_steps}")
         else:
@@ -123,7 +123,10 @@ class _Loop:
                     self._report(*pending)
                 pending = (step, metrics, watch)
                 last = step == options.num_steps
-                evaluates, saves = last or step % options.evaluate_every == 0, last or step % options.checkpoint_every == 0
+                evaluates, saves = (
+                    last or step % options.evaluate_every == 0,
+                    last or step % options.checkpoint_every == 0,
+                )
                 if evaluates or saves:
                     pending = self._report(*pending)  # nothing is saved before its loss is known to be finite
                     with self.clock.paused():

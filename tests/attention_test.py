@@ -286,7 +286,9 @@ def test_batch_and_heads_may_be_sharded(implementation, axis_type):
 
     expected = jax.value_and_grad(loss, (0, 1, 2, 3))(*arguments)
     with jax.set_mesh(mesh):
-        arguments = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs, strict=True))
+        arguments = tuple(
+            jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs, strict=True)
+        )
         compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).lower(*arguments).compile()
         actual = compiled(*arguments)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)

@@ -10,9 +10,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 def get_config(architecture: str = "EReg(SM(t)+ScFuFFN)"):
     config = default_config(architecture)
-    config.model.update(
-        num_layers=2, num_heads=2, model_dim=32, context_length=32, init_std=0.1, temperature_init=0.1
-    )
+    config.model.update(num_layers=2, num_heads=2, model_dim=32, context_length=32, init_std=0.1, temperature_init=0.1)
     config.data.update(source="files", files=str(Path(asyncio.__file__).parent), vocab_size=512)
     config.train.update(
         num_steps=24, batch_size=8, log_every=4, evaluate_every=8, evaluate_chunks=16, checkpoint_every=6

@@ -80,7 +80,7 @@ def config_of(architecture):
     config = default_config(architecture)
     config.model.update(num_layers=6, num_heads=4, model_dim=64, init_std=0.04, temperature_init=0.1)
     config.data.vocab_size = 2048
-    config.train.update(num_steps=250, batch_size=16, log_every=25, evaluate_every=250, checkpoint_every=250)
+    config.train.update(num_steps=250, batch_size=16, log_every=25, evaluate_every=50, checkpoint_every=250)
     config.optimizer.learning_rate = 3e-3
     config.penalty.update(weight=0.16, reduction="row_mean", threshold_init=0.35)
     return config
@@ -114,16 +114,12 @@ for name, result in (("SM", softmax_only), ("EReg", regularised)):
 # A quarter of a million parameters and a minute of training do not make a programmer; they know what Python looks like.
 
 # %%
-print(
-    generate(
-        regularised.model, regularised.variables, regularised.corpus.tokenizer, "def", num_tokens=60, temperature=0.7,
-        top_k=20,
-    )  # fmt: skip
-)
+run = regularised
+print(generate(run.model, run.variables, run.corpus.tokenizer, "def", num_tokens=60, temperature=0.7, top_k=20))
 
 # %% [markdown]
 # ## Where next
 #
-# * `jax-entropy train --config=configs/quickstart.py --workdir=runs/quickstart` trains a larger model and writes a report.
+# * `jax-entropy train --config=configs/quickstart.py --workdir=runs/quickstart` trains a larger model, with a report.
 # * `jax-entropy census --architecture="SM+LN+G"` counts what a model would cost under encryption.
 # * `docs/architectures.md` lists every architecture of the paper and shows how to add one.

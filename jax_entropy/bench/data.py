@@ -52,9 +52,9 @@ def bench_feeding(config: ConfigDict) -> dict[str, float]:
     check(config)
     corpus = prepare(config.data, config.model.context_length)
     batch_size = config.train.batch_size * config.optimizer.accumulate
-    loader = bench_data(
-        corpus, batch_size, num_threads=config.data.num_threads, prefetch=config.data.prefetch
-    )["tokens_per_second"]
+    loader = bench_data(corpus, batch_size, num_threads=config.data.num_threads, prefetch=config.data.prefetch)[
+        "tokens_per_second"
+    ]
     model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
     state = jax.jit(functools.partial(init_state, config, model))()
     train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)

@@ -7,6 +7,7 @@ parent takes turns between them, so that a machine that changes its speed change
 import functools
 import importlib.util
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -57,9 +58,13 @@ def bench_step(
 def _alternate(contenders: dict[str, list[str]], shape: dict[str, Any], rounds: int):
     """Seconds of every step after the warm-up, and peak memory in MB, by contender."""
     processes = {
-        name: subprocess.Popen([*command, json.dumps(shape)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        name: subprocess.Popen(
+            [*command, json.dumps(shape)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            # the peer gets the allocator that its users have
+            env={k: v for k, v in os.environ.items() if name == "jax_entropy" or k != "GLIBC_TUNABLES"},
+        )
         for name, command in contenders.items()
-    }
+    }  # fmt: skip
 
     def ask(name: str) -> float:
         process = processes[name]

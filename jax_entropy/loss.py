@@ -13,7 +13,7 @@ from einops import rearrange
 
 from jax_entropy.entropy import entropy_penalty
 from jax_entropy.model import Aux, Transformer, logits
-from jax_entropy.sharding import batch_parts
+from jax_entropy.sharding import batch_parts, platform
 
 # Logits in one chunk on one device: what a CPU's cache holds (measured: docs/benchmarks/step.md), or enough to keep an
 # accelerator busy.
@@ -114,7 +114,7 @@ def _chunk_losses(hidden_BxTxD, head_VxD, targets_BxT):
 def _split(hidden_BxTxD, targets_BxT, vocab_size):
     """Cuts along T, never along the sharded batch, into the fewest equal chunks that stay small; [C, B, T/C, …]."""
     B, T = targets_BxT.shape
-    most = _CHUNK_ELEMENTS.get(jax.default_backend(), _CHUNK_ELEMENTS_ELSEWHERE) * batch_parts()
+    most = _CHUNK_ELEMENTS.get(platform(), _CHUNK_ELEMENTS_ELSEWHERE) * batch_parts()
     count = next(c for c in range(1, T + 1) if T % c == 0 and (B * T // c * vocab_size <= most or c == T))
     return (
         rearrange(hidden_BxTxD, "B (C T) D -> C B T D", C=count),

@@ -6,11 +6,14 @@ and pjit is `jax.jit` over these shardings; heads are split over `tensor`, so en
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from jax_entropy.errors import UserError
 
@@ -37,12 +40,14 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh over all devices; one axis may be -1, "what is left".
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all `devices`, by default those that JAX finds; one axis may be -1, "what is left".
 
+    Where devices span slices or hosts, `data` goes over the slow network between them, then `fsdp`, never `tensor`.
     Raises UserError if the axes' product is not the number of devices: no device stays idle silently.
     """
-    shape, count = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    shape, count = [data, fsdp, tensor], len(devices)
     spelled = "×".join(map(str, shape))
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
         raise UserError(f"mesh {spelled} (data×fsdp×tensor): sizes are at least 1, and at most one may be -1, the rest")
@@ -52,8 +57,66 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Me
             f"mesh {spelled} (data×fsdp×tensor) does not divide the {count} devices that are here; "
             f"config.mesh.data=-1 takes what fsdp×tensor leaves, and that product must divide {count}"
         )
-    shape = [count // fixed if size == -1 else size for size in shape]
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    shape = tuple(count // fixed if size == -1 else size for size in shape)
+    processes = {device.process_index for device in devices}
+    if shape[0] * shape[1] % len(processes):
+        raise UserError(
+            f"mesh {'×'.join(map(str, shape))} (data×fsdp×tensor) splits a batch in {shape[0] * shape[1]} parts, and "
+            f"each of the {len(processes)} processes must have parts of its own; choose a smaller config.mesh.tensor"
+        )
+    if len(processes) == 1:
+        return _arranged(shape, devices)
+    if devices[0].platform == "tpu":
+        slices = {getattr(device, "slice_index", 0) for device in devices}
+        mesh = _arranged(shape, devices) if len(slices) == 1 else _hybrid(shape, len(slices), devices, by_process=False)
+        if _rows_are_apart(mesh):
+            return mesh
+    return _hybrid(shape, len(processes), devices, by_process=True)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
+    """Axes along the chips' own network; an axis of it is cut in two only where the shape does not fit otherwise."""
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+
+
+def _hybrid(shape: tuple[int, ...], slow: int, devices: Sequence[jax.Device], *, by_process: bool) -> Mesh:
+    """The first axes go over the slow network between `slow` groups of devices as far as they divide it."""
+    between = []
+    for size in shape:
+        between.append(math.gcd(size, slow))
+        slow //= between[-1]
+    within = [size // part for size, part in zip(shape, between)]
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, process_is_granule=by_process, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES)
+
+
+def _rows_are_apart(mesh: Mesh) -> bool:
+    """Whether no two processes hold the same rows of a batch: each reads a share of its own."""
+    process_of = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return bool(np.all(process_of == process_of[..., :1]))
+
+
+def config_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A config's mesh over `devices`. Raises UserError if batch or heads cannot be split over it."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % parts:
+        nearest = max(parts, config.train.batch_size // parts * parts)
+        raise UserError(
+            f"config.train.batch_size={config.train.batch_size} cannot be split over data×fsdp={parts} devices; "
+            f"the nearest size that can is {nearest}"
+        )
+    if config.model.num_heads % mesh.shape["tensor"]:
+        raise UserError(
+            f"config.model.num_heads={config.model.num_heads} cannot be split over "
+            f"config.mesh.tensor={mesh.shape['tensor']}; choose a divisor"
+        )
+    return mesh
 
 
 def path_name(path: tuple) -> str:
@@ -72,7 +135,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], rules: Iterable = RULES) -
     raise UserError(f"no sharding rule covers the parameter {path!r}; add (pattern, axes) to config.mesh.rules")
 
 
-def tree_sharding(tree: Any, mesh: jax.sharding.Mesh, rules: Iterable = RULES) -> Any:
+def tree_sharding(tree: Any, mesh: Mesh, rules: Iterable = RULES) -> Any:
     """Shardings for a tree of parameters, or of optimiser moments: they keep their parameter's path.
 
     Scalars are replicated. Raises UserError where a dimension is not divisible by the axes that split it.
@@ -92,7 +155,7 @@ def tree_sharding(tree: Any, mesh: jax.sharding.Mesh, rules: Iterable = RULES) -
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sequences are split over `data` and `fsdp`, tokens are not."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
@@ -101,6 +164,12 @@ def batch_parts() -> int:
     """How many ways the mesh that we are in splits a batch; 1 outside."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in BATCH) if mesh.axis_names == AXES else 1
+
+
+def platform() -> str:
+    """Of the devices of the mesh that we are in, which may be a machine to be rented; outside, of this process's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:

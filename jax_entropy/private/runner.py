@@ -1,0 +1,256 @@
+"""Runs in the engine's own environment: a small machine that keeps secret-shared arrays and runs programs on them.
+
+`python runner.py REQUESTS REPLIES` (two file descriptors) answers one JSON line with one JSON line. It holds either all
+parties, as threads whose messages are counted, or one party of a link between two processes.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import spu
+import spu.libspu as libspu
+
+SECRET, PUBLIC = libspu.Visibility.VIS_SECRET, libspu.Visibility.VIS_PUBLIC
+
+
+class Clock:
+    """A party's Lamport clock and the bytes that it sent to each other party."""
+
+    def __init__(self, num_parties):
+        self.lock, self.rounds, self.sent, self.messages = threading.Lock(), 0, [0] * num_parties, 0
+
+    def send(self, peer, num_bytes):
+        with self.lock:
+            self.sent[peer] += num_bytes
+            self.messages += 1
+            return self.rounds + 1
+
+    def receive(self, stamp):
+        with self.lock:
+            self.rounds = max(self.rounds, stamp)
+
+
+class Mailbox:
+    """Messages on their way to one party from one other, by key."""
+
+    def __init__(self):
+        self.messages, self.arrived = {}, threading.Condition()
+
+    def put(self, key, message):
+        with self.arrived:
+            self.messages[key] = message
+            self.arrived.notify_all()
+
+    def take(self, key, timeout=3600):
+        with self.arrived:
+            if not self.arrived.wait_for(lambda: key in self.messages, timeout):
+                raise RuntimeError("a party waited in vain for another")
+            return self.messages.pop(key)
+
+
+class CountedChannel(libspu.link.IChannel):
+    """One party's end of its connection with another; the engine calls these methods by their C++ names."""
+
+    def __init__(self, clock, peer, inbox, outbox):
+        super().__init__()
+        self.clock, self.peer, self.inbox, self.outbox = clock, peer, inbox, outbox
+
+    def Send(self, key, value):
+        value = bytes(value)
+        self.outbox.put(key, (self.clock.send(self.peer, len(value)), value))
+
+    SendAsync = SendAsyncThrottled = Send
+
+    def Recv(self, key):
+        stamp, value = self.inbox.take(key)
+        self.clock.receive(stamp)
+        return value
+
+    def TestSend(self, timeout):
+        self.outbox.put("connected", (0, b""))
+
+    def TestRecv(self):
+        self.inbox.take("connected")
+
+    def SetThrottleWindowSize(self, size):
+        pass
+
+    SetChunkParallelSendSize = SetThrottleWindowSize
+
+    def WaitLinkTaskFinish(self):
+        pass
+
+    Abort = WaitLinkTaskFinish
+
+
+def engine_config(options):
+    """The engine's RuntimeConfig from names and numbers, like {"protocol": "SEMI2K", "fxp_fraction_bits": 18}."""
+    config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, options["protocol"]), field=libspu.FieldType.FM64)
+    for name, value in options.items():
+        if name == "fxp_exp_mode":
+            value = getattr(libspu.RuntimeConfig.ExpMode, value)
+        if name != "protocol":
+            setattr(config, name, value)
+    return config
+
+
+def tls_options(side, tls):
+    side.cert.certificate_path, side.cert.private_key_path = tls["certificate"], tls["private_key"]
+    side.verify.ca_file_path, side.verify.verify_depth = tls["peer_certificate"], 1  # 0 would accept anybody
+
+
+class Machine:
+    """The parties of a computation that this process holds, and what they can be asked to do."""
+
+    def open(self, num_parties, config, link=None):
+        """Starts all parties, or with a link ({rank, addresses, timeout_ms, tls}) the one that this process is."""
+        self.num_parties, self.programs, config = num_parties, {}, engine_config(config)
+        self.io = spu.Io(num_parties, config)
+        description = libspu.link.Desc()
+        self.ranks = [link["rank"]] if link else list(range(num_parties))
+        for rank in range(num_parties):
+            description.add_party(f"party{rank}", link["addresses"][rank] if link else f"thread{rank}")
+        if link:
+            description.recv_timeout_ms = description.http_timeout_ms = link["timeout_ms"]
+            description.connect_retry_times, description.connect_retry_interval_ms = link["connect_seconds"], 1000
+            description.throttle_window_size = 4000
+            if link["tls"]:
+                description.enable_ssl = True
+                tls_options(description.client_ssl_opts, link["tls"])
+                tls_options(description.server_ssl_opts, link["tls"])
+            contexts = [libspu.link.create_brpc(description, link["rank"])]
+            self.clocks = []
+        else:
+            self.clocks = [Clock(num_parties) for _ in self.ranks]
+            boxes = {(a, b): Mailbox() for a in self.ranks for b in self.ranks}
+            channels = [
+                [None if a == b else CountedChannel(self.clocks[a], b, boxes[b, a], boxes[a, b]) for b in self.ranks]
+                for a in self.ranks
+            ]
+            contexts = self._together(
+                lambda rank: libspu.link.create_with_channels(description, rank, channels[rank])
+            )
+        self.contexts = contexts
+        # a runtime sets itself up with the others
+        self.runtimes = self._together(lambda i: spu.Runtime(contexts[i], config))
+
+    def _together(self, function):
+        """The results of function(i) for every party here, run at the same time."""
+        if len(self.ranks) == 1:
+            return [function(0)]
+        with ThreadPoolExecutor(len(self.ranks)) as pool:
+            return list(pool.map(function, range(len(self.ranks))))
+
+    def load(self, name, file, visibility, options):
+        """Compiles an HLO proto under a name."""
+        with open(file, "rb") as stream:
+            source = libspu.CompilationSource(libspu.SourceIRType.XLA, stream.read(), [_visibility(v) for v in visibility])
+        self.programs[name] = spu.compile(source, libspu.CompilerOptions(**options))
+
+    def put(self, names, owner, file=None, visibility="secret", colocated=False):
+        """Shares the owner's arrays with all parties; only the owner gives the .npz file."""
+        arrays = np.load(file) if file else None
+        own = range(self.num_parties) if len(self.ranks) > 1 else [owner]
+        for name in names:
+            if set(self.ranks) & set(own):
+                hint = owner if colocated else -1
+                shares = self.io.make_shares(np.asarray(arrays[name]), _visibility(visibility), hint)
+                if len(self.ranks) == 1:
+                    for rank in set(range(self.num_parties)) - set(self.ranks):
+                        self._send_share(rank, shares[rank])
+                    self.runtimes[0].set_var(name, shares[self.ranks[0]])
+                else:
+                    for runtime, share in zip(self.runtimes, shares):
+                        runtime.set_var(name, share)
+            else:
+                self.runtimes[0].set_var(name, self._receive_share(owner))
+
+    def get(self, names, to, file=None):
+        """Reveals arrays to one party, which writes them to the .npz file."""
+        arrays = {}
+        for name in names:
+            shares = [runtime.get_var(name) for runtime in self.runtimes]
+            if len(self.ranks) == 1 and to not in self.ranks:
+                self._send_share(to, shares[0])
+                continue
+            if len(self.ranks) == 1:
+                shares = [
+                    shares[0] if rank == to else self._receive_share(rank) for rank in range(self.num_parties)
+                ]
+            arrays[name] = self.io.reconstruct(shares)
+        if file:
+            np.savez(file, **arrays)
+
+    def run(self, program, inputs, outputs):
+        """Runs a program on named arrays. Bytes sent by each party (a sum over its peers), rounds, seconds."""
+        executable = libspu.Executable(program, inputs, outputs, self.programs[program])
+        before = [(sum(clock.sent), clock.messages) for clock in self.clocks]
+        start_rounds, start = max((clock.rounds for clock in self.clocks), default=0), time.perf_counter()
+        for clock in self.clocks:  # what comes next depends on everything before it
+            clock.rounds = start_rounds
+        self._together(lambda i: self.runtimes[i].run(executable))
+        return dict(
+            seconds=time.perf_counter() - start,
+            bytes=[sum(clock.sent) - sent for clock, (sent, _) in zip(self.clocks, before)],
+            messages=[clock.messages - count for clock, (_, count) in zip(self.clocks, before)],
+            rounds=max((clock.rounds for clock in self.clocks), default=0) - start_rounds,
+        )
+
+    def delete(self, names):
+        for runtime in self.runtimes:
+            for name in names:
+                runtime.del_var(name)
+
+    def send(self, to, file):
+        """Sends a file's content to another party, not secret."""
+        with open(file, "rb") as stream:
+            self.contexts[0].send(to, stream.read())
+
+    def receive(self, source, file):
+        """Receives what another party sends into a file."""
+        with open(file, "wb") as stream:
+            stream.write(self.contexts[0].recv(source))
+
+    def barrier(self):
+        """Returns once all parties are here."""
+        self._together(lambda i: self.contexts[i].barrier())
+
+    def _send_share(self, to, share):
+        context, chunks = self.contexts[0], share.share_chunks
+        context.send(to, share.meta)
+        context.send(to, str(len(chunks)))
+        for chunk in chunks:
+            context.send(to, chunk)
+
+    def _receive_share(self, source):
+        share, context = libspu.Share(), self.contexts[0]
+        share.meta = context.recv(source)
+        share.share_chunks = [context.recv(source) for _ in range(int(context.recv(source)))]
+        return share
+
+
+def _visibility(name):
+    return PUBLIC if name == "public" else SECRET
+
+
+def main(requests_fd, replies_fd):
+    machine, replies = Machine(), os.fdopen(replies_fd, "w", buffering=1)
+    for line in os.fdopen(requests_fd):
+        request = json.loads(line)
+        try:
+            answer = {"result": getattr(machine, request.pop("do"))(**request)}
+        except BaseException as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        replies.write(json.dumps(answer) + "\n")
+    os._exit(0)  # the engine's own threads would outlive a link whose other end is gone
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -138,6 +138,13 @@ def census(parse: "Parse") -> None:
     print_census(count(model), Console(highlight=False, soft_wrap=True))
 
 
+def private(parse: "Parse") -> None:
+    """A trained model under secure computation: `private setup`, `generate`, `profile`, `compare`, `serve`, `ask`, …"""
+    from jax_entropy.private.commands import private as run
+
+    run(parse)
+
+
 def bench(parse: "Parse") -> None:
     """Speed and memory: `bench attention`, `bench step` (beside PyTorch's) or `bench data`."""
     what = parse.word(("attention", "step", "data"))
@@ -165,7 +172,9 @@ def bench(parse: "Parse") -> None:
     print_rows(rows, Console(highlight=False))
 
 
-COMMANDS = {function.__name__: function for function in (train, evaluate, generate, report, convert, census, bench)}
+COMMANDS = {
+    function.__name__: function for function in (train, evaluate, generate, report, convert, census, private, bench)
+}
 
 
 class Parse:

@@ -1,0 +1,314 @@
+"""The engine of secure computation (SecretFlow SPU): its own virtual environment, and the subprocess that runs in it.
+
+Its wheel pins another JAX, so that the two environments never import each other; nothing else talks to the subprocess.
+"""
+
+import json
+import os
+import platform
+import re
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock
+
+from jax_entropy.errors import UserError, nearest
+
+REQUIREMENT = "spu==0.10.0.dev20251211"
+PROTOCOLS = {"semi2k": 2, "aby3": 3, "cheetah": 2}  # parties
+_RUNNER = Path(__file__).with_name("runner.py")
+
+
+class Setting(NamedTuple):
+    """How numbers are shared and the exponential is computed; the defaults are those of docs/private.md's table.
+
+    fraction_bits: of 64. exponent: "taylor", (1 + x/2ⁿ)^(2ⁿ), or "pade". exponent_iterations: n of the former.
+    colocated: CHEETAH may use that the server knows its own weights.
+    """
+
+    protocol: str = "semi2k"
+    fraction_bits: int = 18
+    exponent: str = "taylor"
+    exponent_iterations: int = 8
+    colocated: bool = True
+
+    @property
+    def num_parties(self) -> int:
+        return PROTOCOLS[self.protocol]
+
+    def check(self) -> "Setting":
+        """Raises UserError if a field has no meaning."""
+        if self.protocol not in PROTOCOLS:
+            raise UserError(f"--protocol={self.protocol!r} is not known{nearest(self.protocol, list(PROTOCOLS))}")
+        if self.exponent not in ("taylor", "pade"):
+            raise UserError(f"--exponent={self.exponent!r} is not known{nearest(self.exponent, ('taylor', 'pade'))}")
+        if not 10 <= self.fraction_bits <= 26:
+            raise UserError(f"--fraction_bits={self.fraction_bits} must lie between 10 and 26")
+        if not 4 <= self.exponent_iterations <= 12:
+            raise UserError(f"--exponent_iterations={self.exponent_iterations} must lie between 4 and 12")
+        return self
+
+    def for_engine(self) -> dict[str, Any]:
+        config = dict(protocol=self.protocol.upper(), fxp_fraction_bits=self.fraction_bits)
+        config["fxp_exp_mode"] = {"taylor": "EXP_TAYLOR", "pade": "EXP_PADE"}[self.exponent]
+        config["fxp_exp_iters"] = self.exponent_iterations
+        if self.protocol == "cheetah" and self.colocated:
+            config["experimental_enable_colocated_optimization"] = True
+        return config
+
+
+def default_directory() -> Path:
+    """Where the environment lives: $JAX_ENTROPY_ENGINE, or under the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("JAX_ENTROPY_ENGINE") or cache / "jax_entropy" / REQUIREMENT.replace("==", "-"))
+
+
+def environment_python(directory: Path | None = None) -> Path:
+    """The environment's Python. Raises UserError if it is not set up."""
+    directory = directory or default_directory()
+    if not (directory / "ready").exists():
+        raise UserError(f"the engine is not set up in {directory}; run: jax-entropy private setup")
+    return directory / "bin" / "python"
+
+
+def why_not() -> str | None:
+    """Why the engine cannot run on this machine, in a sentence; None if it can."""
+    machine = platform.machine().lower()
+    if platform.system() != "Linux" or machine not in ("x86_64", "amd64"):
+        return f"the engine's wheel is for Linux on x86-64, and this is {platform.system()} on {platform.machine()}"
+    if _python311() is None:
+        return f"the engine's wheel is for CPython 3.11; this is {platform.python_version()} and there is no python3.11 on the PATH"
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    lacking = {"avx", "aes"} - set(flags[1].split()) if flags else set()
+    return f"the engine needs a CPU with {' and '.join(sorted(lacking)).upper()}" if lacking else None
+
+
+def _python311() -> str | None:
+    return sys.executable if sys.version_info[:2] == (3, 11) else shutil.which("python3.11")
+
+
+def check(directory: Path | None = None) -> dict[str, str]:
+    """What is set up: {"engine": version, "python": version, "directory": path}. Raises UserError if it does not work."""
+    python = environment_python(directory)
+    code = (
+        "import importlib.metadata as m, platform, spu.libspu as l; "
+        "print('VERSIONS', m.version('spu'), platform.python_version())"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300)
+    found = re.search(r"VERSIONS (\S+) (\S+)", done.stdout)
+    if not found:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"the engine in {python.parent.parent} does not start ({last}); run: jax-entropy private setup --force")
+    return dict(engine=found[1], python=found[2], directory=str(python.parent.parent))
+
+
+def setup(notify: Callable[[str], None], directory: Path | None = None, *, force: bool = False) -> dict[str, str]:
+    """Makes the engine's environment, or goes on with one that was interrupted; returns what `check` does.
+
+    Raises UserError, in a sentence, where platform, Python, CPU, disk or network do not allow it.
+    """
+    if reason := why_not():
+        raise UserError(reason)
+    directory = directory or default_directory()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            if force:
+                shutil.rmtree(directory, ignore_errors=True)
+            if not (directory / "ready").exists():
+                _install(notify, directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}; set JAX_ENTROPY_ENGINE to another folder") from None
+    return check(directory)
+
+
+def _install(notify: Callable[[str], None], directory: Path) -> None:
+    needed, free = 1.5e9, shutil.disk_usage(directory.parent).free
+    if free < needed:
+        raise UserError(f"the engine needs {needed / 1e9:.1f} GB in {directory.parent}, and {free / 1e9:.1f} GB are free")
+    log, start = Path(f"{directory}.log"), time.monotonic()
+    pip = [directory / "bin" / "python", "-m", "pip"]
+    commands = [
+        ("makes a Python 3.11 environment", [_python311(), "-m", "venv", directory]),
+        (f"installs {REQUIREMENT} (about 730 MB on disk)", [*pip, "install", "--disable-pip-version-check", "--pre", REQUIREMENT]),
+    ]
+    for line, command in commands:
+        notify(f"{line} …")
+        with log.open("w") as stream:
+            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
+        if code:
+            errors = [text for text in log.read_text().splitlines() if "error" in text.lower()] or ["see the log"]
+            raise UserError(f"the engine was not installed: {errors[-1].strip()} ({log}); the same command goes on")
+    (directory / "ready").touch()
+    notify(f"done in {time.monotonic() - start:.0f} s")
+
+
+class Account(NamedTuple):
+    """What running a program took; bytes and messages are what each party sent, rounds are causal (a Lamport clock)."""
+
+    seconds: float
+    bytes: tuple[int, ...]
+    messages: tuple[int, ...]
+    rounds: int
+
+
+class Link(NamedTuple):
+    """This process as one party of several: its rank, everyone's host:port, and the files of mutual TLS."""
+
+    rank: int
+    addresses: tuple[str, ...]
+    tls: dict[str, str] | None  # certificate, private_key, peer_certificate
+    timeout_seconds: int = 120
+    connect_seconds: int = 60
+
+
+class Engine:
+    """A subprocess that holds secret-shared arrays and runs programs on them; a context manager.
+
+    Without a link it holds all parties and counts their messages; with one it is the party `link.rank`.
+    Every call raises UserError in a sentence if the engine fails, and so does one that takes longer than `timeout` s.
+    """
+
+    def __init__(self, setting: Setting, link: Link | None = None, *, directory: Path | None = None, timeout: float = 3600):
+        self.setting, self.link, self.timeout = setting.check(), link, timeout
+        python = environment_python(directory)
+        self.folder = tempfile.TemporaryDirectory(prefix="jax_entropy_private_")
+        self.log = Path(self.folder.name) / "log"
+        requests, self._requests = os.pipe()
+        self._replies, replies = os.pipe()
+        with self.log.open("wb") as log:
+            # alone in its group: Ctrl-C is handled here
+            self.process = subprocess.Popen(
+                [python, _RUNNER, str(requests), str(replies)], pass_fds=(requests, replies), stdin=subprocess.DEVNULL,
+                cwd=self.folder.name, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        os.close(requests)
+        os.close(replies)
+        self._buffer = b""
+        try:
+            joins = {} if link is None else dict(
+                link=dict(rank=link.rank, addresses=link.addresses, tls=link.tls, timeout_ms=1000 * link.timeout_seconds,
+                          connect_seconds=link.connect_seconds)
+            )  # fmt: skip
+            limit = timeout if link is None else link.connect_seconds + 30
+            self.ask("open", limit, num_parties=setting.num_parties, config=setting.for_engine(), **joins)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the subprocess; what it shared is gone."""
+        for descriptor in (self._requests, self._replies):
+            try:
+                os.close(descriptor)
+            except OSError:
+                pass
+        self.process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+    def ask(self, do: str, timeout: float | None = None, **arguments: Any) -> Any:
+        """One request to the subprocess and its answer."""
+        try:
+            os.write(self._requests, (json.dumps(dict(do=do, **arguments)) + "\n").encode())
+        except BrokenPipeError:
+            raise UserError(f"the engine has ended: {self._last_words()}") from None
+        deadline = time.monotonic() + (timeout or self.timeout)
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._replies], [], [], left)[0]:
+                raise UserError(f"the other party, or the engine, did not answer within {timeout or self.timeout:.0f} s")
+            if not (data := os.read(self._replies, 1 << 16)):
+                raise UserError(f"the engine has ended: {self._last_words()}")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(_in_a_sentence(do, answer["error"], self.link))
+        return answer["result"]
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        code = self.process.poll()
+        memory = "; it may have run out of memory" if code == -9 else ""
+        return (lines[-1][:300] if lines else f"exit code {code}") + memory
+
+    def load(self, name: str, hlo: bytes, visibility: Sequence[str], options: Mapping[str, bool]) -> None:
+        """Compiles a program."""
+        file = Path(self.folder.name) / "program"
+        file.write_bytes(hlo)
+        self.ask("load", name=name, file=str(file), visibility=list(visibility), options=dict(options))
+
+    def put(
+        self, names: Sequence[str], owner: int, arrays: Mapping[str, np.ndarray] | None, *, public: bool = False, colocated: bool = False
+    ) -> None:
+        """Shares the arrays of one party with all; the others call it with the same names and no arrays."""
+        file = None
+        if arrays is not None:
+            file = Path(self.folder.name) / "in.npz"
+            np.savez(file, **{name: arrays[name] for name in names})
+        self.ask(
+            "put", names=list(names), owner=owner, file=file and str(file), visibility="public" if public else "secret",
+            colocated=colocated,
+        )  # fmt: skip
+        if file:
+            file.unlink()
+
+    def get(self, names: Sequence[str], to: int) -> dict[str, np.ndarray] | None:
+        """Reveals arrays to one party; None for the others."""
+        file = Path(self.folder.name) / "out.npz"
+        mine = self.link is None or self.link.rank == to
+        self.ask("get", names=list(names), to=to, file=str(file) if mine else None)
+        if not mine:
+            return None
+        with np.load(file) as arrays:
+            return {name: arrays[name] for name in names}
+
+    def run(self, program: str, inputs: Sequence[str], outputs: Sequence[str]) -> Account:
+        """Runs a program on named arrays and keeps the results, as shares, under the names of `outputs`."""
+        result = self.ask("run", program=program, inputs=list(inputs), outputs=list(outputs))
+        return Account(result["seconds"], tuple(result["bytes"]), tuple(result["messages"]), result["rounds"])
+
+    def send(self, to: int, data: bytes) -> None:
+        """Sends bytes, as they are, to another party of a link."""
+        file = Path(self.folder.name) / "message"
+        file.write_bytes(data)
+        self.ask("send", to=to, file=str(file))
+
+    def receive(self, source: int, timeout: float | None = None) -> bytes:
+        """What another party sends."""
+        file = Path(self.folder.name) / "message"
+        self.ask("receive", timeout, source=source, file=str(file))
+        return file.read_bytes()
+
+    def delete(self, names: Sequence[str]) -> None:
+        self.ask("delete", names=list(names))
+
+
+def _in_a_sentence(do: str, error: str, link: Link | None) -> str:
+    first = re.sub(r"\[[\w/.]+:\d+\]\s*", "", error.splitlines()[0])[:300]
+    if link is None:
+        return f"the engine failed ({do}): {first}"
+    if do == "open":
+        return (
+            f"no secure link with {link.addresses[1 - link.rank]} within {link.connect_seconds} s: is the other party running, "
+            f"and do both hold each other's certificate? ({first})"
+        )
+    return f"the other party is gone or silent ({do}): {first}"

@@ -21,7 +21,12 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 def train(parse: "Parse") -> None:
     """Trains the run of a config in a workdir, or goes on with it."""
-    values = parse.flags(config=True, workdir=True, distributed=(False, "one of several processes of one run"))
+    values = parse.flags(
+        config=True,
+        workdir=True,
+        distributed=(False, "one of several processes of one run"),
+        profile=(0, "steps to trace into the workdir's folder `profile`"),
+    )
     import jax
     from rich.console import Console
 
@@ -34,9 +39,20 @@ def train(parse: "Parse") -> None:
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
     console = Console(highlight=False, soft_wrap=True)
-    result = run(values.config, values.workdir, notify=lambda line: console.print(line, markup=False))
+    result = run(
+        values.config, values.workdir, notify=lambda line: console.print(line, markup=False), profile=values.profile
+    )
     if jax.process_index() == 0:
         conclude(values.config, values.workdir, result, shlex.join(["jax-entropy", "train", *parse.arguments]), console)
+
+
+def status(parse: "Parse") -> None:
+    """Where a run is, told from outside: `status WORKDIR`."""
+    parse.arguments = [a if a.startswith("-") else f"--workdir={a}" for a in parse.arguments]
+    workdir = parse.flags(workdir=True).workdir
+    from jax_entropy.status import describe
+
+    print(describe(workdir))
 
 
 def evaluate(parse: "Parse") -> None:
@@ -138,6 +154,36 @@ def census(parse: "Parse") -> None:
     print_census(count(model), Console(highlight=False, soft_wrap=True))
 
 
+def plan(parse: "Parse") -> None:
+    """What a config's run needs on a TPU slice or on GPUs, without having any: memory, time, chip-hours."""
+    values = parse.flags(
+        config=True,
+        topology=("", "v5e:16x16, v5p:4x4x4, v6e:16x16, h100:8, …"),
+        mesh=("", "DATA,FSDP,TENSOR instead of the config's; one may be -1, the rest"),
+        search=(False, "try the meshes that batch and heads allow, with remat where needed, and rank those that fit"),
+        efficiency=(0.5, "share of the chips' published rates that a run is taken to reach"),
+    )
+    if not values.topology:
+        raise UserError("--topology is missing; an example is --topology=v5e:16x16")
+    if not 0 < values.efficiency <= 1:
+        raise UserError(f"--efficiency={values.efficiency} must lie above 0 and be at most 1")
+    if values.mesh:
+        sizes = values.mesh.split(",")
+        if len(sizes) != 3 or not all(size.lstrip("-").isdigit() for size in sizes):
+            raise UserError(f"--mesh={values.mesh!r} must be three whole numbers, DATA,FSDP,TENSOR")
+        values.config.mesh.update(dict(zip(("data", "fsdp", "tensor"), map(int, sizes))))
+    from rich.console import Console
+
+    from jax_entropy import plan as planning
+
+    console = Console(highlight=False, soft_wrap=True)
+    if values.search:
+        plans = planning.search(values.config, values.topology, notify=_warn)
+        planning.print_search(plans, values.efficiency, console)
+    else:
+        planning.print_plan(planning.plan(values.config, values.topology), values.efficiency, console)
+
+
 def private(parse: "Parse") -> None:
     """A trained model under secure computation: `private setup`, `generate`, `profile`, `compare`, `serve`, `ask`, …"""
     from jax_entropy.private.commands import private as run
@@ -173,7 +219,8 @@ def bench(parse: "Parse") -> None:
 
 
 COMMANDS = {
-    function.__name__: function for function in (train, evaluate, generate, report, convert, census, private, bench)
+    function.__name__: function
+    for function in (train, status, evaluate, generate, report, convert, census, plan, private, bench)
 }
 
 

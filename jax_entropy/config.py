@@ -14,12 +14,19 @@ from jax_entropy.sharding import RULES
 
 _POSITIVE = (
     "train.num_steps", "train.batch_size", "train.log_every", "train.evaluate_every", "train.checkpoint_every",
-    "train.keep", "optimizer.accumulate", "data.num_threads", "data.prefetch",
+    "train.keep", "optimizer.accumulate", "data.num_threads", "data.prefetch", "guard.window",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "train.evaluate_chunks", "optimizer.learning_rate", "optimizer.end_learning_rate", "optimizer.warmup",
     "optimizer.weight_decay", "optimizer.clip_norm", "penalty.weight", "penalty.tolerance", "penalty.warmup",
-    "data.max_documents",
+    "data.max_documents", "guard.limit", "guard.zscore",
+)  # fmt: skip
+# what a run may go on with another value of: nothing of it changes what is learned, but for the guard's judgement
+_MAY_CHANGE = (
+    "train.log_every", "train.evaluate_every", "train.evaluate_chunks", "train.checkpoint_every", "train.keep",
+    "train.wandb", "data.directory", "data.num_threads", "data.prefetch", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "mesh.rules", "model.attention", "model.scan_unroll", "model.remat", "guard.limit", "guard.zscore", "guard.window",
+    "guard.learning_rate_factor",
 )  # fmt: skip
 _BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
 _CHOICES = {
@@ -105,6 +112,12 @@ def default_config(architecture_name: str) -> ConfigDict:
                 shape="deadzone",  # deadzone | hinge
                 threshold_init=0.5,  # θ₀, fraction of maximum entropy
             ),
+            guard=dict(
+                limit=3,  # times that training is sent back to its last good checkpoint; 0: it stops at once
+                zscore=20.0,  # robust z-score of a loss that is a spike; 0: none is, only what is not finite
+                window=64,  # steps that a spike is measured against
+                learning_rate_factor=1.0,  # of the learning rate each time
+            ),
         )
     )
 
@@ -155,9 +168,28 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.data.validation_fraction={config.data.validation_fraction} must lie between 0 and 1")
     if config.penalty.warmup > 1:
         raise UserError(f"config.penalty.warmup={config.penalty.warmup} is a share of the steps, at most 1")
+    if not 0 < config.guard.learning_rate_factor <= 1:
+        raise UserError(
+            f"config.guard.learning_rate_factor={config.guard.learning_rate_factor} must be above 0 and at most 1"
+        )
     if not config.optimizer.learning_rate > 0:
         raise UserError(f"config.optimizer.learning_rate={config.optimizer.learning_rate} must be above 0")
     model_config(config, config.model.vocab_size or 1)
+
+
+def changes(stored: ConfigDict, config: ConfigDict) -> list[str]:
+    """What differs between a run's config and the one it shall go on with, as "field=new (was old)".
+
+    Raises UserError if a field differs that a run must keep.
+    """
+    old, new = (flatten(json.loads(to_json(c))) for c in (stored, config))
+    differing = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    fixed = [name for name in differing if name not in _MAY_CHANGE]
+    if fixed:
+        name = fixed[0]
+        more = f" (and {len(fixed) - 1} more fields differ)" if len(fixed) > 1 else ""
+        raise UserError(f"{name} is {old.get(name)!r} there and {new.get(name)!r} here{more}")
+    return [f"{name}={new[name]!r} (was {old[name]!r})" for name in differing]
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 def nearest(name: object, choices: Iterable[object]) -> str:
-    """Ends an error sentence: the closest valid spelling of `name`, or all `choices` where they are few and none fits."""
+    """Ends an error sentence: the closest valid spelling of `name`, or all `choices` if few and none is close."""
     choices, name = [str(choice) for choice in choices], str(name)
 
     def similarity(choice: str) -> float:

@@ -3,16 +3,21 @@
 import contextlib
 import functools
 import json
+import os
+import socket
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
+from jax_entropy import writer
 from jax_entropy.checkpoint import Checkpointer
-from jax_entropy.config import flatten, from_json, model_config, to_json
+from jax_entropy.config import changes, from_json, model_config, to_json
 from jax_entropy.data import Tokenizer, load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
@@ -29,23 +34,86 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.figures = self.path / "figures"
+        self.profile = self.path / "profile"
+        self.status = self.path / "status.json"
+        self.incidents = self.path / "guard.jsonl"
 
-    def check(self, config: ConfigDict) -> None:
-        """Raises UserError if the folder holds another config's run, or cannot be written."""
+    @contextlib.contextmanager
+    def held(self, config: ConfigDict, notify: Callable[[str], None]) -> Iterator[None]:
+        """Keeps the folder for this process's run while it trains, and notes how that ends.
+
+        Raises UserError if the folder holds another config's run, is in use, or cannot be written.
+        """
         if self.config.exists():
-            stored, mine = flatten(json.loads(self.read_config_text())), flatten(json.loads(to_json(config)))
-            differing = [name for name in sorted(stored | mine) if stored.get(name) != mine.get(name)]
-            if differing:
-                name = differing[0]
+            try:
+                changed = changes(from_json(self.read_config_text()), config)
+            except UserError as error:
                 raise UserError(
-                    f"{self.path} holds a run of another config: {name} is {stored.get(name)!r} there and "
-                    f"{mine.get(name)!r} here"
-                    + (f" (and {len(differing) - 1} more fields differ)" if len(differing) > 1 else "")
-                    + "; choose another --workdir"
-                )
+                    f"{self.path} holds a run of another config: {error}; choose another --workdir"
+                ) from None
+            if changed:
+                notify(f"going on with {', '.join(changed)}")
         with self._written():
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
+        with self._locked():
+            self.write_status("starting", *self._progress(config))
+            try:
+                yield
+            except BaseException as error:
+                reason = str(error) if isinstance(error, UserError) else repr(error)
+                with contextlib.suppress(UserError):  # a full disk must not hide what went wrong
+                    self.write_status("failed", *self._progress(config), reason)
+                raise
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = FileLock(self.path / "lock")  # the kernel's: it does not outlive the process
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            status = self.read_status()
+            holder = f"process {status.pid} on {status.host}" if status else "another process"
+            raise UserError(f"{self.path} is in use: {holder} trains there; choose another --workdir") from None
+        except OSError as error:
+            raise UserError(f"--workdir={self.path} cannot be locked: {error.strerror}; choose another") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def in_use(self) -> bool:
+        """Whether a process of this machine trains here."""
+        lock = FileLock(self.path / "lock")
+        try:
+            with lock.acquire(blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    def _progress(self, config: ConfigDict) -> tuple[int, int]:
+        status = self.read_status()
+        return (status.step if status else 0), config.train.num_steps
+
+    def write_status(self, state: str, step: int, num_steps: int, reason: str = "") -> None:
+        """Notes where the run is, for `read_status`. Raises UserError if the disk is full."""
+        status = Status(state, step, num_steps, reason, time.time(), os.getpid(), socket.gethostname())
+        with self._written():
+            partial = self.path / "partial"
+            partial.write_text(json.dumps(status._asdict()))
+            partial.replace(self.status)
+
+    def read_status(self) -> "Status | None":
+        """What was noted last, None if nothing whole was."""
+        try:
+            return Status(**json.loads(self.status.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def add_incident(self, incident: dict[str, Any]) -> None:
+        """Appends what the guard saw to guard.jsonl. Raises UserError if the disk is full."""
+        with self._written(), self.incidents.open("a") as file:
+            file.write(json.dumps(writer.to_json(incident)) + "\n")
 
     def claim(self, config: ConfigDict, tokenizer: Tokenizer) -> None:
         """Makes the folder this config's run; from now on no other config may train here."""
@@ -74,6 +142,18 @@ class Workdir:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.config} is damaged ({error}); restore it or choose another --workdir") from None
         return text
+
+
+class Status(NamedTuple):
+    """Where a run is: its state (starting, training, stopped, complete, failed) and since when, in Unix seconds."""
+
+    state: str
+    step: int
+    num_steps: int
+    reason: str  # why it failed
+    time: float
+    pid: int
+    host: str
 
 
 class Run(NamedTuple):

@@ -108,7 +108,7 @@ def test_bad_corpora(tmp_path, capsys):
 
 def test_bad_workdirs(run, copy, tmp_path, capsys):
     assert "run" in sentence(capsys, "evaluate", f"--workdir={tmp_path}/nothing")
-    assert "checkpoint_every" in sentence(
+    assert "train.num_steps" in sentence(
         capsys, "train", f"--config={TINY}", f"--config.data.directory={run[1]}", f"--workdir={copy}"
     )
     file = tmp_path / "file"

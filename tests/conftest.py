@@ -1,4 +1,4 @@
-"""Every test sees eight virtual CPU devices and refuses silent rank promotion."""
+"""Every test sees eight virtual CPU devices and refuses silent rank promotion; tests of runs share one unbroken run."""
 
 import os
 
@@ -6,6 +6,35 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402  (the platform must be chosen before jax is imported)
+import pytest  # noqa: E402
+
+from tests.run_helpers import run  # noqa: E402
+from tests.tiny_config import get_config  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def corpus_directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("corpora")
+
+
+@pytest.fixture
+def tiny(corpus_directory):
+    def config(architecture="EReg(SM(t)+ScFuFFN)", **fields):
+        config = get_config(architecture)
+        config.data.directory = str(corpus_directory)
+        config.mesh.data = 8
+        config.update_from_flattened_dict(fields)
+        return config
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, corpus_directory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    done = run(workdir, corpus_directory)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout

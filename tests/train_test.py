@@ -1,6 +1,5 @@
 """Training as a whole: resumed runs, signals, failures, meshes and processes. Real processes where it matters."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,67 +12,8 @@ import pytest
 
 from jax_entropy.errors import UserError
 from jax_entropy.train import train
-from tests.tiny_config import REPOSITORY, get_config
-
-
-@pytest.fixture(scope="module")
-def corpus_directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("corpora")
-
-
-@pytest.fixture
-def tiny(corpus_directory):
-    def config(architecture="EReg(SM(t)+ScFuFFN)", **fields):
-        config = get_config(architecture)
-        config.data.directory = str(corpus_directory)
-        config.mesh.data = 8
-        config.update_from_flattened_dict(fields)
-        return config
-
-    return config
-
-
-def command(workdir, corpus_directory, *overrides, architecture="EReg(SM(t)+ScFuFFN)"):
-    return [
-        sys.executable, "-m", "jax_entropy", "train", f"--config={REPOSITORY}/tests/tiny_config.py:{architecture}",
-        f"--workdir={workdir}", f"--config.data.directory={corpus_directory}", *overrides,
-    ]  # fmt: skip
-
-
-def environment():
-    return os.environ | {"JAX_PLATFORMS": "cpu"}
-
-
-def run(*args, **kwargs):
-    return subprocess.run(
-        command(*args, **kwargs), env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )
-
-
-def lines(workdir, kind="train"):
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == kind]
-
-
-def parameters(workdir, notify=print):
-    from jax_entropy.workdir import load_run
-
-    return jax.tree.map(np.asarray, load_run(workdir, notify).variables)
-
-
-def assert_same_run(workdir, reference):
-    """Bit-identical parameters, and the same loss on every line that was logged."""
-    jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(reference))
-    losses, expected = ({line["step"]: line["loss"] for line in lines(w)} for w in (workdir, reference))
-    assert losses == expected
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, corpus_directory):
-    workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    done = run(workdir, corpus_directory)
-    assert done.returncode == 0, done.stderr
-    return workdir, done.stdout
+from tests.run_helpers import assert_same_run, command, environment, lines, run
+from tests.tiny_config import REPOSITORY
 
 
 def test_the_first_line_of_the_readme_shows_what_it_promises(unbroken):

@@ -1,0 +1,99 @@
+"""How fast a run goes: tokens per second, time left, what a step waits for, and what the machine gives it."""
+
+import contextlib
+import math
+import resource
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+_compilations = 0
+
+
+def _count_compilations(event: str, seconds: float, **_) -> None:
+    global _compilations
+    _compilations += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilations)
+
+
+class Clock:
+    """Times the steps of one run, not counting evaluation, saving and going back.
+
+    Args:
+      tokens: in a step.
+      step: the run goes on from.
+    """
+
+    def __init__(self, num_steps: int, tokens: int, step: int):
+        self.num_steps, self.tokens = num_steps, tokens
+        self.rate = math.nan
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Goes on from another step."""
+        self.step, self.time = step, time.perf_counter()
+        self.last, self.waited = self.time, 0.0
+        self.seconds: list[float] = []
+
+    def tick(self) -> None:
+        """Once a step."""
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """For the next batch."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def paused(self):
+        """For what is not training."""
+        begin = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begin
+        self.time += spent
+        self.last += spent
+
+    def read(self, step: int) -> dict[str, Any]:
+        """Since the last reading: tokens/s and, as `performance`, median and 95th percentile of a step in seconds and
+        the share of the time that was spent waiting for data; compilations and peak memory in bytes so far."""
+        now = time.perf_counter()
+        elapsed = max(now - self.time, 1e-9)
+        self.rate = (step - self.step) * self.tokens / elapsed
+        median, slow = np.percentile(self.seconds, (50, 95)) if self.seconds else (math.nan, math.nan)
+        performance = dict(
+            step_seconds_median=float(median),
+            step_seconds_p95=float(slow),
+            data_wait=self.waited / elapsed,
+            compilations=_compilations,
+            memory_bytes=_peak_memory(),
+        )
+        self.step, self.time, self.waited, self.seconds = step, now, 0.0, []
+        return dict(tokens_per_second=self.rate, performance=performance)
+
+    def line(self, step: int, metrics: dict[str, Any]) -> str:
+        """The progress line."""
+        left = (self.num_steps - step) * self.tokens / self.rate
+        return (
+            f"step {step}/{self.num_steps} · loss {_short(metrics['loss'], 3)} · perplexity {_short(metrics['perplexity'])} · "
+            f"entropy {np.mean(metrics['head_entropy']):.2f} nats · collapse {metrics['collapse']:.0%} · "
+            f"overload {metrics['overload']:.0%} · {self.rate:,.0f} tokens/s · {left // 60:.0f}:{left % 60:02.0f} left"
+        )
+
+
+def _short(value: float, digits: int = 1) -> str:
+    return f"{value:.{digits}f}" if value < 1e6 else f"{value:.2e}"
+
+
+def _peak_memory() -> int:
+    """Of the fullest local device, or of the process where devices do not say (CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(stat.get("peak_bytes_in_use", 0) for stat in stats)
+    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -167,19 +167,15 @@ def plan(parse: "Parse") -> None:
         raise UserError("--topology is missing; an example is --topology=v5e:16x16")
     if not 0 < values.efficiency <= 1:
         raise UserError(f"--efficiency={values.efficiency} must lie above 0 and be at most 1")
-    if values.mesh:
-        sizes = values.mesh.split(",")
-        if len(sizes) != 3 or not all(size.lstrip("-").isdigit() for size in sizes):
-            raise UserError(f"--mesh={values.mesh!r} must be three whole numbers, DATA,FSDP,TENSOR")
-        values.config.mesh.update(dict(zip(("data", "fsdp", "tensor"), map(int, sizes))))
     from rich.console import Console
 
     from jax_entropy import plan as planning
 
     console = Console(highlight=False, soft_wrap=True)
+    if values.mesh:
+        planning.set_mesh(values.config, values.mesh)
     if values.search:
-        plans = planning.search(values.config, values.topology, notify=_warn)
-        planning.print_search(plans, values.efficiency, console)
+        planning.print_search(planning.search(values.config, values.topology, notify=_warn), values.efficiency, console)
     else:
         planning.print_plan(planning.plan(values.config, values.topology), values.efficiency, console)
 

@@ -1,0 +1,253 @@
+"""Reads a compiled program: what it sends over the network and moves through memory, with loops counted by their turns.
+
+The compiler's own counts take the body of a loop once, and a model is a loop over its layers.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
+_ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[fsuc]\d+)\[([\d,]*)\](?:\{(?:[^{}]*?S\((\d+)\))?[^{}]*\})?")
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota",
+    "while", "call", "conditional", "async-start", "optimization-barrier",
+}  # fmt: skip
+_SLICES = {"dynamic-slice", "slice", "gather"}
+
+
+class Instruction(NamedTuple):
+    """One line of a computation; `shape` and `rest` as written."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+
+@dataclasses.dataclass
+class Collective:
+    """All collectives of one kind: how often a step calls them, and the bytes that a device sends for them."""
+
+    calls: float = 0
+    sent: float = 0
+
+
+class Program:
+    """The text of a compiled module, taken apart into computations."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if not line.startswith(" "):
+                if head := _HEAD.match(line):
+                    current = self.computations[head[1]] = {}
+                    self.entry = head[1] if line.startswith("ENTRY") else self.entry
+            elif match := _LINE.match(line):
+                instruction = _instruction(match, line[match.end() :])
+                current[instruction.name] = instruction
+
+    def executed(self) -> Iterator[tuple[str, Instruction, float]]:
+        """(computation, instruction, turns) of everything that a step runs; fusions are single instructions."""
+        yield from self._walk(self.entry, 1.0, 1.0)
+
+    def _walk(self, computation: str, turns: float, last_trip: float) -> Iterator[tuple[str, Instruction, float]]:
+        for instruction in self.computations[computation].values():
+            yield computation, instruction, turns
+            if instruction.opcode == "while":
+                trip = self._trip(computation, instruction, last_trip)
+                yield from self._walk(_called(instruction, "body"), turns * trip, trip)
+            elif instruction.opcode in ("call", "async-start"):
+                name = _called(instruction, "calls") or _called(instruction, "to_apply")
+                yield from self._walk(name, turns, last_trip)
+            elif instruction.opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)", instruction.rest)
+                for name in re.findall(r"%([\w.-]+)", branches[1] if branches else ""):
+                    yield from self._walk(name, turns, last_trip)
+
+    def _trip(self, computation: str, loop: Instruction, outer: float) -> float:
+        """How often a loop turns; where that depends on the loop around it, as under a causal mask, half as often."""
+        if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
+            return float(known[1])
+        scope, condition = self.computations[computation], self.computations[_called(loop, "condition")]
+
+        def number(name: str) -> int | None:
+            """What a value is when the loop begins, if that is known here."""
+            value = condition.get(name)
+            if value and value.opcode == "get-tuple-element":
+                given = scope[loop.operands[0]].operands
+                value = scope.get(given[int(re.search(r"index=(\d+)", value.rest)[1])]) if given else None
+            while value and value.opcode in ("copy", "bitcast"):
+                value = scope.get(value.operands[0])
+            constant = value and value.opcode == "constant" and re.match(r"-?\d+", value.rest)
+            return int(constant[0]) if constant else None
+
+        compared = next((i for i in condition.values() if i.opcode == "compare" or "compare" in i.name), None)
+        ends = [number(name) for name in compared.operands[:2]] if compared else [None]
+        return (outer + 1) / 2 if None in ends else float(abs(ends[1] - ends[0]))
+
+    def collectives(self) -> dict[str, Collective]:
+        """What a device sends in one step, by kind; in ring algorithms, as TPUs and NCCL use for large arrays."""
+        found: dict[str, Collective] = collections.defaultdict(Collective)
+        for computation, instruction, turns in self.executed():
+            if instruction.opcode == "fusion":  # a TPU's reduce-scatter is an all-reduce inside of a fusion
+                inside = self.computations.get(_called(instruction, "calls"), {})
+                scattered = "reduce-scatter" in instruction.name or "all-reduce-scatter" in _called(
+                    instruction, "calls"
+                )
+                for part in inside.values():
+                    kind = _kind(part.opcode)
+                    if kind:
+                        kind = "reduce-scatter" if kind == "all-reduce" and scattered else kind
+                        self._add(found, kind, part, inside, turns)
+            elif kind := _kind(instruction.opcode):
+                self._add(found, kind, instruction, self.computations[computation], turns)
+        return dict(found)
+
+    def _add(self, found, kind: str, instruction: Instruction, scope: dict[str, Instruction], turns: float) -> None:
+        n = _group_size(instruction.rest)
+        size = sum(_size(scope[name].shape) for name in instruction.operands if name in scope)
+        share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}.get(kind, (n - 1) / n)
+        found[kind].calls += turns
+        found[kind].sent += turns * size * share
+
+    def traffic(self) -> float:
+        """Bytes that a device reads from and writes to its main memory in one step; slices count as what they touch."""
+        total = 0.0
+        for computation, instruction, turns in self.executed():
+            if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
+                continue
+            total += turns * self._moved(instruction, self.computations[computation])
+        return total
+
+    def _moved(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
+        shapes = [scope[name].shape if name in scope else "" for name in instruction.operands]
+        if instruction.opcode == "fusion":
+            name = _called(instruction, "calls")
+            read = sum(self._read(name, i, _size(shape, True)) for i, shape in enumerate(shapes))
+            return read + _written(self.computations[name], instruction.shape)
+        if instruction.opcode in _SLICES:
+            return 2 * _size(instruction.shape, True)
+        if instruction.opcode in ("dynamic-update-slice", "scatter"):
+            return 2 * _size(shapes[1 if instruction.opcode == "dynamic-update-slice" else -1], True)
+        if instruction.opcode == "custom-call" and "AllocateBuffer" in instruction.rest:
+            return 0
+        if instruction.opcode == "copy-start":  # (to, from, …)
+            return _size(instruction.shape, True)
+        if instruction.opcode == "slice-start":  # ((from), to, …)
+            piece = _balanced(instruction.shape[1:])[1]
+            return _size(piece) + _size(piece, True)
+        if instruction.opcode.endswith("-start"):
+            return 2 * sum(_size(shape, True) for shape in shapes)
+        return sum(_size(shape, True) for shape in shapes) + _size(instruction.shape, True)
+
+    def _read(self, fusion: str, index: int, size: float) -> float:
+        """Bytes that a fusion reads of an operand: of one that it slices, the slices; of one that it updates, none."""
+        inside = self.computations[fusion]
+        name = next((i.name for i in inside.values() if i.opcode == "parameter" and i.rest.startswith(f"{index})")), "")
+        read = 0.0
+        for user in _users(inside, name) if size else ():
+            if user.opcode in _SLICES:
+                read += _size(user.shape)
+            elif user.opcode == "fusion":
+                read += self._read(_called(user, "calls"), user.operands.index(name), size)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+                return size
+        return min(read, size)
+
+    def gathered(self) -> Iterator[tuple[int, float, Instruction]]:
+        """(elements of the result, turns, instruction) of every all-gather."""
+        for _, instruction, turns in self.executed():
+            if _kind(instruction.opcode) == "all-gather":
+                sizes = [
+                    math.prod(map(int, dims.split(","))) for _, dims, _ in _ARRAY.findall(instruction.shape) if dims
+                ]
+                yield max(sizes, default=1), turns, instruction
+
+
+def _instruction(match: re.Match, text: str) -> Instruction:
+    shape, rest = _balanced(text) if text.startswith("(") else text.split(" ", 1)
+    opcode, _, rest = rest.strip().partition("(")
+    operands, rest_ = _balanced("(" + rest)
+    if opcode in ("constant", "parameter"):
+        return Instruction(match[2], shape, opcode, (), rest, bool(match[1]))
+    return Instruction(match[2], shape, opcode, tuple(re.findall(r"%([\w.-]+)", operands)), rest_, bool(match[1]))
+
+
+def _balanced(text: str) -> tuple[str, str]:
+    """A parenthesised beginning, and what follows it."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: i + 1], text[i + 1 :]
+    return text, ""
+
+
+def _called(instruction: Instruction, role: str) -> str:
+    found = re.search(rf"\b{role}=%?([\w.-]+)", instruction.rest)
+    return found[1] if found else ""
+
+
+def _kind(opcode: str) -> str:
+    opcode = opcode.removesuffix("-start")
+    return opcode if opcode in _COLLECTIVES else ""
+
+
+def _size(shape: str, main_memory: bool = False) -> int:
+    """Bytes of a shape; of those in main memory only, where a layout puts them on the chip (S(1) and up)."""
+    total = 0
+    for dtype, dims, space in _ARRAY.findall(shape):
+        if not (main_memory and space not in ("", "0")):
+            width = _BYTES.get(dtype) or (1 if dtype.startswith("f8") else max(1, int(re.sub(r"\D", "", dtype)) // 8))
+            total += width * math.prod(map(int, dims.split(","))) if dims else width
+    return total
+
+
+def _group_size(rest: str) -> int:
+    """How many devices take part in each group of a collective."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(iota[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return listed[1].count(",") + 1
+    return 2
+
+
+def _users(inside: dict[str, Instruction], name: str) -> Iterator[Instruction]:
+    """Who reads a value, under its own name or that of a bitcast, which is put back to its own."""
+    for instruction in inside.values():
+        if name in instruction.operands:
+            if instruction.opcode == "bitcast":
+                for user in _users(inside, instruction.name):
+                    yield user._replace(operands=tuple(name if o == instruction.name else o for o in user.operands))
+            else:
+                yield instruction
+
+
+def _written(inside: dict[str, Instruction], shape: str) -> float:
+    """Bytes that a fusion writes; where it updates an array in place, the update."""
+    root = next(i for i in inside.values() if i.root)
+    results = [inside[name] for name in root.operands if name in inside] if root.opcode == "tuple" else [root]
+    shapes = [match[0] for match in _ARRAY.finditer(shape)]
+    total = 0.0
+    for result, written in zip(results, shapes):
+        while result.opcode == "bitcast" and result.operands[0] in inside:
+            result = inside[result.operands[0]]
+        size = _size(written, True)
+        if result.opcode == "dynamic-update-slice":
+            size = min(size, _size(inside[result.operands[1]].shape))
+        total += size
+    return total

@@ -1,0 +1,112 @@
+"""Starts a command, and again all of it when it dies: `python -m jax_entropy.supervise --restart=5 -- COMMAND …`.
+
+A killed process takes its peers down without a Python exception, so nothing inside a run can do this. On a pod each host
+has a supervisor; `launch/local.sh --restart` has one above all of its processes. Needs nothing but the standard library.
+"""
+
+import collections
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+USAGE = "python -m jax_entropy.supervise [--restart=N] [--backoff=SECONDS] -- COMMAND [ARGUMENT …]"
+LONGEST = 300.0  # seconds of pause at most
+_SIGNALS = {number.value: number.name for number in signal.Signals}
+HEALTHY = 600.0  # seconds after which an attempt counts as a good one, and the count starts anew
+
+
+class Supervisor:
+    """Restarts a command until it ends with 0 or 2, a signal to the supervisor, or `restart` failures in a row."""
+
+    def __init__(self, command: Sequence[str], restart: int = 10, backoff: float = 1.0):
+        self.command, self.restart, self.backoff = list(command), restart, backoff
+        self.process, self.wanted, self.signals = None, False, collections.deque()
+
+    def run(self) -> int:
+        """Returns the exit code: the command's own, or 128 + the signal that ended it."""
+        previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        failures = 0
+        try:
+            while True:
+                begin = time.monotonic()
+                code = self._attempt()
+                if self.wanted or code in (0, 2):
+                    return code
+                failures = 1 if time.monotonic() - begin > HEALTHY else failures + 1
+                how = f"was killed by {_SIGNALS[code - 128]}" if code - 128 in _SIGNALS else f"ended with code {code}"
+                if failures > self.restart:
+                    _say(f"the command {how}, {failures} times in a row; no more restarts")
+                    return code
+                pause = min(self.backoff * 2 ** (failures - 1), LONGEST)
+                _say(f"the command {how}; restart {failures} of {self.restart} in {pause:g} s")
+                if self._wait(pause):
+                    return code
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _attempt(self) -> int:
+        # a group of its own: a signal reaches it once, from here, and what is left of it can be removed
+        self.process = subprocess.Popen(self.command, start_new_session=True)
+        self._pass_on()
+        code = self.process.wait()
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        return code if code >= 0 else 128 - code
+
+    def _wait(self, seconds: float) -> bool:
+        """Pauses; whether a signal came meanwhile."""
+        end = time.monotonic() + seconds
+        while not self.wanted and time.monotonic() < end:
+            time.sleep(min(0.1, max(0.0, end - time.monotonic())))
+        return bool(self.wanted)
+
+    def _receive(self, number, frame) -> None:
+        self.wanted = True
+        self.signals.append(number)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Each signal once: a run obeys a second one at once, without saving."""
+        while self.process and self.process.poll() is None and self.signals:
+            self.process.send_signal(self.signals.popleft())
+
+
+def _say(line: str) -> None:
+    print(f"supervise: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the options and supervises; 2 for a mistake in them."""
+    options, dashes, command = list(argv), "", []
+    if "--" in options:
+        at = options.index("--")
+        options, dashes, command = options[:at], "--", options[at + 1 :]
+    values = {"restart": 10.0, "backoff": 1.0}
+    for option in options:
+        name, _, value = option.removeprefix("--").partition("=")
+        if option in ("-h", "--help"):
+            print(f"usage: {USAGE}")
+            return 0
+        number = value.replace(".", "", 1) if name == "backoff" else value
+        if name not in values or not option.startswith("--") or not (number.isascii() and number.isdigit()):
+            _say(f"{option!r} is not understood; usage: {USAGE}")
+            return 2
+        values[name] = float(value)
+    if not dashes or not command:
+        _say(f"the command is missing; usage: {USAGE}")
+        return 2
+    try:
+        return Supervisor(command, int(values["restart"]), values["backoff"]).run()
+    except OSError as error:
+        _say(f"{command[0]} cannot be started: {error.strerror or error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 # N processes of one run on this machine, joined by jax.distributed, as on a pod.
 set -euo pipefail
 
-usage="usage: launch/local.sh [--dry-run] N TRAIN_FLAG…
+usage="usage: launch/local.sh [--dry-run] [--restart=TIMES] N TRAIN_FLAG…
 
   launch/local.sh 2 --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -10,7 +10,9 @@ Runs \`jax-entropy train --distributed TRAIN_FLAG…\` N times. Process 0 writes
 which are named when something fails. Ctrl-C and SIGTERM reach every process: the run saves and stops. If one process
 fails, the others are killed, and its exit code is the script's.
 
-  --dry-run   print the commands, run nothing
+  --dry-run         print the commands, run nothing
+  --restart=TIMES   start all processes again when one dies, up to so many times in a row, with pauses that double; not
+                    after code 0 or 2, Ctrl-C or SIGTERM (jax_entropy/supervise.py)
 
 The environment is passed on: JAX_NUM_CPU_DEVICES=4 gives each process four devices, JAX_COORDINATOR_ADDRESS=HOST:PORT
 takes the place of a free port of this machine, and JAX_PLATFORMS is cpu unless it is set."
@@ -20,11 +22,15 @@ refuse() {
   exit 2
 }
 
-dry_run=
+dry_run='' restart=''
 while [[ ${1-} == -* ]]; do
   case $1 in
     -h | --help) echo "$usage" && exit ;;
     --dry-run) dry_run=1 ;;
+    --restart=*)
+      restart=${1#*=}
+      [[ $restart =~ ^[0-9]{1,6}$ ]] || refuse "'$1' must be a whole number of restarts"
+      ;;
     *) refuse "there is no option '$1' before the number of processes; the flags of the run come after it" ;;
   esac
   shift
@@ -36,6 +42,18 @@ shift
 train=(jax-entropy train --distributed "$@")
 [[ $dry_run ]] || command -v jax-entropy >/dev/null ||
   refuse "jax-entropy is not on the PATH; activate the environment that has it"
+
+if [[ $restart ]]; then
+  here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+  supervise=(python3 -I "$(dirname "$here")/jax_entropy/supervise.py" "--restart=$restart" -- "$here/local.sh" "$count" "$@")
+  if [[ $dry_run ]]; then
+    printf '%q ' "${supervise[@]:0:${#supervise[@]}-1}"
+    printf '%q\n' "${supervise[-1]}"
+    exit
+  fi
+  command -v python3 >/dev/null || refuse "python3 is not on the PATH; --restart needs it"
+  exec "${supervise[@]}"
+fi
 
 free_port() {
   python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])' 2>/dev/null ||

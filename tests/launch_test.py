@@ -57,6 +57,7 @@ def test_help_is_printed(script):
         (LOCAL, ["two"], "'two' processes"),
         (LOCAL, ["0", *FLAGS], "'0' processes"),
         (LOCAL, ["--config=x", "2"], "'--config=x' before the number of processes"),
+        (LOCAL, ["--restart=often", "2"], "'--restart=often' must be a whole number"),
         (TPU_VM, SLICE, "the command is missing"),
         (TPU_VM, ["creat", *SLICE], "'creat' is not understood"),
         (TPU_VM, ["start", "fetch", *SLICE], "both 'start' and 'fetch'"),
@@ -102,6 +103,13 @@ def test_local_prints_what_it_would_run(environment):
     ]
 
 
+def test_local_prints_how_it_would_restart():
+    printed = run(LOCAL, "--dry-run", "--restart=3", "2", *FLAGS)
+    assert printed.returncode == 0, printed.stderr
+    command = ["python3", "-I", str(LAUNCH.parent / "jax_entropy/supervise.py"), "--restart=3", "--", str(LOCAL), "2", *FLAGS]
+    assert printed.stdout.count("\n") == 1 and shlex.split(printed.stdout) == command
+
+
 # Says who it is, then does what MODE asks for.
 STAND_IN = f"""
     #!{sys.executable}
@@ -115,6 +123,12 @@ STAND_IN = f"""
     count, address = (os.environ[name] for name in ("JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"))
     print(process, "of", count, address, sys.argv[1:], flush=True)
     open(os.environ["TMPDIR"] + "/pid" + process, "w").write(str(os.getpid()))
+    if mode == "die" and process == "1" and not os.path.exists(os.environ["TMPDIR"] + "/died"):
+        open(os.environ["TMPDIR"] + "/died", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "die":
+        time.sleep(1)
+        sys.exit(0)
     if mode == "fail" and process == "1":
         sys.exit("what went wrong")
     if mode:
@@ -154,10 +168,26 @@ def test_local_ends_with_the_code_of_the_process_that_failed(tmp_path, stand_in)
     assert not alive(tmp_path / "pid0") and not alive(tmp_path / "pid2")
 
 
+def test_local_starts_all_processes_again_when_one_is_killed(tmp_path, stand_in):
+    done = run(LOCAL, "--restart=3", "2", *FLAGS, env=stand_in | {"MODE": "die"})
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of 2 ended with code 137" in done.stderr
+    assert "killed by SIGKILL; restart 1 of 3 in 1 s" in done.stderr and done.stderr.count("restart ") == 1
+    first, second = (line.split()[3] for line in done.stdout.splitlines())
+    assert first != second  # a port of its own each time
+
+
+def test_local_restarts_nothing_after_a_mistake(tmp_path, stand_in):
+    executable(tmp_path / "bin/jax-entropy", "#!/usr/bin/env bash\necho started\nexit 2")
+    done = run(LOCAL, "--restart=3", "1", *FLAGS, env=stand_in)
+    assert done.returncode == 2 and done.stdout == "started\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--restart=3"]], ids=["alone", "supervised"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_local_forwards_signals_to_every_process(tmp_path, stand_in, number):
+def test_local_forwards_signals_to_every_process(tmp_path, stand_in, number, options):
     process = subprocess.Popen(
-        ["bash", LOCAL, "2", *FLAGS], env=stand_in | {"MODE": "wait"}, stdout=subprocess.PIPE, text=True,
+        ["bash", LOCAL, *options, "2", *FLAGS], env=stand_in | {"MODE": "wait"}, stdout=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where pytest runs in the background
     )  # fmt: skip
     deadline = time.monotonic() + 30

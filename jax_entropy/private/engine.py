@@ -177,11 +177,14 @@ class Engine:
     """A subprocess that holds secret-shared arrays and runs programs on them; a context manager.
 
     Without a link it holds all parties and counts their messages; with one it is the party `link.rank`.
-    Every call raises UserError in a sentence if the engine fails, and so does one that takes longer than `timeout` s.
+    Every call raises UserError in a sentence if the engine fails, if it takes longer than `timeout` s, or if `peer`, the
+    connection to the other party's process, ends meanwhile.
     """
 
-    def __init__(self, setting: Setting, link: Link | None = None, *, directory: Path | None = None, timeout: float = 3600):
-        self.setting, self.link, self.timeout = setting.check(), link, timeout
+    def __init__(
+        self, setting: Setting, link: Link | None = None, *, peer: Any = None, directory: Path | None = None, timeout: float = 3600
+    ):
+        self.setting, self.link, self.peer, self.timeout = setting.check(), link, peer, timeout
         python = environment_python(directory)
         self.folder = tempfile.TemporaryDirectory(prefix="jax_entropy_private_")
         self.log = Path(self.folder.name) / "log"
@@ -233,8 +236,12 @@ class Engine:
         deadline = time.monotonic() + (timeout or self.timeout)
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._replies], [], [], left)[0]:
+            watched = [self._replies] + ([self.peer] if self.peer is not None else [])
+            if left <= 0 or not (ready := select.select(watched, [], [], left)[0]):
                 raise UserError(f"the other party, or the engine, did not answer within {timeout or self.timeout:.0f} s")
+            if self._replies not in ready:
+                self.peer.read_available()  # raises where the other party is gone
+                continue
             if not (data := os.read(self._replies, 1 << 16)):
                 raise UserError(f"the engine has ended: {self._last_words()}")
             self._buffer += data
@@ -285,18 +292,6 @@ class Engine:
         """Runs a program on named arrays and keeps the results, as shares, under the names of `outputs`."""
         result = self.ask("run", program=program, inputs=list(inputs), outputs=list(outputs))
         return Account(result["seconds"], tuple(result["bytes"]), tuple(result["messages"]), result["rounds"])
-
-    def send(self, to: int, data: bytes) -> None:
-        """Sends bytes, as they are, to another party of a link."""
-        file = Path(self.folder.name) / "message"
-        file.write_bytes(data)
-        self.ask("send", to=to, file=str(file))
-
-    def receive(self, source: int, timeout: float | None = None) -> bytes:
-        """What another party sends."""
-        file = Path(self.folder.name) / "message"
-        self.ask("receive", timeout, source=source, file=str(file))
-        return file.read_bytes()
 
     def delete(self, names: Sequence[str]) -> None:
         self.ask("delete", names=list(names))

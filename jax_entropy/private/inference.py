@@ -3,7 +3,6 @@
 The same code runs all parties in one process, or this process's one of a link: party 0 has the prompt, party 1 the model.
 """
 
-import json
 from collections.abc import Callable, Sequence
 
 import jax
@@ -89,8 +88,8 @@ class PrivateModel:
     def tell(self, message: dict | None) -> dict:
         """A message from the client to the server; each gets it back."""
         if self.role == CLIENT:
-            self.engine.send(SERVER, json.dumps(message).encode())
-        return json.loads(self.engine.receive(CLIENT)) if self.role == SERVER else message
+            self.engine.peer.send(message)
+        return self.engine.peer.receive() if self.role == SERVER else message
 
 
 def _cached(array: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ class Steps:
     merged: two matrices with nothing between them are one.
     qkv: queries, keys and values are one product.
     erf: GELU as x/2·(1 + erf(x/√2)); off, through erfc.
-    elementwise: a single query meets the keys in one product for all heads; off, in one dot for each.
+    one_dot: a single query meets the keys of all heads in one product, and so do its weights the values; off, in N.
     cached: weights are opened once, masked, and not at each use (SEMI2K; the others gain nothing).
     """
 
@@ -37,7 +37,7 @@ class Steps:
     merged: bool = True
     qkv: bool = True
     erf: bool = True
-    elementwise: bool = True
+    one_dot: bool = True
     cached: bool = True
 
 
@@ -339,8 +339,8 @@ def _cached_attention(shape: Shape, layer: int) -> list[Stage]:
     divided = _optional(shape, f"{layer}.temperature")
 
     def scores(q_1xNxH, k_SxNxH, *temperature):
-        if shape.steps.elementwise:
-            scores_Nx1xS = (q_1xNxH * k_SxNxH).sum(-1).T[:, None]
+        if shape.steps.one_dot:
+            scores_Nx1xS = (k_SxNxH.reshape(shape.context_length, -1) @ _block_diagonal(q_1xNxH[0])).T[:, None]
         else:
             scores_Nx1xS = jnp.einsum("TNH,SNH->NTS", q_1xNxH, k_SxNxH)
         if shape.steps.temperature:
@@ -363,13 +363,21 @@ def _cached_attention(shape: Shape, layer: int) -> list[Stage]:
         *(Stage("cache", layer, write, (f"{name}.past", name, POSITION), (name,)) for name in (k, v)),
         Stage("scores", layer, scores, (q, k, *divided, *((POSITION,) if divided else ())), ("scores",)),
         *_softmax(shape, layer, exponentials, POSITION),
-        _cached_mix(shape, layer, v) if shape.steps.elementwise else _mix(shape, layer, v, "NTS,SNH->TNH"),
+        _cached_mix(shape, layer, v) if shape.steps.one_dot else _mix(shape, layer, v, "NTS,SNH->TNH"),
     ]
+
+
+def _block_diagonal(q_NxH):
+    """[N·H, N] with one head's query in each column; its zeros are public and cost nothing to make."""
+    N, H = q_NxH.shape
+    return (jnp.eye(N)[:, None] * q_NxH[:, :, None]).reshape(N * H, N)
 
 
 def _cached_mix(shape: Shape, layer: int, values: str) -> Stage:
     def function(weights_Nx1xS, v_SxNxH, *reciprocal_Nx1):
-        out_NxH = (weights_Nx1xS[:, 0].T[:, :, None] * v_SxNxH).sum(0)
+        N, H = shape.num_heads, shape.head_dim
+        out_NxNxH = (weights_Nx1xS[:, 0] @ v_SxNxH.reshape(-1, N * H)).reshape(N, N, H)
+        out_NxH = jnp.stack([out_NxNxH[head, head] for head in range(N)])
         for factor_Nx1 in reciprocal_Nx1:
             out_NxH = out_NxH * factor_Nx1
         return out_NxH.reshape(1, shape.model_dim)

@@ -207,20 +207,6 @@ class Machine:
             for name in names:
                 runtime.del_var(name)
 
-    def send(self, to, file):
-        """Sends a file's content to another party, not secret."""
-        with open(file, "rb") as stream:
-            self.contexts[0].send(to, stream.read())
-
-    def receive(self, source, file):
-        """Receives what another party sends into a file."""
-        with open(file, "wb") as stream:
-            stream.write(self.contexts[0].recv(source))
-
-    def barrier(self):
-        """Returns once all parties are here."""
-        self._together(lambda i: self.contexts[i].barrier())
-
     def _send_share(self, to, share):
         context, chunks = self.contexts[0], share.share_chunks
         context.send(to, share.meta)

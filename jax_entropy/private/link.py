@@ -1,0 +1,213 @@
+"""Two processes that trust each other's certificate and nothing else: keys, and a line of JSON messages over mutual TLS.
+
+Shapes, settings and lengths go over this line; shares go over the engine's own links, under the same certificates.
+"""
+
+import hashlib
+import json
+import os
+import select
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax_entropy.errors import UserError
+
+HANDSHAKE_SECONDS = 8
+_LONGEST_MESSAGE = 1 << 26  # bytes; a tokenizer is the largest
+
+
+class Keys(NamedTuple):
+    """Files of one party: its certificate and private key, and the one certificate that it accepts."""
+
+    certificate: Path
+    private_key: Path
+    peer_certificate: Path
+
+    def for_engine(self) -> dict[str, str]:
+        return {name: str(path.resolve()) for name, path in self._asdict().items()}
+
+
+def make_keys(directory: Path, name: str, days: int) -> str:
+    """Writes private_key.pem and a self-signed certificate.pem; returns the certificate's fingerprint.
+
+    Raises UserError if they are there already or cannot be made.
+    """
+    certificate, key = directory / "certificate.pem", directory / "private_key.pem"
+    if certificate.exists() or key.exists():
+        raise UserError(f"{directory} holds keys already; choose another --directory")
+    if days < 1:
+        raise UserError(f"--days={days} must be at least 1")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _openssl(
+        "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", str(days),
+        "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(certificate),
+    )  # fmt: skip
+    key.chmod(0o600)
+    return fingerprint(certificate)
+
+
+def _openssl(*arguments: str) -> str:
+    if not shutil.which("openssl"):
+        raise UserError("the program openssl is not on the PATH; install it to make and check certificates")
+    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"openssl {arguments[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout
+
+
+def read_keys(directory: str, peer: str) -> Keys:
+    """The files of one party. Raises UserError if one is missing, damaged, expired, or does not fit its key."""
+    if not directory:
+        raise UserError("--keys is missing: the folder that `jax-entropy private keys` made")
+    if not peer:
+        raise UserError("--peer is missing: the file of the other party's certificate")
+    keys = Keys(Path(directory) / "certificate.pem", Path(directory) / "private_key.pem", Path(peer))
+    for path in keys:
+        if not path.is_file():
+            raise UserError(f"{path} is missing; make keys with `jax-entropy private keys`, and exchange certificates")
+    for path in (keys.certificate, keys.peer_certificate):
+        try:
+            _openssl("x509", "-in", str(path), "-noout")
+        except UserError:
+            raise UserError(f"{path} is no certificate") from None
+        try:
+            _openssl("x509", "-in", str(path), "-noout", "-checkend", "0")
+        except UserError:
+            raise UserError(f"the certificate {path} has expired; make new ones with `jax-entropy private keys`") from None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(keys.certificate, keys.private_key)
+    except ssl.SSLError:
+        raise UserError(f"{keys.private_key} is not the key of {keys.certificate}") from None
+    return keys
+
+
+def fingerprint(certificate: Path) -> str:
+    """SHA-256 of a certificate, to compare by telephone."""
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.read_text())).hexdigest()
+
+
+def address(text: str, flag: str) -> tuple[str, int]:
+    """HOST:PORT. Raises UserError if it is not one."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+        raise UserError(f"--{flag}={text!r} must be HOST:PORT, like 127.0.0.1:9500")
+    return host, int(port)
+
+
+def check_loopback(*hosts: str) -> None:
+    """Raises UserError unless all hosts are this machine, for --insecure_loopback."""
+    for host in hosts:
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            raise UserError(f"--insecure_loopback is for 127.0.0.1 only, not {host}; give --keys and --peer")
+
+
+def _context(keys: Keys, server: bool) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # the certificate itself is the trust
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(keys.certificate, keys.private_key)
+    context.load_verify_locations(keys.peer_certificate)
+    return context
+
+
+class Line:
+    """JSON messages between two processes. Raises UserError, in a sentence, when the other is gone or silent."""
+
+    def __init__(self, connection: socket.socket, keys: Keys | None, *, server: bool, timeout: float):
+        self.timeout, self._buffer = timeout, b""
+        connection.settimeout(HANDSHAKE_SECONDS)
+        try:
+            if keys:
+                connection = _context(keys, server).wrap_socket(connection, server_side=server)
+                pinned = ssl.PEM_cert_to_DER_cert(keys.peer_certificate.read_text())
+                if connection.getpeercert(binary_form=True) != pinned:
+                    raise UserError("the other party's certificate is not the one in --peer")
+        except BaseException as error:
+            connection.close()
+            raise _refused(error, server) from None
+        self.connection = connection
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    def send(self, message: dict[str, Any]) -> None:
+        try:
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            raise UserError("the other party is gone") from None
+
+    def receive(self, timeout: float | None = None) -> dict[str, Any]:
+        """The next message, waited for `timeout` s."""
+        limit = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            pending = isinstance(self.connection, ssl.SSLSocket) and self.connection.pending()
+            if not pending and (left <= 0 or not select.select([self.connection], [], [], left)[0]):
+                raise UserError(f"the other party said nothing for {limit:.0f} s")
+            self.read_available()
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            return dict(json.loads(line))
+        except (TypeError, ValueError):
+            raise UserError("the other party does not speak this protocol") from None
+
+    def read_available(self) -> None:
+        """Takes in what has arrived. Raises UserError if the other party has ended the connection."""
+        try:
+            data = self.connection.recv(1 << 16)
+        except ssl.SSLError as error:
+            raise _refused(error, False) from None
+        except (TimeoutError, OSError):
+            data = b""
+        self._buffer += data
+        if not data:
+            raise UserError("the other party is gone")
+        if len(self._buffer) > _LONGEST_MESSAGE:
+            raise UserError("the other party does not speak this protocol")
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def _refused(error: BaseException, server: bool) -> BaseException:
+    """What went wrong in a handshake, as a sentence."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return UserError(f"the other party's certificate is refused: {error.verify_message}")
+    if isinstance(error, ssl.SSLError):
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        if "alert" in reason or "unknown ca" in reason:
+            return UserError(f"the other party refuses this one's certificate ({reason})")
+        return UserError(f"the other party does not speak TLS as expected ({reason})")
+    if isinstance(error, TimeoutError):
+        return UserError(f"the other party did not finish its handshake within {HANDSHAKE_SECONDS} s")
+    return UserError("the other party is gone") if isinstance(error, OSError) else error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that waits for connections. Raises UserError if the address cannot be had."""
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(f"--listen={host}:{port} cannot be had: {os.strerror(error.errno) if error.errno else error}") from None
+
+
+def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout: float) -> Line:
+    """A line to the server, tried for `patience` s. Raises UserError if there is none, or certificates are refused."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return Line(socket.create_connection((host, port), timeout=5), keys, server=False, timeout=timeout)
+        except UserError:
+            raise
+        except OSError as error:
+            if time.monotonic() > deadline:
+                why = os.strerror(error.errno) if error.errno else str(error)
+                raise UserError(f"no server at {host}:{port} ({why}); start `jax-entropy private serve` there") from None
+            time.sleep(0.3)

@@ -101,6 +101,8 @@ def report(parse: "Parse") -> None:
     from jax_entropy.report import write_comparison, write_report
     from jax_entropy.workdir import Workdir
 
+    if values.against:
+        Workdir(values.against).read_config_text()  # before anything is drawn
     write_report(values.workdir)
     if values.against:
         out = Workdir(values.workdir).figures / "comparison.png"
@@ -194,6 +196,7 @@ def bench(parse: "Parse") -> None:
         from jax_entropy.bench.attention import bench_attention
 
         values = parse.flags(rounds=(10, "calls of each implementation"))
+        _check_rounds(values.rounds)
         rows = bench_attention(rounds=values.rounds)
     elif what == "step":
         from jax_entropy.bench.step import bench_step
@@ -202,6 +205,7 @@ def bench(parse: "Parse") -> None:
             rounds=(10, "steps of each contender, in turn"),
             peer_python=("", "a Python with torch and transformers; unset: this one, if it has them"),
         )
+        _check_rounds(values.rounds)
         rows = bench_step(rounds=values.rounds, peer_python=values.peer_python, notify=_warn)
     else:
         from jax_entropy.bench.data import bench_feeding
@@ -335,6 +339,11 @@ def _use_huge_pages() -> None:
     """Starts this program again with large buffers in huge pages: page faults are a sixth of a step on CPU."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.execve(sys.executable, sys.orig_argv, os.environ | HUGE_PAGES)
+
+
+def _check_rounds(rounds: int) -> None:
+    if rounds < 1:
+        raise UserError(f"--rounds={rounds} must be at least 1")
 
 
 def _warn(line: str) -> None:

@@ -4,6 +4,7 @@ A file in `configs/` starts from `default_config(architecture)` and changes what
 """
 
 import json
+import math
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -152,6 +153,9 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is missing; start from jax_entropy.config.default_config(…)")
         if flat[name] is None and default is not None:
             raise UserError(f"config.{name}=None must have a value; its default is {default!r}")
+    for name, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{name}={value} must be a finite number")
     for name in _POSITIVE:
         if flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 1")

@@ -87,6 +87,7 @@ class Loop:
         self.writer = MetricsWriter(self.workdir.path, wandb=options.wandb, first_step=step) if self.lead else None
         self.clock.restart(step)
         pending = None
+        self.tracing = False
         while step < options.num_steps and not signals.stop(step, options.log_every):
             step += 1
             self._trace(step - start.step)
@@ -109,6 +110,7 @@ class Loop:
                     if saves:
                         self._save(step, state, iterator)
             self.checkpointer.poll()
+        self._stop_trace()
         if pending:  # stopped between two checkpoints
             self._report(*pending)
             self._save(step, state, iterator)
@@ -133,9 +135,15 @@ class Loop:
         """Traces the steps that were asked for."""
         if self.profile and steps == _PROFILE_AFTER:
             jax.profiler.start_trace(self.workdir.profile)
-        if self.profile and steps == _PROFILE_AFTER + self.profile:
+            self.tracing = True
+        if self.tracing and steps == _PROFILE_AFTER + self.profile:
+            self._stop_trace()
+
+    def _stop_trace(self) -> None:
+        if self.tracing:
             jax.profiler.stop_trace()
-            self.notify(f"traced {self.profile} steps in {self.workdir.profile}")
+            self.tracing = False
+            self.notify(f"traced in {self.workdir.profile}")
 
     def _place(self, rows: np.ndarray) -> jax.Array:
         """This process's rows of a batch as part of the whole."""
@@ -162,6 +170,7 @@ class Loop:
 
     def _go_back(self, anomaly: Anomaly) -> Start:
         """To the last good state, with the data that comes next: what led to the anomaly is not read again."""
+        self._stop_trace()
         if self.writer:
             self.writer.close()
         attempt, options = self.guard.attempts + 1, self.config.guard

@@ -46,6 +46,8 @@ def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print, 
         is no longer one to train on.
     """
     check(config)
+    if profile < 0:
+        raise UserError(f"--profile={profile} must not be negative")
     mesh = config_mesh(config)
     workdir = Workdir(path)
     if jax.process_index() > 0:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,8 @@ def bench_step(
     if not peer_python and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         peer_python = sys.executable
     if peer_python:
+        if not shutil.which(peer_python):
+            raise UserError(f"--peer_python={peer_python}: there is no such program")
         contenders["torch"] = [peer_python, str(Path(__file__).with_name("torch_step.py"))]
     rows = []
     for dtype in dtypes:

@@ -28,7 +28,9 @@ def assert_equal_to_model(config, steps, num_tokens=16):
     tokens_1xT = random_tokens(1, num_tokens)
     expected_TxV = jit(Transformer(config).apply)(scattered(config), tokens_1xT)[0][0]
     exported = export(config, scattered(config), steps)
-    (logits_TxV,) = run(exported, forward(exported.shape, num_tokens), ("logits",), tokens=tokens_of(exported, tokens_1xT[0]))
+    (logits_TxV,) = run(
+        exported, forward(exported.shape, num_tokens), ("logits",), tokens=tokens_of(exported, tokens_1xT[0])
+    )
     np.testing.assert_allclose(logits_TxV, expected_TxV, atol=2e-5 * np.abs(expected_TxV).max(), rtol=0)
 
 
@@ -69,7 +71,11 @@ def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, steps):
     caches = tuple(f"{layer}.{kind}" for layer in range(2) for kind in "kv")
     padded_T = np.concatenate([tokens_T[:5], [0, 0, 0]])  # a prompt of 5 in a program for 8
     logits_1xV, *cache = run(
-        exported, prefill(exported.shape, 8), ("logits", *caches), tokens=tokens_of(exported, padded_T), last=jnp.int32(4)
+        exported,
+        prefill(exported.shape, 8),
+        ("logits", *caches),
+        tokens=tokens_of(exported, padded_T),
+        last=jnp.int32(4),
     )
     tolerance = dict(atol=2e-5 * np.abs(expected_TxV).max(), rtol=0)
     np.testing.assert_allclose(logits_1xV[0], expected_TxV[4], **tolerance)

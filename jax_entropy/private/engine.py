@@ -204,7 +204,7 @@ class Engine:
                 link=dict(rank=link.rank, addresses=link.addresses, tls=link.tls, timeout_ms=1000 * link.timeout_seconds,
                           connect_seconds=link.connect_seconds)
             )  # fmt: skip
-            limit = timeout if link is None else link.connect_seconds + 30
+            limit = timeout if link is None else link.connect_seconds + 5
             self.ask("open", limit, num_parties=setting.num_parties, config=setting.for_engine(), **joins)
         except BaseException:
             self.close()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from jax_entropy.errors import UserError
 
 HANDSHAKE_SECONDS = 8
+_WELCOME = b"jax_entropy\n"
 _LONGEST_MESSAGE = 1 << 26  # bytes; a tokenizer is the largest
 
 
@@ -128,6 +129,11 @@ class Line:
                 pinned = ssl.PEM_cert_to_DER_cert(keys.peer_certificate.read_text())
                 if connection.getpeercert(binary_form=True) != pinned:
                     raise UserError("the other party's certificate is not the one in --peer")
+            # only what the server says first tells a client that its own certificate was accepted
+            if server:
+                connection.sendall(_WELCOME)
+            elif (heard := connection.recv(len(_WELCOME))) != _WELCOME:
+                raise UserError("the other party does not speak this protocol" if heard else "the other party is gone")
         except BaseException as error:
             connection.close()
             raise _refused(error, server) from None

@@ -6,6 +6,7 @@ parties, as threads whose messages are counted, or one party of a link between t
 
 import json
 import os
+import resource
 import sys
 import threading
 import time
@@ -206,6 +207,10 @@ class Machine:
         for runtime in self.runtimes:
             for name in names:
                 runtime.del_var(name)
+
+    def peak_memory(self):
+        """Bytes of memory that this process held at most."""
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def _send_share(self, to, share):
         context, chunks = self.contexts[0], share.share_chunks

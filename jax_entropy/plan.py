@@ -159,7 +159,7 @@ def search(config: ConfigDict, topology: str, notify: Callable[[str], None]) -> 
             verdict = f"{max(tried.terms.values()) * 1e3:.1f} ms at published rates" if tried.fits else "does not fit"
             notify(f"{'×'.join(map(str, mesh))}{', remat' if remat else ''}: {_gib(tried.peak)}, {verdict}")
             if tried.fits:
-                plans.append(tried)
+                plans.append(dataclasses.replace(tried, program=None))  # it is large
                 break
     if not plans:
         raise UserError(f"nothing fits on {topology}; lower config.train.batch_size or take more chips")
@@ -244,20 +244,20 @@ def print_plan(plan: Plan, efficiency: float, console: Console) -> None:
 
 
 def print_search(plans: Sequence[Plan], efficiency: float, console: Console) -> None:
-    """Prints the plans of a search, the fastest first."""
+    """Prints the plans of a search, the fastest first; terms and step in milliseconds."""
     columns = ("mesh", "remat", "peak", "compute", "memory", "network", "step", "tokens/s", "chip-hours")
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = Table(box=None, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i > 1 else "left", no_wrap=True)
     for plan in plans:
         seconds = plan.seconds(efficiency)
-        terms = (f"{term / efficiency * 1e3:.1f} ms" for term in plan.terms.values())
+        terms = (f"{term / efficiency * 1e3:.1f}" for term in (*plan.terms.values(), max(plan.terms.values())))
         table.add_row(
             "×".join(map(str, plan.mesh)), "yes" if plan.remat else "no", _gib(plan.peak), *terms,
-            f"{seconds * 1e3:.1f} ms", f"{plan.tokens / seconds:,.0f}",
-            f"{seconds * plan.num_steps / 3600 * plan.num_devices:,.0f}",
+            f"{plan.tokens / seconds:,.0f}", f"{seconds * plan.num_steps / 3600 * plan.num_devices:,.1f}",
         )  # fmt: skip
-    console.print(table)
+    console.print(table, crop=False)
+    console.print(f"times in ms, at {efficiency:.0%} of the published rates", markup=False)
 
 
 def _gib(size: float) -> str:

@@ -6,8 +6,8 @@ usage="usage: launch/local.sh [--dry-run] [--restart=TIMES] N TRAIN_FLAG…
 
   launch/local.sh 2 --config=configs/quickstart.py --workdir=runs/quickstart
 
-Runs \`jax-entropy train --distributed TRAIN_FLAG…\` N times. Process 0 writes to the terminal, the others to log files,
-which are named when something fails. Ctrl-C and SIGTERM reach every process: the run saves and stops. If one process
+Runs \`jax-entropy train --distributed TRAIN_FLAG…\` N times. Process 0 writes to the terminal, the others to log
+files, which are named when something fails. Ctrl-C and SIGTERM reach every process: the run saves and stops. If one process
 fails, the others are killed, and its exit code is the script's.
 
   --dry-run         print the commands, run nothing
@@ -45,7 +45,8 @@ train=(jax-entropy train --distributed "$@")
 
 if [[ $restart ]]; then
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-  supervise=(python3 -I "$(dirname "$here")/jax_entropy/supervise.py" "--restart=$restart" -- "$here/local.sh" "$count" "$@")
+  supervise=(python3 -I "$(dirname "$here")/jax_entropy/supervise.py" "--restart=$restart" --)
+  supervise+=("$here/local.sh" "$count" "$@")
   if [[ $dry_run ]]; then
     printf '%q ' "${supervise[@]:0:${#supervise[@]}-1}"
     printf '%q\n' "${supervise[-1]}"

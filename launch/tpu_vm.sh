@@ -8,9 +8,11 @@ usage="usage: launch/tpu_vm.sh [--dry-run] COMMAND --name=SLICE --zone=ZONE [OPT
     --workdir=runs/ereg -- --config=configs/quickstart.py
 
 commands
-  create    make the slice (needs --type and --version), or use the one that has the name
+  create    make the slice (needs --type and --version), or use the one that has the name; with --queued, ask for it
+            and wait until it is there
   install   copy the code of the last commit to every host and install it there with jax[tpu]
-  start     start \`jax-entropy train --distributed\` with the train flags on every host (needs --workdir)
+  start     start \`jax-entropy train --distributed\` with the train flags on every host (needs --workdir), under a
+            supervisor that starts it again when a host's process dies
   follow    show the output of the first host until the run ends; Ctrl-C leaves the run alone
   fetch     copy the run from the first host to the same --workdir here
   delete    delete the slice with all that was not fetched; no other command does
@@ -21,6 +23,9 @@ options
   --version   software version of the TPU: v2-alpha-tpuv5-lite, v2-alpha-tpuv5, v2-alpha-tpuv6e, …
   --workdir   folder of the run, below the current folder here and below the home folder there; an absolute path is the
               same on both sides. The hosts of a slice must share the disk it is on
+  --queued    a queued resource: for create, all and delete
+  --spot      capacity that may be taken away again
+  --restart   how often a run starts again, 10 unless given
   --dry-run   print the commands, run nothing
 
 The Google Cloud project is gcloud's own, or the one in CLOUDSDK_CORE_PROJECT."
@@ -57,11 +62,18 @@ then echo this slice is busy with a run >&2; exit 2; fi"
 create() {
   local find=(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format="value(state)")
   local make=(gcloud compute tpus tpu-vm create "$name" --zone="$zone" --accelerator-type="$type" --version="$version")
+  [[ ! $queued ]] || make=(gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone"
+    --accelerator-type="$type" --runtime-version="$version")
+  [[ ! $spot ]] || make+=(--spot)
   if [[ $dry_run ]]; then
     echo "$(quote "${find[@]}") 2>/dev/null || $(quote "${make[@]}")"
   else
     "${find[@]}" 2>/dev/null || "${make[@]}"
   fi
+  local state
+  state="gcloud compute tpus queued-resources describe $(quote "$name" --zone="$zone") '--format=value(state.state)'"
+  [[ ! $queued ]] || run bash -c "while state=\$($state) || exit; [ \"\$state\" != ACTIVE ]; do \
+case \$state in FAILED | SUSPENDED) echo \"the queued resource is \$state\" >&2; exit 1 ;; esac; sleep 30; done"
 }
 
 install() {
@@ -81,7 +93,8 @@ install() {
 start() {
   local there=\$HOME/$workdir train
   [[ $workdir != /* ]] || there=$workdir
-  train="../venv/bin/jax-entropy train --distributed --workdir=$there $(quote ${flags[@]+"${flags[@]}"})"
+  train="../venv/bin/python -I jax_entropy/supervise.py --restart=$restart -- \
+../venv/bin/jax-entropy train --distributed --workdir=$there $(quote ${flags[@]+"${flags[@]}"})"
   on_hosts all "$idle; rm -f train.pid train.code; cd jax_entropy || exit; \
 setsid nohup bash -c '\"\$@\" & echo \$! >~/train.pid; wait \$!; echo \$? >~/train.code' train $train \
 >~/train.log 2>&1 </dev/null & until [ -s ~/train.pid ]; do sleep 0.1; done"
@@ -97,6 +110,7 @@ fetch() {
 }
 
 delete() {
+  [[ ! $queued ]] || { run gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force && return; }
   run gcloud compute tpus tpu-vm delete "$name" --zone="$zone"
 }
 
@@ -113,13 +127,17 @@ all() {
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-command='' dry_run='' name='' zone='' type='' version='' workdir=''
+command='' dry_run='' queued='' spot='' name='' zone='' type='' version='' workdir='' restart=10
 flags=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     -h | --help) echo "$usage" && exit ;;
     --dry-run) dry_run=1 ;;
-    --name=* | --zone=* | --type=* | --version=* | --workdir=*) printf -v "$(cut -d= -f1 <<<"${1#--}")" %s "${1#*=}" ;;
+    --queued) queued=1 ;;
+    --spot) spot=1 ;;
+    --name=* | --zone=* | --type=* | --version=* | --workdir=* | --restart=*)
+      printf -v "$(cut -d= -f1 <<<"${1#--}")" %s "${1#*=}"
+      ;;
     --) flags=("${@:2}") && break ;;
     create | install | start | follow | fetch | delete | all)
       [[ -z $command ]] || refuse "both '$command' and '$1'; give one command"
@@ -136,6 +154,7 @@ done
   refuse "'$command' needs --type and --version, such as --type=v5litepod-8 --version=v2-alpha-tpuv5-lite"
 [[ $command != start && $command != fetch && $command != all ]] || [[ $workdir =~ ^[A-Za-z0-9_./-]+$ ]] ||
   refuse "'$command' needs --workdir=FOLDER of letters, digits and _ . / -, but got '$workdir'"
+[[ $restart =~ ^[0-9]{1,4}$ ]] || refuse "--restart='$restart' must be a whole number"
 [[ " ${flags[*]-}" != *" --workdir"* ]] || refuse "--workdir belongs before the --"
 [[ $dry_run ]] || command -v gcloud >/dev/null ||
   refuse "gcloud is not on the PATH; install the Google Cloud CLI, or add --dry-run to see the commands"

@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-LOCAL, TPU_VM = LAUNCH / "local.sh", LAUNCH / "tpu_vm.sh"
+LOCAL, TPU_VM, GKE, SLURM = (LAUNCH / name for name in ("local.sh", "tpu_vm.sh", "gke_jobset.sh", "slurm.sbatch"))
 FLAGS = ["--config=configs/quickstart.py:EReg(SM(t)+ScFuFFN)", "--workdir=runs/it's here"]
 SLICE = ["--name=ereg", "--zone=us-west4-a"]
 
@@ -35,7 +36,7 @@ def environment(tmp_path):
     return os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
 
 
-@pytest.mark.parametrize("script", [LOCAL, TPU_VM], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [LOCAL, TPU_VM, GKE, SLURM], ids=lambda path: path.name)
 def test_scripts_are_clean(script):
     subprocess.run(["bash", "-n", script], check=True)
     if not shutil.which("shellcheck"):
@@ -44,7 +45,7 @@ def test_scripts_are_clean(script):
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("script", [LOCAL, TPU_VM], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [LOCAL, TPU_VM, GKE], ids=lambda path: path.name)
 def test_help_is_printed(script):
     helped = run(script, "--help")
     assert helped.returncode == 0 and helped.stdout.startswith("usage: launch/") and not helped.stderr
@@ -66,6 +67,16 @@ def test_help_is_printed(script):
         (TPU_VM, ["start", *SLICE], "--workdir=FOLDER"),
         (TPU_VM, ["fetch", *SLICE, "--workdir=it's here"], "got 'it's here'"),
         (TPU_VM, ["start", *SLICE, "--workdir=runs/x", "--", *FLAGS], "--workdir belongs before the --"),
+        (TPU_VM, ["start", *SLICE, "--workdir=runs/x", "--restart=no"], "--restart='no'"),
+        (GKE, ["--name=Ereg"], "--name='Ereg' must be lower-case"),
+        (GKE, ["--name=e", "--claim=runs"], "--image='' is not a container image"),
+        (GKE, ["--name=e", "--image=i", "--claim=a b"], "--claim='a b'"),
+        (GKE, ["--name=e", "--image=i", "--claim=c", "--topology=16", "--", *FLAGS], "--topology='16' must look like"),
+        (GKE, ["--name=e", "--image=i", "--claim=c", "--topology=3x3", "--", *FLAGS], "--chips=4 does not divide"),
+        (GKE, ["--name=e", "--image=i", "--claim=c"], "the flags of the run are missing"),
+        (GKE, ["--name=e", "--image=i", "--claim=c", "--", "--a=\n"], "a flag has a line break"),
+        (GKE, ["--nam=e"], "'--nam=e' is not understood"),
+        (SLURM, [], "the flags of the run are missing"),
     ],
 )
 def test_a_mistake_is_answered_in_one_sentence(script, arguments, reason):
@@ -76,8 +87,12 @@ def test_a_mistake_is_answered_in_one_sentence(script, arguments, reason):
 
 @pytest.mark.parametrize(
     "script, arguments, missing",
-    [(LOCAL, ["2", *FLAGS], "jax-entropy"), (TPU_VM, ["follow", *SLICE], "gcloud")],
-    ids=["local.sh", "tpu_vm.sh"],
+    [
+        (LOCAL, ["2", *FLAGS], "jax-entropy"),
+        (TPU_VM, ["follow", *SLICE], "gcloud"),
+        (GKE, ["--name=e", "--image=i", "--claim=c", "--", *FLAGS], "kubectl"),
+    ],
+    ids=["local.sh", "tpu_vm.sh", "gke_jobset.sh"],
 )
 def test_a_missing_program_is_answered_in_one_sentence(tmp_path, script, arguments, missing):
     (tmp_path / "bin").mkdir()
@@ -106,8 +121,8 @@ def test_local_prints_what_it_would_run(environment):
 def test_local_prints_how_it_would_restart():
     printed = run(LOCAL, "--dry-run", "--restart=3", "2", *FLAGS)
     assert printed.returncode == 0, printed.stderr
-    command = ["python3", "-I", str(LAUNCH.parent / "jax_entropy/supervise.py"), "--restart=3", "--", str(LOCAL), "2", *FLAGS]
-    assert printed.stdout.count("\n") == 1 and shlex.split(printed.stdout) == command
+    supervise = ["python3", "-I", str(LAUNCH.parent / "jax_entropy/supervise.py"), "--restart=3", "--"]
+    assert printed.stdout.count("\n") == 1 and shlex.split(printed.stdout) == [*supervise, str(LOCAL), "2", *FLAGS]
 
 
 # Says who it is, then does what MODE asks for.
@@ -225,7 +240,8 @@ def test_tpu_vm_prints_what_it_would_do():
         "python3 -m uv pip install --quiet --python=../venv .[tpu]'",
         f"{vm} ssh ereg --zone=us-west4-a --worker=all '--command={busy}; rm -f train.pid train.code; "
         r"""cd jax_entropy || exit; setsid nohup bash -c '\''"$@" & echo $! >~/train.pid; wait $!; """
-        r"""echo $? >~/train.code'\'' train ../venv/bin/jax-entropy train --distributed --workdir=$HOME/runs/ereg """
+        r"""echo $? >~/train.code'\'' train ../venv/bin/python -I jax_entropy/supervise.py --restart=10 -- """
+        r"""../venv/bin/jax-entropy train --distributed --workdir=$HOME/runs/ereg """
         r"""'\''--config=configs/quickstart.py:EReg(SM(t)+ScFuFFN)'\'' """
         r"""'\''--config.data.files=/it'\''\'\'''\''s/my books'\'' >~/train.log 2>&1 </dev/null & """
         "until [ -s ~/train.pid ]; do sleep 0.1; done'",
@@ -237,6 +253,106 @@ def test_tpu_vm_prints_what_it_would_do():
     assert "delete" not in printed.stdout
     printed = run(TPU_VM, "delete", "--dry-run", *SLICE)
     assert printed.stdout == f"{vm} delete ereg --zone=us-west4-a\n"
+
+
+def test_tpu_vm_asks_for_a_queued_resource():
+    options = ["--type=v6e-16", "--version=v2-alpha-tpuv6e", "--queued", "--spot"]
+    printed = run(TPU_VM, "--dry-run", "create", *SLICE, *options)
+    assert printed.returncode == 0, printed.stderr
+    tpus = "gcloud compute tpus"
+    assert printed.stdout.splitlines() == [
+        f"{tpus} tpu-vm describe ereg --zone=us-west4-a '--format=value(state)' 2>/dev/null || "
+        f"{tpus} queued-resources create ereg --node-id=ereg --zone=us-west4-a --accelerator-type=v6e-16 "
+        "--runtime-version=v2-alpha-tpuv6e --spot",
+        f"bash -c 'while state=$({tpus} queued-resources describe ereg --zone=us-west4-a "
+        r"""'\''--format=value(state.state)'\'') || exit; [ "$state" != ACTIVE ]; do case $state in """
+        """FAILED | SUSPENDED) echo "the queued resource is $state" >&2; exit 1 ;; esac; sleep 30; done'""",
+    ]
+    printed = run(TPU_VM, "delete", "--dry-run", "--queued", *SLICE)
+    assert printed.stdout == f"{tpus} queued-resources delete ereg --zone=us-west4-a --force\n"
+
+
+@pytest.mark.parametrize(("states", "code"), [(["WAITING_FOR_RESOURCES", "ACTIVE"], 0), (["FAILED"], 1), ([], 1)])
+def test_tpu_vm_waits_for_a_queued_resource(tmp_path, environment, states, code):
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+    executable(
+        tmp_path / "bin/gcloud",
+        f"""
+        #!/usr/bin/env bash
+        case "$3 $4" in
+          "tpu-vm describe") exit 1 ;;
+          "queued-resources create") echo "$*" >{tmp_path}/created ;;
+          "queued-resources describe")
+            read -r state <{tmp_path}/states || exit 1
+            sed -i 1d {tmp_path}/states
+            echo "$state" ;;
+        esac
+        """,
+    )
+    executable(tmp_path / "bin/sleep", "#!/usr/bin/env bash\n")
+    options = ["--type=v6e-16", "--version=v2-alpha-tpuv6e", "--queued"]
+    created = run(TPU_VM, "create", *SLICE, *options, env=environment)
+    assert created.returncode == code, created.stderr
+    assert (tmp_path / "created").read_text().startswith("compute tpus queued-resources create ereg --node-id=ereg")
+
+
+def test_gke_prints_a_job_set_that_reads_back_as_given(tmp_path, environment):
+    flags = [FLAGS[0], "--workdir=/runs/it's \"here\" & \\there: {x} #1", "--config.data.files=@NAME@"]
+    options = ["--name=ereg", "--image=europe/me:1", "--claim=runs", "--topology=2x2x4", "--accelerator=tpu-v5p-slice"]
+    printed = run(GKE, "--dry-run", *options, "--", *flags)
+    assert printed.returncode == 0, printed.stderr
+    first, *text, last = printed.stdout.splitlines()
+    assert (first, last) == ("kubectl apply -f - <<'END'", "END")
+    made = yaml.safe_load("\n".join(text))
+    assert made["kind"] == "JobSet" and made["metadata"]["name"] == "ereg"
+    assert made["spec"]["failurePolicy"]["maxRestarts"] == 10
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 4
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    pod = job["template"]["spec"]
+    assert set(pod["nodeSelector"].values()) == {"tpu-v5p-slice", "2x2x4"}
+    container = pod["containers"][0]
+    assert container["command"] == ["python", "-m", "jax_entropy.supervise", "--restart=10", "--"]
+    assert container["args"] == ["jax-entropy", "train", "--distributed", *flags]
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}} and container["image"] == "europe/me:1"
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "runs"
+    executable(tmp_path / "bin/kubectl", "#!/usr/bin/env bash\necho \"$*\"\ncat\n")
+    applied = run(GKE, *options, "--", *flags, env=environment)
+    assert applied.stdout.splitlines() == ["apply -f -", *text]
+
+
+def test_slurm_prints_and_runs_the_same(tmp_path, environment):
+    printed = run(SLURM, "--dry-run", *FLAGS)
+    assert printed.returncode == 0, printed.stderr
+    run_ = ["srun", "--kill-on-bad-exit=1", "jax-entropy", "train", "--distributed", *FLAGS]
+    supervise = ["python3", "-m", "jax_entropy.supervise", "--restart=10", "--", *run_]
+    assert shlex.split(printed.stdout) == ["JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7", *supervise]
+    executable(tmp_path / "bin/python3", '#!/usr/bin/env bash\necho "$JAX_LOCAL_DEVICE_IDS"\nprintf "%s\\n" "$@"\n')
+    job = environment | {"SLURM_JOB_ID": "1", "SLURM_GPUS_ON_NODE": "4"}
+    assert run(SLURM, *FLAGS, env=job).stdout.splitlines() == ["0,1,2,3", *supervise[1:]]
+    refused = run(SLURM, *FLAGS, env={name: value for name, value in environment.items() if name != "SLURM_JOB_ID"})
+    assert refused.returncode == 2 and "give it to sbatch" in refused.stderr
+
+
+def test_skypilot_joins_the_nodes(tmp_path, environment):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    executable(tmp_path / "bin/python3", '#!/usr/bin/env bash\nenv | grep ^JAX_ | sort\nprintf "%s\\n" "$@"\n')
+    config, workdir = (flag.partition("=")[2] for flag in FLAGS)
+    given = {"CONFIG": config, "WORKDIR": workdir, "FLAGS": "--config.seed=1 --x=2"}
+    assert set(given) < set(task["envs"])
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    clean = {name: value for name, value in environment.items() if not name.startswith("JAX_")}
+    done = subprocess.run(["bash", "-c", task["run"]], env=clean | given | nodes, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "JAX_COORDINATOR_ADDRESS=10.0.0.1:8476", "JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1",
+        "-m", "jax_entropy.supervise", "--restart=10", "--", "jax-entropy", "train", "--distributed",
+        *FLAGS, "--config.seed=1", "--x=2",
+    ]  # fmt: skip
+    if shutil.which("shellcheck"):
+        for part in ("setup", "run"):
+            check = ["shellcheck", "--shell=bash", "--exclude=SC2153", "-"]  # FLAGS is a variable of its own
+            checked = subprocess.run(check, input=task[part], capture_output=True, text=True)
+            assert checked.returncode == 0, checked.stdout
 
 
 @pytest.fixture
@@ -267,9 +383,9 @@ def slice_of_one_host(tmp_path, environment):
         #!{sys.executable}
         import os, sys
         workdir = next(word.split("=", 1)[1] for word in sys.argv if word.startswith("--workdir="))
-        os.makedirs(workdir)
+        os.makedirs(workdir, exist_ok=True)
         open(workdir + "/arguments", "w").write(repr(sys.argv[1:]))
-        print("trained in", os.listdir("."))
+        print("trained in", sorted(os.listdir(".")))
         sys.exit(3 if "--fail" in sys.argv else 0)
         """,
     )
@@ -279,12 +395,15 @@ def slice_of_one_host(tmp_path, environment):
         #!/usr/bin/env bash
         echo "$*" >>{tmp_path}/installs
         mkdir -p {host}/venv/bin && cp {tmp_path}/jax-entropy {host}/venv/bin
+        ln -sf {sys.executable} {host}/venv/bin/python
         """,
     )
     (checkout / "launch").mkdir(parents=True)
+    (checkout / "jax_entropy").mkdir()
     shutil.copy(TPU_VM, checkout / "launch")
+    shutil.copy(LAUNCH.parent / "jax_entropy/supervise.py", checkout / "jax_entropy")
     git = ["git", "-C", checkout, "-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "launch"], ["commit", "-qm", "x"]):
+    for command in (["init", "-q"], ["add", "launch", "jax_entropy"], ["commit", "-qm", "x"]):
         subprocess.run([*git, *command], check=True)
     (checkout / "not_committed").touch()
     return checkout / "launch/tpu_vm.sh", environment | {"PWD": str(tmp_path)}
@@ -297,7 +416,7 @@ def test_tpu_vm_creates_installs_trains_and_fetches(tmp_path, slice_of_one_host)
     script, environment = slice_of_one_host
     done = run(script, *ALL, *FLAGS[:1], "--name=it's here", env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "trained in ['launch']" in done.stdout  # the committed code, without .git
+    assert "trained in ['jax_entropy', 'launch']" in done.stdout  # the committed code, without .git
     assert "uncommitted changes" in done.stderr and "delete --name=ereg" in done.stderr
     expected = ["train", "--distributed", f"--workdir={tmp_path}/host/runs/ereg", FLAGS[0], "--name=it's here"]
     assert (tmp_path / "runs/ereg/arguments").read_text() == repr(expected)
@@ -308,7 +427,8 @@ def test_tpu_vm_creates_installs_trains_and_fetches(tmp_path, slice_of_one_host)
 def test_tpu_vm_fetches_a_failed_run_too_and_ends_with_its_code(tmp_path, slice_of_one_host):
     script, environment = slice_of_one_host
     (tmp_path / "host").mkdir()
-    failed = run(script, *ALL, "--fail", env=environment, cwd=tmp_path)
+    once = [*ALL[:-1], "--restart=0", "--"]
+    failed = run(script, *once, "--fail", env=environment, cwd=tmp_path)
     assert failed.returncode == 3, failed.stderr
     assert (tmp_path / "runs/ereg/arguments").exists()
     assert "create" not in (tmp_path / "verbs").read_text()  # it was there

@@ -127,7 +127,9 @@ def whole(tmp_path_factory, corpus_directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("before", "after"), [((1, 8), (1, 2)), ((2, 1), (1, 1)), ((1, 2), (2, 2))], ids=["8 to 2", "2 processes to 1", "1 to 2"]
+    ("before", "after"),
+    [((1, 8), (1, 2)), ((2, 1), (1, 1)), ((1, 2), (2, 2))],
+    ids=["8 devices to 2", "2 processes to 1", "1 process to 2"],
 )
 def test_a_run_that_changes_its_layout_reads_every_chunk_once(whole, tmp_path, corpus_directory, before, after):
     """Stopped by SIGTERM and started on another layout: the same chunks in the same batches as without a stop."""

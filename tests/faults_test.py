@@ -13,7 +13,7 @@ import pytest
 from tests.run_helpers import assert_same_run, command, environment, lines
 from tests.tiny_config import REPOSITORY
 
-OVERRIDES = ("--config.train.num_steps=600", "--config.train.checkpoint_every=20", "--config.train.log_every=50")
+OVERRIDES = ("--config.train.num_steps=300", "--config.train.checkpoint_every=10", "--config.train.log_every=50")
 
 
 def trainers(workdir):
@@ -34,7 +34,7 @@ def kill_again_and_again(supervisor, workdir, count, seed):
     """Kills one process of the run `count` times, and returns how often one was there to be killed."""
     rng, kills = np.random.default_rng(seed), 0
     while supervisor.poll() is None and kills < count:
-        time.sleep(rng.uniform(0.5, 9.0))
+        time.sleep(rng.uniform(0.3, 6.0))
         victims = trainers(workdir)
         if victims:
             os.kill(int(rng.choice(victims)), signal.SIGKILL)
@@ -80,7 +80,7 @@ def test_two_processes_of_which_either_is_killed_end_as_unbroken_ones(tmp_path, 
     assert unbroken.returncode == 0, unbroken.stderr
     with open(tmp_path / "log", "w") as log:
         supervisor = subprocess.Popen(launch(workdir, "--restart=20"), env=env, cwd=REPOSITORY, stdout=log, stderr=log)
-        kills = kill_again_and_again(supervisor, workdir, 5, seed=1)
+        kills = kill_again_and_again(supervisor, workdir, 4, seed=1)
         assert supervisor.wait(timeout=900) == 0, (tmp_path / "log").read_text()[-2000:]
     assert kills
     assert [line["step"] for line in lines(workdir)] == [line["step"] for line in lines(reference)]

@@ -180,7 +180,84 @@ def read_link(values: Any, *hosts: str) -> Any:
     return link.read_keys(values.keys, values.peer)
 
 
-WORDS = {function.__name__: function for function in (setup, generate, keys, serve, ask)}
+def profile(parse: Any) -> None:
+    """Bytes, rounds and time of a forward pass by kind of operation, measured."""
+    from_run = any(argument.startswith("--workdir") for argument in parse.arguments)
+    from_config = any(argument.startswith("--config") for argument in parse.arguments)
+    from jax_entropy.private import measure
+
+    more = dict(ablation=(False, "measure every step alone instead"), best=(False, "the best checkpoint, of --workdir"))
+    size = {} if from_run or from_config else measure.SIZE | dict(architecture=("", "in the paper's notation"))
+    values = parse.flags(config=from_config, workdir=from_run, **measure.MEASURE, **SETTING, **more, **size)
+    engine.environment_python()
+    setting, network, steps = read_setting(values), measure.read_network(values.network), read_steps(values.without)
+    config, variables = _model(values, from_run, from_config)
+    console = Console(highlight=False, soft_wrap=True)
+    if values.ablation:
+        rows = measure.print_ablation(config, variables, values.context, setting, console, warn)
+        return write_json(values.json, dict(setting=setting._asdict(), rows=[plain_json(row) for row in rows]))
+    measured = measure.run_profile(config, variables, steps, values.context, setting, warn)
+    measure.print_profile(measured, network, values.network, console)
+    write_json(values.json, measured.to_json())
+    draw([measured], network, values)
+
+
+def _model(values: Any, from_run: bool, from_config: bool) -> tuple:
+    """Config and variables that a command's flags name."""
+    from jax_entropy.private.measure import SIZE, random_variables
+
+    if from_run:
+        from jax_entropy.workdir import load_run
+
+        loaded = load_run(values.workdir, warn, best=values.best)
+        return loaded.model.config, loaded.variables
+    if from_config:
+        from jax_entropy.config import check, model_config
+
+        check(values.config)
+        config = model_config(values.config, values.config.model.vocab_size or values.config.data.vocab_size)
+    elif values.architecture:
+        from jax_entropy.architecture import architecture
+
+        size = {name: values[name].value for name in SIZE}
+        config = architecture(values.architecture, context_length=values.context, **size)
+    else:
+        raise UserError("profile what? give --workdir, --config=file.py:ARCHITECTURE, or --architecture")
+    return config, random_variables(config)
+
+
+def compare(parse: Any) -> None:
+    """Architectures side by side, each exported plainly and optimised: `private compare ARCH ARCH …`."""
+    names = [argument for argument in parse.arguments if not argument.startswith("-")]
+    parse.arguments = [argument for argument in parse.arguments if argument.startswith("-")]
+    from jax_entropy.private import measure
+
+    values = parse.flags(**measure.MEASURE, **SETTING, **measure.SIZE)
+    engine.environment_python()
+    setting, network = read_setting(values), measure.read_network(values.network)
+    profiles = measure.compare(names, values, setting, warn)
+    measure.print_comparison(profiles, network, values.network, Console(highlight=False, soft_wrap=True))
+    write_json(values.json, dict(profiles=[measured.to_json() for measured in profiles]))
+    draw(profiles, network, values)
+
+
+def draw(profiles: list, network: Any, values: Any) -> None:
+    """The picture, where one is asked for."""
+    if values.picture:
+        from jax_entropy.private.drawing import draw_profiles
+
+        draw_profiles(profiles, network, values.network, values.picture)
+        print(f"wrote {values.picture}")
+
+
+def plain_json(value: Any) -> Any:
+    """Named tuples as objects, all the way down."""
+    if hasattr(value, "_asdict"):
+        return {name: plain_json(part) for name, part in value._asdict().items()}
+    return value
+
+
+WORDS = {function.__name__: function for function in (setup, generate, profile, compare, keys, serve, ask)}
 
 
 def private(parse: Any) -> None:

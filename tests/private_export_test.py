@@ -9,7 +9,8 @@ import pytest
 
 from jax_entropy.model import Transformer
 from jax_entropy.private.export import export, one_hot
-from jax_entropy.private.program import NO_STEPS, Steps, compose, external_inputs, forward, prefill, step
+from jax_entropy.private.program import forward, prefill, step
+from jax_entropy.private.stage import NO_STEPS, Steps, compose, external_inputs
 from tests.tiny_model import ARCHITECTURES, VARIED, jit, random_tokens, scattered, tiny
 
 STEPS = tuple(field.name for field in dataclasses.fields(Steps))

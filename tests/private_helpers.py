@@ -21,7 +21,7 @@ from jax_entropy.private import engine
 from jax_entropy.private.engine import Engine, Setting
 from jax_entropy.private.export import export
 from jax_entropy.private.inference import PrivateModel
-from jax_entropy.private.program import Steps
+from jax_entropy.private.stage import Steps
 from jax_entropy.state import init_state
 from jax_entropy.workdir import Workdir
 from tests.tiny_model import run_config, scattered
@@ -74,7 +74,9 @@ def make_workdir(path: Path, architecture: str = "EReg(SM(t)+ScFuFFN)", **fields
     model = model_config(config, load_tokenizer(workdir.tokenizer).vocab_size)
     state = jax.jit(functools.partial(init_state, config, Transformer(model)))()
     with Checkpointer(workdir.checkpoints, notify=print) as checkpointer:
-        checkpointer.save(0, state._replace(params=scattered(model)["params"]), None, dict(config=config.to_dict(), corpus=None))
+        checkpointer.save(
+            0, state._replace(params=scattered(model)["params"]), None, dict(config=config.to_dict(), corpus=None)
+        )
     return path
 
 

@@ -10,10 +10,11 @@ import pytest
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
 from jax_entropy.private.engine import PROTOCOLS, Engine, Setting
-from jax_entropy.private.fixed_point import check_range
 from jax_entropy.private.export import export
+from jax_entropy.private.fixed_point import check_range
 from jax_entropy.private.inference import CLIENT, generate
-from jax_entropy.private.program import NO_STEPS, Steps, forward
+from jax_entropy.private.program import forward
+from jax_entropy.private.stage import NO_STEPS, Steps
 from tests.private_helpers import greedy, need_engine, private_model
 from tests.tiny_model import ARCHITECTURES, VARIED, jit, random_tokens, scattered, tiny
 
@@ -174,7 +175,9 @@ def test_two_rounds_of_a_product_are_two_rounds(semi2k):
     semi2k.put(["a", "b"], CLIENT, dict(a=np.eye(8, dtype=np.float32), b=np.full((8, 8), 2, np.float32)))
     account = semi2k.run("product", ["a", "b"], ["c"])
     assert account.rounds == 2
-    assert all(2 * 8 * 64 < count <= 3 * 8 * 64 for count in account.bytes)  # two factors and a truncation of 64 numbers
+    assert all(
+        2 * 8 * 64 < count <= 3 * 8 * 64 for count in account.bytes
+    )  # two factors and a truncation of 64 numbers
     np.testing.assert_allclose(semi2k.get(["c"], CLIENT)["c"], 2, atol=1e-4)
 
 

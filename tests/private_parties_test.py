@@ -1,4 +1,4 @@
-"""Two processes over mutual TLS: the text agrees, strangers are refused in a sentence, neither holds what the other has."""
+"""Two processes over mutual TLS: the text agrees, strangers are refused, neither holds what the other has."""
 
 import os
 import re
@@ -74,8 +74,8 @@ def plain_text(workdir):
     from jax_entropy.workdir import load_run
 
     loaded = load_run(workdir, print)
-    return lambda prompt: prompt + generate(
-        loaded.model, loaded.variables, loaded.tokenizer, prompt, num_tokens=6, temperature=0
+    return lambda prompt: (
+        prompt + generate(loaded.model, loaded.variables, loaded.tokenizer, prompt, num_tokens=6, temperature=0)
     )
 
 

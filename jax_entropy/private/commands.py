@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.private import engine
-from jax_entropy.private.program import Steps
+from jax_entropy.private.stage import Steps
 
 SETTING = dict(
     protocol=("semi2k", "semi2k (two parties and a dealer) | aby3 (three parties) | cheetah (two parties)"),
@@ -64,7 +64,8 @@ def generate(parse: Any) -> None:
     seconds = time.monotonic() - start
     Console(stderr=True, highlight=False, soft_wrap=True).print(spent(model.accounts, len(new), seconds, setting))
     write_json(values.json, dict(
-        architecture=exported.shape.architecture, setting=setting._asdict(), seconds=seconds, prompt_tokens=len(ids), tokens=new,
+        architecture=exported.shape.architecture, setting=setting._asdict(), seconds=seconds,
+        prompt_tokens=len(ids), tokens=new,
         programs=[dict(name=name, **account._asdict()) for name, account in model.accounts],
     ))  # fmt: skip
 
@@ -159,7 +160,8 @@ def ask(parse: Any) -> None:
             yield known["tokenizer"].encode(text)
 
     answers, model = run(
-        server, values.listen, files, values.tokens, prompts=tokens_of, end_of_text=lambda: known["tokenizer"].end_of_text,
+        server, values.listen, files, values.tokens, prompts=tokens_of,
+        end_of_text=lambda: known["tokenizer"].end_of_text,
         reveal=values.reveal, timeout=values.timeout, patience=values.patience, notify=lambda token: None,
     )  # fmt: skip
     for text, new in zip(texts, answers, strict=True):
@@ -261,7 +263,7 @@ WORDS = {function.__name__: function for function in (setup, generate, profile, 
 
 
 def private(parse: Any) -> None:
-    """A trained model under secure computation: `private setup`, `generate`, `profile`, `compare`, `keys`, `serve`, `ask`."""
+    """A trained model under secure computation: `private setup`, `generate`, `profile`, `compare`, `serve`, `ask`, …"""
     WORDS[parse.word(tuple(WORDS))](parse)
 
 
@@ -316,7 +318,8 @@ def _mean(values: tuple, count: int) -> Any:
 def describe(account: engine.Account) -> str:
     """Bytes of each party, rounds and time in a phrase."""
     each = " / ".join(f"{count / 1e6:,.2f}" for count in account.bytes)
-    return f"{each} MB sent by party {' / '.join(map(str, range(len(account.bytes))))}, {account.rounds:.0f} rounds, {account.seconds:.2f} s"
+    parties = " / ".join(map(str, range(len(account.bytes))))
+    return f"{each} MB sent by party {parties}, {account.rounds:.0f} rounds, {account.seconds:.2f} s"
 
 
 def write_json(file: str, content: dict) -> None:

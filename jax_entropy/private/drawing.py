@@ -27,8 +27,8 @@ def draw_profiles(profiles: list[Profile], network: Network, network_name: str, 
         "Private execution by kind of operation",
         f"{first.setting.protocol}, {first.num_tokens} tokens, {first.setting.fraction_bits} fraction bits",
         9.6, 1.7 + 0.42 * len(profiles),
-        f"Bytes: of the party that sends most, weights opened before. Time on {network_name}: computation of all parties on one "
-        "machine + rounds × latency + bytes / bandwidth.",
+        f"Bytes: of the party that sends most, weights of optimised exports opened before. Time on {network_name}: "
+        "computation of all parties on one machine + rounds × latency + bytes / bandwidth.",
     )  # fmt: skip
     axes = fig.subplots(1, 3, sharey=True)
     measures = (
@@ -46,12 +46,12 @@ def draw_profiles(profiles: list[Profile], network: Network, network_name: str, 
             starts = [start + width for start, width in zip(starts, widths, strict=True)]
         for row, total in enumerate(starts):
             ratio = f" ({starts[0] / total:.1f}×)" if row else ""
-            ax.text(total, row, f" {total:,.3g}{ratio}" if total < 1000 else f" {total:,.0f}{ratio}", va="center", size=7.5)
+            ax.text(
+                total, row, f" {total:,.3g}{ratio}" if total < 1000 else f" {total:,.0f}{ratio}", va="center", size=7.5
+            )
         ax.set(xlabel=label, xlim=(0, 1.35 * max(starts)), ylim=(len(profiles) - 0.5, -0.5))
         ax.grid(axis="x")
         ax.grid(False, axis="y")
     handles = axes[0].get_legend_handles_labels()
     fig.legend(*handles, loc="upper right", bbox_to_anchor=(0.995, 0.995), ncols=3, fontsize=7, columnspacing=1)
     fig.savefig(file)
-
-

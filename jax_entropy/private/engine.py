@@ -85,7 +85,8 @@ def why_not() -> str | None:
     if platform.system() != "Linux" or machine not in ("x86_64", "amd64"):
         return f"the engine's wheel is for Linux on x86-64, and this is {platform.system()} on {platform.machine()}"
     if _python311() is None:
-        return f"the engine's wheel is for CPython 3.11; this is {platform.python_version()} and there is no python3.11 on the PATH"
+        here = platform.python_version()
+        return f"the engine's wheel is for CPython 3.11; this is {here}, and there is no python3.11 on the PATH"
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -99,7 +100,7 @@ def _python311() -> str | None:
 
 
 def check(directory: Path | None = None) -> dict[str, str]:
-    """What is set up: {"engine": version, "python": version, "directory": path}. Raises UserError if it does not work."""
+    """What is set up: {"engine": version, "python": version, "directory": path}; raises UserError if it fails."""
     python = environment_python(directory)
     code = (
         "import importlib.metadata as m, platform, spu.libspu as l; "
@@ -109,7 +110,9 @@ def check(directory: Path | None = None) -> dict[str, str]:
     found = re.search(r"VERSIONS (\S+) (\S+)", done.stdout)
     if not found:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"the engine in {python.parent.parent} does not start ({last}); run: jax-entropy private setup --force")
+        raise UserError(
+            f"the engine in {python.parent.parent} does not start ({last}); run: jax-entropy private setup --force"
+        )
     return dict(engine=found[1], python=found[2], directory=str(python.parent.parent))
 
 
@@ -129,19 +132,26 @@ def setup(notify: Callable[[str], None], directory: Path | None = None, *, force
             if not (directory / "ready").exists():
                 _install(notify, directory)
     except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}; set JAX_ENTROPY_ENGINE to another folder") from None
+        raise UserError(
+            f"{directory} cannot be written: {error.strerror}; set JAX_ENTROPY_ENGINE to another folder"
+        ) from None
     return check(directory)
 
 
 def _install(notify: Callable[[str], None], directory: Path) -> None:
     needed, free = 1.5e9, shutil.disk_usage(directory.parent).free
     if free < needed:
-        raise UserError(f"the engine needs {needed / 1e9:.1f} GB in {directory.parent}, and {free / 1e9:.1f} GB are free")
+        raise UserError(
+            f"the engine needs {needed / 1e9:.1f} GB in {directory.parent}, and {free / 1e9:.1f} GB are free"
+        )
     log, start = Path(f"{directory}.log"), time.monotonic()
     pip = [directory / "bin" / "python", "-m", "pip"]
     commands = [
         ("makes a Python 3.11 environment", [_python311(), "-m", "venv", directory]),
-        (f"installs {REQUIREMENT} (about 730 MB on disk)", [*pip, "install", "--disable-pip-version-check", "--pre", REQUIREMENT]),
+        (
+            f"installs {REQUIREMENT} (about 730 MB on disk)",
+            [*pip, "install", "--disable-pip-version-check", "--pre", REQUIREMENT],
+        ),
     ]
     for line, command in commands:
         notify(f"{line} …")
@@ -177,12 +187,18 @@ class Engine:
     """A subprocess that holds secret-shared arrays and runs programs on them; a context manager.
 
     Without a link it holds all parties and counts their messages; with one it is the party `link.rank`.
-    Every call raises UserError in a sentence if the engine fails, if it takes longer than `timeout` s, or if `peer`, the
-    connection to the other party's process, ends meanwhile.
+    Every call raises UserError in a sentence if the engine fails, if it takes longer than `timeout` s, or if `peer`,
+    the connection to the other party's process, ends meanwhile.
     """
 
     def __init__(
-        self, setting: Setting, link: Link | None = None, *, peer: Any = None, directory: Path | None = None, timeout: float = 3600
+        self,
+        setting: Setting,
+        link: Link | None = None,
+        *,
+        peer: Any = None,
+        directory: Path | None = None,
+        timeout: float = 3600,
     ):
         self.setting, self.link, self.peer, self.timeout = setting.check(), link, peer, timeout
         python = environment_python(directory)
@@ -201,8 +217,8 @@ class Engine:
         self._buffer = b""
         try:
             joins = {} if link is None else dict(
-                link=dict(rank=link.rank, addresses=link.addresses, tls=link.tls, timeout_ms=1000 * link.timeout_seconds,
-                          connect_seconds=link.connect_seconds)
+                link=dict(rank=link.rank, addresses=link.addresses, tls=link.tls, connect_seconds=link.connect_seconds,
+                          timeout_ms=1000 * link.timeout_seconds)
             )  # fmt: skip
             limit = timeout if link is None else link.connect_seconds + 5
             self.ask("open", limit, num_parties=setting.num_parties, config=setting.for_engine(), **joins)
@@ -238,7 +254,9 @@ class Engine:
             left = deadline - time.monotonic()
             watched = [self._replies] + ([self.peer] if self.peer is not None else [])
             if left <= 0 or not (ready := select.select(watched, [], [], left)[0]):
-                raise UserError(f"the other party, or the engine, did not answer within {timeout or self.timeout:.0f} s")
+                raise UserError(
+                    f"the other party, or the engine, did not answer within {timeout or self.timeout:.0f} s"
+                )
             if self._replies not in ready:
                 self.peer.read_available()  # raises where the other party is gone
                 continue
@@ -264,7 +282,13 @@ class Engine:
         self.ask("load", name=name, file=str(file), visibility=list(visibility), options=dict(options))
 
     def put(
-        self, names: Sequence[str], owner: int, arrays: Mapping[str, np.ndarray] | None, *, public: bool = False, colocated: bool = False
+        self,
+        names: Sequence[str],
+        owner: int,
+        arrays: Mapping[str, np.ndarray] | None,
+        *,
+        public: bool = False,
+        colocated: bool = False,
     ) -> None:
         """Shares the arrays of one party with all; the others call it with the same names and no arrays."""
         file = None
@@ -303,7 +327,7 @@ def _in_a_sentence(do: str, error: str, link: Link | None) -> str:
         return f"the engine failed ({do}): {first}"
     if do == "open":
         return (
-            f"no secure link with {link.addresses[1 - link.rank]} within {link.connect_seconds} s: is the other party running, "
-            f"and do both hold each other's certificate? ({first})"
+            f"no secure link with {link.addresses[1 - link.rank]} within {link.connect_seconds} s: is the other "
+            f"party running, and do both hold each other's certificate? ({first})"
         )
     return f"the other party is gone or silent ({do}): {first}"

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.layers import temperature
-from jax_entropy.private.program import LAST, POSITION, TOKENS, Shape, Stage, Steps, compose, external_inputs
+from jax_entropy.private.stage import LAST, POSITION, TOKENS, Shape, Stage, Steps, compose, external_inputs
 
 _FOLDABLE = 16.0  # products of β beyond this, or below its inverse, would cost precision in fixed point
 
@@ -89,17 +89,23 @@ def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndar
         if f"{path}/kernel" in params:
             kernel = params[f"{path}/kernel"]
             inputs = config.model_dim if name != "down" else config.hidden_dim
-            block[f"{name}.kernel"] = _effective(kernel.reshape(inputs, -1), params.get(f"{path}/gain"), vectors.get(path))
+            block[f"{name}.kernel"] = _effective(
+                kernel.reshape(inputs, -1), params.get(f"{path}/gain"), vectors.get(path)
+            )
         if f"{path}/bias" in params:
             block[f"{name}.bias"] = params[f"{path}/bias"].reshape(-1)
     for name in ("norm1", "norm2"):
-        block |= {f"{name}.{part}": params[f"{name}/{part}"] for part in ("scale", "bias") if f"{name}/{part}" in params}
+        block |= {
+            f"{name}.{part}": params[f"{name}/{part}"] for part in ("scale", "bias") if f"{name}/{part}" in params
+        }
     block |= {name: params[name].reshape(1) for name in ("alpha", "beta") if name in params}
     if config.activation == "leaky_relu" and layer < shallow and config.slope != "fixed":
         slope = params["ffn/negative_slope"] if config.slope == "layer" else variables["params"]["negative_slope"]
         block["slope"] = np.asarray(slope, np.float64).reshape(1)
     if config.learnable_temperature:
-        block["temperature"] = np.asarray(temperature(jnp.asarray(params["attention/temperature"], jnp.float32), config), np.float64)
+        block["temperature"] = np.asarray(
+            temperature(jnp.asarray(params["attention/temperature"], jnp.float32), config), np.float64
+        )
     return block
 
 
@@ -127,7 +133,11 @@ def _merge(layer: dict[str, np.ndarray]) -> None:
     """Two matrices with nothing between them as one."""
     up, down = layer.pop("up.kernel"), layer.pop("down.kernel")
     layer["fused.kernel"] = up @ down
-    bias = layer.pop("up.bias", 0) @ down + layer.pop("down.bias", 0) if "up.bias" in layer else layer.pop("down.bias", None)
+    bias = (
+        layer.pop("up.bias", 0) @ down + layer.pop("down.bias", 0)
+        if "up.bias" in layer
+        else layer.pop("down.bias", None)
+    )
     if bias is not None:
         layer["fused.bias"] = bias
 
@@ -206,7 +216,9 @@ def one_hot(tokens_T, vocab_size: int) -> np.ndarray:
     return np.eye(vocab_size, dtype=np.float32)[np.asarray(tokens_T)]
 
 
-def abstract_inputs(exported: Shape, names, num_tokens: int, known: dict[str, jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
+def abstract_inputs(
+    exported: Shape, names, num_tokens: int, known: dict[str, jax.ShapeDtypeStruct]
+) -> list[jax.ShapeDtypeStruct]:
     """Types of a program's inputs: weights and stage outputs from `known`, the rest from their names."""
     S, N, H = exported.context_length, exported.num_heads, exported.head_dim
     f32, i32 = jnp.float32, jnp.int32

@@ -11,7 +11,8 @@ import numpy as np
 from jax_entropy.errors import UserError
 from jax_entropy.private.engine import Setting
 from jax_entropy.private.export import Export, one_hot
-from jax_entropy.private.program import TOKENS, external_inputs, forward, run_stage
+from jax_entropy.private.program import forward
+from jax_entropy.private.stage import TOKENS, external_inputs, run_stage
 
 
 def largest_value(setting: Setting) -> float:
@@ -39,7 +40,9 @@ def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> di
         where = stage.kind if stage.layer is None else f"{stage.kind} of layer {stage.layer}"
         if stage.kind in ("LayerNorm", "RMSNorm"):  # it sums squares
             x = np.asarray(known["x"], np.float64)
-            _check(f"a sum of squares in {where}", float(np.square(x - x.mean(-1, keepdims=True)).sum(-1).max()), setting)
+            _check(
+                f"a sum of squares in {where}", float(np.square(x - x.mean(-1, keepdims=True)).sum(-1).max()), setting
+            )
         if stage.kind == "softmax":
             _check_scores(np.asarray(known["scores"]), where, setting)
         results = run_stage(stage, known)
@@ -54,8 +57,8 @@ def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> di
 def _check(what: str, value: float, setting: Setting) -> None:
     if not value <= (limit := largest_value(setting)):
         raise UserError(
-            f"{what} reaches {value:.4g}, and with --fraction_bits={setting.fraction_bits} fixed point holds {limit:.4g}; "
-            "fewer fraction bits hold more"
+            f"{what} reaches {value:.4g}, and with --fraction_bits={setting.fraction_bits} fixed point holds "
+            f"{limit:.4g}; fewer fraction bits hold more"
         )
 
 
@@ -65,7 +68,8 @@ def _check_scores(scores_NxTxT: np.ndarray, where: str, setting: Setting) -> Non
     if (value := float(lowest.min())) < (limit := lowest_exponent(setting)):
         raise UserError(
             f"a score in the {where} lies {-value:.4g} below its row's largest, and the exponential with "
-            f"--exponent_iterations={setting.exponent_iterations} holds down to {limit:.4g}; raise them, or take --exponent=pade"
+            f"--exponent_iterations={setting.exponent_iterations} holds down to {limit:.4g}; raise them, or take "
+            "--exponent=pade"
         )
 
 

@@ -1,6 +1,6 @@
 """Text under secure computation: weights shared once, a prompt read at once, then token after token.
 
-The same code runs all parties in one process, or this process's one of a link: party 0 has the prompt, party 1 the model.
+The same code runs all parties in one process, or one of a link: party 0 has the prompt, party 1 the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +12,8 @@ import numpy as np
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.private.engine import Account, Engine
 from jax_entropy.private.export import abstract_inputs, lower, one_hot
-from jax_entropy.private.program import (
-    LAST, POSITION, PUBLIC, TOKENS, Shape, Stage, compose, external_inputs, last_logits, prefill, step,
-)  # fmt: skip
+from jax_entropy.private.program import last_logits, prefill, step
+from jax_entropy.private.stage import LAST, POSITION, PUBLIC, TOKENS, Shape, Stage, compose, external_inputs
 
 CLIENT, SERVER = 0, 1
 REVEALED = ("logits", "token")
@@ -82,7 +81,9 @@ class PrivateModel:
     def put_tokens(self, tokens: Sequence[int] | None) -> None:
         """Shares the client's tokens."""
         if tokens is not None:
-            tokens = one_hot(tokens, self.shape.vocab_size) if self.shape.steps.one_hot else np.asarray(tokens, np.int32)
+            tokens = (
+                one_hot(tokens, self.shape.vocab_size) if self.shape.steps.one_hot else np.asarray(tokens, np.int32)
+            )
         self.engine.put([TOKENS], CLIENT, None if tokens is None else {TOKENS: tokens})
 
     def tell(self, message: dict | None) -> dict:
@@ -93,7 +94,9 @@ class PrivateModel:
 
 
 def _cached(array: jax.Array) -> jax.Array:
-    return jax.ffi.ffi_call("spu.make_cached_var", jax.ShapeDtypeStruct(array.shape, array.dtype), has_side_effect=True)(array)
+    return jax.ffi.ffi_call(
+        "spu.make_cached_var", jax.ShapeDtypeStruct(array.shape, array.dtype), has_side_effect=True
+    )(array)
 
 
 def padded_length(num_tokens: int, context_length: int) -> int:

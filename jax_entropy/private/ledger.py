@@ -1,4 +1,4 @@
-"""The account of a private forward pass: every stage runs as a program of its own, and its bytes and rounds are counted.
+"""The account of a private forward pass: every stage runs as a program of its own, its bytes and rounds are counted.
 
 Bytes are what each party sends to all others, rounds are causal (a Lamport clock), seconds are those of all parties
 computing on this machine; networks are added to them by `on_network`.
@@ -16,9 +16,8 @@ from jax_entropy.errors import UserError
 from jax_entropy.private.engine import Account, Engine, Setting
 from jax_entropy.private.export import Export, abstract_inputs, lower
 from jax_entropy.private.inference import PrivateModel, compiler_options
-from jax_entropy.private.program import (
-    LAST, NO_STEPS, POSITION, PUBLIC, TOKENS, Stage, Steps, external_inputs, forward, prefill, run_stage, step,
-)  # fmt: skip
+from jax_entropy.private.program import forward, prefill, step
+from jax_entropy.private.stage import LAST, NO_STEPS, POSITION, PUBLIC, TOKENS, Stage, Steps, external_inputs, run_stage
 
 # As the model is written: GELU is in its erf form there. The client makes one-hot rows even so: a secret index of a
 # real vocabulary is out of the question.
@@ -87,8 +86,9 @@ class Profile(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         entries = [dict(kind=e.kind, layer=e.layer, cold=e.cold._asdict(), warm=e.warm._asdict()) for e in self.entries]
         return dict(
-            architecture=self.architecture, plain=self.plain, setting=self.setting._asdict(), num_tokens=self.num_tokens,
-            peak_memory_bytes=self.memory, total=dict(cold=self.total("cold")._asdict(), warm=self.total()._asdict()),
+            architecture=self.architecture, plain=self.plain, setting=self.setting._asdict(),
+            num_tokens=self.num_tokens, peak_memory_bytes=self.memory,
+            total=dict(cold=self.total("cold")._asdict(), warm=self.total()._asdict()),
             entries=entries,
         )  # fmt: skip
 
@@ -140,15 +140,17 @@ def profile(
 
 
 def _run_stages(model: PrivateModel, stages: list[Stage], num_tokens: int, notify) -> list[Account]:
-    accounts, known = [], dict(model.types)
+    accounts, known, layer = [], dict(model.types), None
     for stage in stages:
-        if stage.layer is not None and (not accounts or stage.layer != last):
+        if stage.layer not in (None, layer):
             notify(f"layer {stage.layer}")
-        last = stage.layer
+        layer = stage.layer
         types = dict(zip(stage.inputs, abstract_inputs(model.shape, stage.inputs, num_tokens, known), strict=True))
         results = jax.eval_shape(lambda known, stage=stage: run_stage(stage, known), types)
         # stages of different layers differ in names only
-        key = "|".join([stage.kind, *(f"{_bare(name)}{value.shape}" for name, value in types.items()), *map(_bare, stage.outputs)])
+        key = "|".join(
+            [stage.kind, *(f"{_bare(name)}{value.shape}" for name, value in types.items()), *map(_bare, stage.outputs)]
+        )
         if key not in model.programs:
             hlo = lower(stage.function, list(types.values()))
             visibility = ["public" if name in PUBLIC else "secret" for name in stage.inputs]
@@ -198,7 +200,11 @@ def ablation(
 
 def _same(one: Export, other: Export) -> bool:
     """Whether a step changed nothing: the same weights, and no program that asks for it."""
-    changed = [f.name for f in dataclasses.fields(Steps) if getattr(one.shape.steps, f.name) != getattr(other.shape.steps, f.name)]
+    changed = [
+        f.name
+        for f in dataclasses.fields(Steps)
+        if getattr(one.shape.steps, f.name) != getattr(other.shape.steps, f.name)
+    ]
     if changed == ["erf"]:
         return one.shape.activation != "gelu"
     if changed in (["merged"], ["folded"], ["qkv"], ["temperature"]):
@@ -212,7 +218,9 @@ def plain_logits(exported: Export, tokens: list[int]) -> np.ndarray:
     """The exported program's logits [T, V] in float32."""
     stages = forward(exported.shape, len(tokens))
     rows = np.eye(exported.shape.vocab_size, dtype=np.float32)[tokens]
-    known: dict[str, Any] = exported.weights | {TOKENS: rows if exported.shape.steps.one_hot else np.asarray(tokens, np.int32)}
+    known: dict[str, Any] = exported.weights | {
+        TOKENS: rows if exported.shape.steps.one_hot else np.asarray(tokens, np.int32)
+    }
     for stage in stages:
         known |= zip(stage.outputs, run_stage(stage, known), strict=True)
     return np.asarray(known["logits"])

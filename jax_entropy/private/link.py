@@ -1,4 +1,4 @@
-"""Two processes that trust each other's certificate and nothing else: keys, and a line of JSON messages over mutual TLS.
+"""Two processes that trust each other's certificate and nothing else: keys, and JSON messages over mutual TLS.
 
 Shapes, settings and lengths go over this line; shares go over the engine's own links, under the same certificates.
 """
@@ -79,7 +79,9 @@ def read_keys(directory: str, peer: str) -> Keys:
         try:
             _openssl("x509", "-in", str(path), "-noout", "-checkend", "0")
         except UserError:
-            raise UserError(f"the certificate {path} has expired; make new ones with `jax-entropy private keys`") from None
+            raise UserError(
+                f"the certificate {path} has expired; make new ones with `jax-entropy private keys`"
+            ) from None
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(keys.certificate, keys.private_key)
     except ssl.SSLError:
@@ -201,7 +203,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise UserError(f"--listen={host}:{port} cannot be had: {os.strerror(error.errno) if error.errno else error}") from None
+        raise UserError(
+            f"--listen={host}:{port} cannot be had: {os.strerror(error.errno) if error.errno else error}"
+        ) from None
 
 
 def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout: float) -> Line:
@@ -215,5 +219,7 @@ def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout
         except OSError as error:
             if time.monotonic() > deadline:
                 why = os.strerror(error.errno) if error.errno else str(error)
-                raise UserError(f"no server at {host}:{port} ({why}); start `jax-entropy private serve` there") from None
+                raise UserError(
+                    f"no server at {host}:{port} ({why}); start `jax-entropy private serve` there"
+                ) from None
             time.sleep(0.3)

@@ -15,7 +15,7 @@ from jax_entropy.private import engine
 from jax_entropy.private.export import export
 from jax_entropy.private.fixed_point import check_range, random_tokens
 from jax_entropy.private.ledger import PLAIN, Network, Profile, ablation, on_network, profile, read_network
-from jax_entropy.private.program import Steps
+from jax_entropy.private.stage import Steps
 
 SIZE = dict(
     num_layers=(2, "blocks"), num_heads=(4, "heads in a block"), model_dim=(128, "width"),
@@ -42,7 +42,9 @@ def check_memory(config: ModelConfig, num_tokens: int, setting: engine.Setting) 
     Per party: weights as shares, masks and products, and a dozen arrays of the largest of scores, hidden and one-hot.
     """
     T, L, N = num_tokens, config.num_layers, config.num_heads
-    matrices = (4 + 2 * config.hidden_dim / config.model_dim) * config.model_dim**2 * L + 2 * config.vocab_size * config.model_dim
+    matrices = (
+        4 + 2 * config.hidden_dim / config.model_dim
+    ) * config.model_dim**2 * L + 2 * config.vocab_size * config.model_dim
     largest = max(N * T * T, T * config.hidden_dim, T * config.vocab_size)
     copies = {"semi2k": 16, "aby3": 24, "cheetah": 600}[setting.protocol]
     needed = setting.num_parties * 8 * (4 * matrices + copies * largest)
@@ -53,15 +55,19 @@ def check_memory(config: ModelConfig, num_tokens: int, setting: engine.Setting) 
         return
     if needed > free:
         raise UserError(
-            f"{config} on {T} tokens under {setting.protocol} needs about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are "
-            "free; take fewer tokens, layers or entries of the vocabulary"
+            f"{config} on {T} tokens under {setting.protocol} needs some {needed / 1e9:.0f} GB, and "
+            f"{free / 1e9:.0f} GB are free; take fewer tokens, layers or entries of the vocabulary"
         )
 
 
-def run_profile(config: ModelConfig, variables: Any, steps: Steps, num_tokens: int, setting: engine.Setting, notify) -> Profile:
+def run_profile(
+    config: ModelConfig, variables: Any, steps: Steps, num_tokens: int, setting: engine.Setting, notify
+) -> Profile:
     """A profile of a model's forward pass, after a check of its memory and its range."""
     if not 1 <= num_tokens <= config.context_length:
-        raise UserError(f"--context={num_tokens} must lie between 1 and the model's context_length={config.context_length}")
+        raise UserError(
+            f"--context={num_tokens} must lie between 1 and the model's context_length={config.context_length}"
+        )
     check_memory(config, num_tokens, setting)
     exported, tokens = export(config, variables, steps), random_tokens(config.vocab_size, num_tokens)
     check_range(exported, tokens, setting)
@@ -73,22 +79,44 @@ def print_profile(measured: Profile, network: Network, network_name: str, consol
     parties = range(measured.setting.num_parties)
     export_name = "plain export" if measured.plain else "optimised"
     console.print(
-        f"{measured.architecture}, {export_name}, {measured.num_tokens} tokens under {measured.setting.protocol}", markup=False
+        f"{measured.architecture}, {export_name}, {measured.num_tokens} tokens under {measured.setting.protocol}",
+        markup=False,
     )
-    table = Table("operation", *(f"MB by party {i}" for i in parties), "rounds", "s computing", f"s on {network_name}", box=None, pad_edge=False)
+    table = Table(
+        "operation",
+        *(f"MB by party {i}" for i in parties),
+        "rounds",
+        "s computing",
+        f"s on {network_name}",
+        box=None,
+        pad_edge=False,
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     rows = [*measured.by_kind().items(), ("all, warm", measured.total()), ("all, cold", measured.total("cold"))]
     for kind, account in rows:
         each = (f"{count / 1e6:,.3f}" for count in account.bytes)
-        table.add_row(kind, *each, f"{account.rounds:,}", f"{account.seconds:.2f}", f"{on_network(account, network):.2f}")
+        table.add_row(
+            kind, *each, f"{account.rounds:,}", f"{account.seconds:.2f}", f"{on_network(account, network):.2f}"
+        )
     console.print(table)
     console.print(f"peak memory of the engine, all parties: {measured.memory / 1e9:.2f} GB")
 
 
 def print_comparison(profiles: list[Profile], network: Network, network_name: str, console: Console) -> None:
     """One line for each way to run each architecture, with ratios to the first."""
-    table = Table("architecture", "export", "MB sent", "ratio", "rounds", "ratio", f"s on {network_name}", "ratio", box=None, pad_edge=False)
+    table = Table(
+        "architecture",
+        "export",
+        "MB sent",
+        "ratio",
+        "rounds",
+        "ratio",
+        f"s on {network_name}",
+        "ratio",
+        box=None,
+        pad_edge=False,
+    )
     table.columns[0].no_wrap = True
     table.columns[0].overflow = "ignore"
     for column in table.columns[2:]:
@@ -115,11 +143,15 @@ def compare(names: list[str], values: Any, setting: engine.Setting, warn) -> lis
         for steps in (PLAIN, Steps()):
             start = time.monotonic()
             profiles.append(run_profile(config, variables, steps, values.context, setting, lambda line: None))
-            warn(f"{config}, {'plain' if steps == PLAIN else 'optimised'}: measured in {time.monotonic() - start:.0f} s")
+            warn(
+                f"{config}, {'plain' if steps == PLAIN else 'optimised'}: measured in {time.monotonic() - start:.0f} s"
+            )
     return profiles
 
 
-def print_ablation(config: ModelConfig, variables: Any, num_tokens: int, setting: engine.Setting, console: Console, warn) -> list:
+def print_ablation(
+    config: ModelConfig, variables: Any, num_tokens: int, setting: engine.Setting, console: Console, warn
+) -> list:
     """The table of every step alone and of all together."""
     check_memory(config, num_tokens, setting)
     tokens = random_tokens(config.vocab_size, num_tokens)

@@ -29,8 +29,8 @@ def paper_cost(config: ModelConfig) -> PaperCost:
     """
     if (config.model_dim, config.num_heads) != (768, 12) or config.norm == "rms" or config.activation == "leaky_relu":
         raise UserError(
-            f"the paper's tables are for model_dim=768 and num_heads=12 with LayerNorm, GELU or ReLU, not for {config} at "
-            f"model_dim={config.model_dim}, num_heads={config.num_heads}"
+            f"the paper's tables are for model_dim=768 and num_heads=12 with LayerNorm, GELU or ReLU, not for {config} "
+            f"at model_dim={config.model_dim}, num_heads={config.num_heads}"
         )
     T, D, F, L, N = config.context_length, config.model_dim, config.hidden_dim, config.num_layers, config.num_heads
     V, with_ffn = config.vocab_size, L - config.ffn_free_layers

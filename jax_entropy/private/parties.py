@@ -16,7 +16,7 @@ from jax_entropy.private.engine import Engine, Link, Setting
 from jax_entropy.private.export import Export
 from jax_entropy.private.inference import CLIENT, SERVER, PrivateModel, generate
 from jax_entropy.private.link import Keys, Line, connect
-from jax_entropy.private.program import Shape, Steps
+from jax_entropy.private.stage import Shape, Steps
 
 _GREETING = "jax_entropy private 1"
 
@@ -62,7 +62,8 @@ def _answer(
         raise UserError("its version differs")
     types = {name: value.shape for name, value in exported.weights.items()}
     line.send(dict(
-        shape=dataclasses.asdict(exported.shape), types=types, setting=setting._asdict(), tokenizer=tokenizer, engine=own,
+        shape=dataclasses.asdict(exported.shape), types=types, setting=setting._asdict(), tokenizer=tokenizer,
+        engine=own,
     ))  # fmt: skip
     with Engine(setting, _link(SERVER, hello["engine"], own, keys, timeout), peer=line, timeout=timeout) as engine:
         model = PrivateModel(engine, exported.shape, types)
@@ -113,7 +114,9 @@ def ask(
 
 
 def _link(rank: int, client: str, server: str, keys: Keys | None, timeout: int) -> Link:
-    return Link(rank, (client, server), keys.for_engine() if keys else None, timeout_seconds=timeout, connect_seconds=20)
+    return Link(
+        rank, (client, server), keys.for_engine() if keys else None, timeout_seconds=timeout, connect_seconds=20
+    )
 
 
 def _shape(fields: dict[str, Any]) -> Shape:

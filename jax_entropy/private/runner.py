@@ -92,7 +92,9 @@ class CountedChannel(libspu.link.IChannel):
 
 def engine_config(options):
     """The engine's RuntimeConfig from names and numbers, like {"protocol": "SEMI2K", "fxp_fraction_bits": 18}."""
-    config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, options["protocol"]), field=libspu.FieldType.FM64)
+    config = libspu.RuntimeConfig(
+        protocol=getattr(libspu.ProtocolKind, options["protocol"]), field=libspu.FieldType.FM64
+    )
     for name, value in options.items():
         if name == "fxp_exp_mode":
             value = getattr(libspu.RuntimeConfig.ExpMode, value)
@@ -134,9 +136,7 @@ class Machine:
                 [None if a == b else CountedChannel(self.clocks[a], b, boxes[b, a], boxes[a, b]) for b in self.ranks]
                 for a in self.ranks
             ]
-            contexts = self._together(
-                lambda rank: libspu.link.create_with_channels(description, rank, channels[rank])
-            )
+            contexts = self._together(lambda rank: libspu.link.create_with_channels(description, rank, channels[rank]))
         self.contexts = contexts
         # a runtime sets itself up with the others
         self.runtimes = self._together(lambda i: spu.Runtime(contexts[i], config))
@@ -151,7 +151,9 @@ class Machine:
     def load(self, name, file, visibility, options):
         """Compiles an HLO proto under a name."""
         with open(file, "rb") as stream:
-            source = libspu.CompilationSource(libspu.SourceIRType.XLA, stream.read(), [_visibility(v) for v in visibility])
+            source = libspu.CompilationSource(
+                libspu.SourceIRType.XLA, stream.read(), [_visibility(v) for v in visibility]
+            )
         self.programs[name] = spu.compile(source, libspu.CompilerOptions(**options))
 
     def put(self, names, owner, file=None, visibility="secret", colocated=False):
@@ -181,9 +183,7 @@ class Machine:
                 self._send_share(to, shares[0])
                 continue
             if len(self.ranks) == 1:
-                shares = [
-                    shares[0] if rank == to else self._receive_share(rank) for rank in range(self.num_parties)
-                ]
+                shares = [shares[0] if rank == to else self._receive_share(rank) for rank in range(self.num_parties)]
             arrays[name] = self.io.reconstruct(shares)
         if file:
             np.savez(file, **arrays)

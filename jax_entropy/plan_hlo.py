@@ -99,27 +99,38 @@ class Program:
     def collectives(self) -> dict[str, Collective]:
         """What a device sends in one step, by kind; in ring algorithms, as TPUs and NCCL use for large arrays."""
         found: dict[str, Collective] = collections.defaultdict(Collective)
-        for computation, instruction, turns in self.executed():
-            if instruction.opcode == "fusion":  # a TPU's reduce-scatter is an all-reduce inside of a fusion
-                inside = self.computations.get(_called(instruction, "calls"), {})
-                scattered = "reduce-scatter" in instruction.name or "all-reduce-scatter" in _called(
-                    instruction, "calls"
-                )
-                for part in inside.values():
-                    kind = _kind(part.opcode)
-                    if kind:
-                        kind = "reduce-scatter" if kind == "all-reduce" and scattered else kind
-                        self._add(found, kind, part, inside, turns)
-            elif kind := _kind(instruction.opcode):
-                self._add(found, kind, instruction, self.computations[computation], turns)
+        for kind, instruction, scope, turns in self._communication():
+            n = _group_size(instruction.rest)
+            size = sum(_size(scope[name].shape) for name in instruction.operands if name in scope)
+            share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}.get(kind, (n - 1) / n)
+            found[kind].calls += turns
+            found[kind].sent += turns * size * share
         return dict(found)
 
-    def _add(self, found, kind: str, instruction: Instruction, scope: dict[str, Instruction], turns: float) -> None:
-        n = _group_size(instruction.rest)
-        size = sum(_size(scope[name].shape) for name in instruction.operands if name in scope)
-        share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}.get(kind, (n - 1) / n)
-        found[kind].calls += turns
-        found[kind].sent += turns * size * share
+    def gathered(self) -> Iterator[tuple[int, float, str]]:
+        """(elements of the result, turns, name and shape) of every all-gather."""
+        for kind, instruction, _, turns in self._communication():
+            if kind == "all-gather":
+                shapes = [dims.split(",") for _, dims, _ in _ARRAY.findall(instruction.shape) if dims]
+                yield (
+                    max((math.prod(map(int, dims)) for dims in shapes), default=1),
+                    turns,
+                    f"{instruction.name} {instruction.shape}",
+                )
+
+    def _communication(self) -> Iterator[tuple[str, Instruction, dict[str, Instruction], float]]:
+        """(kind, instruction, its computation, turns) of every collective, those inside of fusions too."""
+        for computation, instruction, turns in self.executed():
+            if instruction.opcode != "fusion":
+                scope, scattered, parts = self.computations[computation], False, [instruction]
+            else:  # a TPU's reduce-scatter is an all-reduce inside of a fusion
+                name = _called(instruction, "calls")
+                scattered = "reduce-scatter" in instruction.name or "all-reduce-scatter" in name
+                scope = self.computations[name]
+                parts = scope.values()
+            for part in parts:
+                if kind := _kind(part.opcode):
+                    yield "reduce-scatter" if scattered and kind == "all-reduce" else kind, part, scope, turns
 
     def traffic(self) -> float:
         """Bytes that a device reads from and writes to its main memory in one step; slices count as what they touch."""
@@ -164,15 +175,6 @@ class Program:
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                 return size
         return min(read, size)
-
-    def gathered(self) -> Iterator[tuple[int, float, Instruction]]:
-        """(elements of the result, turns, instruction) of every all-gather."""
-        for _, instruction, turns in self.executed():
-            if _kind(instruction.opcode) == "all-gather":
-                sizes = [
-                    math.prod(map(int, dims.split(","))) for _, dims, _ in _ARRAY.findall(instruction.shape) if dims
-                ]
-                yield max(sizes, default=1), turns, instruction
 
 
 def _instruction(match: re.Match, text: str) -> Instruction:

@@ -14,7 +14,7 @@ from jax_entropy.cli import main
 from jax_entropy.config import default_config, model_config
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
-from jax_entropy.plan import _forward_flops, plan, search
+from jax_entropy.plan import plan, search
 from jax_entropy.plan_chips import CHIPS, devices_of
 from jax_entropy.plan_hlo import Program
 from jax_entropy.private.census import census
@@ -26,9 +26,9 @@ EREG = "EReg(SM(t)+ScFuFFN)"
 
 
 def small(architecture_name=EREG, **fields):
-    """Two layers of width 256: large enough that its matrices are nearly all of it."""
+    """Three layers of width 256: matrices are nearly all of it, and a stack of three is told from all else by size."""
     config = default_config(architecture_name)
-    config.model.update(num_layers=2, num_heads=4, model_dim=256, context_length=128, vocab_size=1024)
+    config.model.update(num_layers=3, num_heads=4, model_dim=256, context_length=128, vocab_size=1024)
     config.train.update(num_steps=100, batch_size=64, dtype="bfloat16")
     config.update_from_flattened_dict(fields)
     return config
@@ -77,7 +77,10 @@ def test_loops_within_loops_multiply():
     mesh = make_mesh(8, 1, 1)
 
     def turn(c, w):
-        return jax.lax.fori_loop(0, 3, lambda i, c: jnp.tanh(jax.lax.with_sharding_constraint(c @ w, PartitionSpec())), c), None
+        def product(i, c):
+            return jnp.tanh(jax.lax.with_sharding_constraint(c @ w, PartitionSpec()))
+
+        return jax.lax.fori_loop(0, 3, product, c), None
 
     def function(x, w):
         return jax.lax.scan(turn, x, w)[0]
@@ -134,7 +137,7 @@ HloModule jit_f, is_scheduled=true
   %q = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
   %j = s32[]{:T(128)} get-tuple-element(%q), index=0
   %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%q), index=1
-  %r = f32[8,128]{1,0:T(8,128)} all-reduce(%x), channel_id=1, replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}, to_apply=%region_add
+  %r = f32[8,128]{1,0:T(8,128)} all-reduce(%x), replica_groups=mesh['x'=4,'y'=4] {'y'}, to_apply=%region_add
   %near = f32[8,128]{1,0:T(8,128)S(1)} negate(%r)
   ROOT %t = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%j, %r)
 }
@@ -157,17 +160,6 @@ def test_a_tpus_text_is_read_too():
     assert program.traffic() == 12 * (2 + 1) * 8 * 128 * 4  # read and written, read; the negated stays on the chip
 
 
-# FLOPs
-
-
-def test_flops_are_the_censuss_plus_the_head():
-    config = architecture("SM+LN+G", num_layers=2, num_heads=4, model_dim=256, context_length=128, vocab_size=1024)
-    whole, blocks = _forward_flops(Transformer(config))
-    counted = census(config)
-    assert blocks == counted.ffn_flops + counted.attention_flops
-    assert whole - blocks == 2 * 128 * 256 * 1024
-
-
 # Refused before any compile
 
 
@@ -179,7 +171,7 @@ def test_flops_are_the_censuss_plus_the_head():
         (["--topology=v5e:4x4", "--mesh=1,1,16"], "splits a batch in 1 parts"),
         (["--topology=v5e:4x4", "--config.train.batch_size=12"], "batch_size=12 cannot be split over data×fsdp=16"),
         (["--topology=v5e:2x2", "--mesh=1,1,4", "--config.model.num_heads=2"], "num_heads=2 cannot be split"),
-        (["--topology=v5e:2x2", "--mesh=1,4,1", "--config.model.model_dim=18"], "a dimension of 18 cannot be split in 4"),
+        (["--topology=v5e:2x2", "--mesh=1,4,1", "--config.model.model_dim=18"], "a dimension of 18 cannot be split"),
         (["--topology=v5e:2x2", "--search", "--config.train.batch_size=3"], "batch_size=3 cannot be split"),
         (["--topology=v5e:3x5"], "there is no such slice"),
     ],
@@ -260,11 +252,11 @@ def test_hosts_have_rows_of_their_own_and_data_goes_between_slices(tpu, topology
 
 @pytest.mark.slow
 def test_fsdp_shards_parameters_and_optimiser_state(tpu):
-    """What a device holds before a step falls as 1/n, but for norms and the batch."""
-    held = {n: planned(topology, (1, n, 1)).arguments for n, topology in ((4, "v5e:2x2"), (16, "v5e:4x4"))}
-    whole = planned("v5e:2x2", (4, 1, 1)).arguments
-    assert whole / held[4] == pytest.approx(4, rel=0.02)
-    assert whole / held[16] == pytest.approx(16, rel=0.08)
+    """What a device holds before a step falls as 1/n, but for norms, temperatures and the batch."""
+    width = {"model.model_dim": 512, "model.num_heads": 8}  # a quarter of it fills the tiles of a TPU's memory
+    held = {n: plan(small(**width, **mesh_fields(4 // n, n, 1)), "v5e:2x2").arguments for n in (1, 2, 4)}
+    assert held[1] / held[2] == pytest.approx(2, rel=0.02)
+    assert held[1] / held[4] == pytest.approx(4, rel=0.04)
 
 
 @pytest.mark.slow
@@ -275,7 +267,8 @@ def test_no_stack_of_parameters_is_gathered_whole(tpu, architecture_name, mesh):
     made = planned("v5e:2x2", mesh, architecture_name)
     model = Transformer(model_config(small(architecture_name), 1024))
     params = jax.eval_shape(functools.partial(init_state, small(architecture_name), model)).params
-    stacks = {math.prod(leaf.shape) for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim > 2}
+    matrices = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim > 2]
+    stacks = {size // tensor for size in matrices for tensor in (1, mesh[2])}
     assert made.warnings == 0
     assert sum(collective.calls for collective in made.collectives.values()) > 4
     assert not [text for size, _, text in made.program.gathered() if size in stacks]

@@ -81,10 +81,12 @@ def diagnose(anomaly: Anomaly, watched: dict[str, Any] | None, context_length: i
         return where
     entropy, largest = np.asarray(watched["layer_entropy"]), np.asarray(watched["max_logit"])
     lowest = np.unravel_index(np.argmin(watched["head_entropy"]), np.shape(watched["head_entropy"]))
+    reason = _reason(entropy / max_entropy(context_length, "causal"), largest)
     return (
         f"{where}; before it the mean entropies by layer were {' '.join(f'{x:.2f}' for x in entropy)} nats "
-        f"(lowest in head {lowest[1]} of layer {lowest[0]}), the largest logits {' '.join(f'{x:.3g}' for x in largest)} "
-        f"and the gradient norm {float(watched['gradient_norm']):.3g}: {_reason(entropy / max_entropy(context_length, 'causal'), largest)}"
+        f"(lowest in head {lowest[1]} of layer {lowest[0]}), the largest logits "
+        f"{' '.join(f'{x:.3g}' for x in largest)} "
+        f"and the gradient norm {float(watched['gradient_norm']):.3g}: {reason}"
     )
 
 

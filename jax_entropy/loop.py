@@ -22,6 +22,7 @@ from jax_entropy.guard import Anomaly, Guard, diagnose
 from jax_entropy.model import Transformer
 from jax_entropy.monitor import Clock
 from jax_entropy.optimizer import learning_rate_schedule
+from jax_entropy.private.census import census
 from jax_entropy.sharding import batch_sharding
 from jax_entropy.state import TrainState, make_train_step
 from jax_entropy.workdir import Workdir
@@ -72,7 +73,8 @@ class Loop:
     def run(self, start: Start, iterator) -> tuple[int, TrainState]:
         """Trains to the last step or a signal; returns where it stopped. Raises UserError if it cannot go on."""
         tokens = self.config.train.batch_size * self.config.optimizer.accumulate * self.model.config.context_length
-        self.clock = Clock(self.config.train.num_steps, tokens, start.step)
+        token_flops = 3 * census(self.model.config).forward_flops / self.model.config.context_length
+        self.clock = Clock(self.config.train.num_steps, tokens, token_flops, start.step)
         with _Signals() as signals, jax.set_mesh(self.mesh):
             while True:
                 try:

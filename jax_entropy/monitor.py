@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_entropy.plan_chips import peak_flops
+
 _compilations = 0
 
 
@@ -25,11 +27,14 @@ class Clock:
 
     Args:
       tokens: in a step.
+      token_flops: of one token, forward and backward.
       step: the run goes on from.
     """
 
-    def __init__(self, num_steps: int, tokens: int, step: int):
+    def __init__(self, num_steps: int, tokens: int, token_flops: float, step: int):
         self.num_steps, self.tokens = num_steps, tokens
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.token_share = peak and token_flops / (peak * jax.device_count())  # of a second of all devices
         self.rate = math.nan
         self.restart(step)
 
@@ -63,7 +68,8 @@ class Clock:
 
     def read(self, step: int) -> dict[str, Any]:
         """Since the last reading: tokens/s and, as `performance`, median and 95th percentile of a step in seconds and
-        the share of the time that was spent waiting for data; compilations and peak memory in bytes so far."""
+        the share of the time that was spent waiting for data, compilations and peak memory in bytes so far, and `mfu`,
+        the share of the devices' published bfloat16 rate that the model's own FLOPs take."""
         now = time.perf_counter()
         elapsed = max(now - self.time, 1e-9)
         self.rate = (step - self.step) * self.tokens / elapsed
@@ -75,6 +81,8 @@ class Clock:
             compilations=_compilations,
             memory_bytes=_peak_memory(),
         )
+        if self.token_share:  # an unknown device has no share rather than a wrong one
+            performance["mfu"] = self.rate * self.token_share
         self.step, self.time, self.waited, self.seconds = step, now, 0.0, []
         return dict(tokens_per_second=self.rate, performance=performance)
 
@@ -82,8 +90,8 @@ class Clock:
         """The progress line."""
         left = (self.num_steps - step) * self.tokens / self.rate
         return (
-            f"step {step}/{self.num_steps} · loss {_short(metrics['loss'], 3)} · perplexity {_short(metrics['perplexity'])} · "
-            f"entropy {np.mean(metrics['head_entropy']):.2f} nats · collapse {metrics['collapse']:.0%} · "
+            f"step {step}/{self.num_steps} · loss {_short(metrics['loss'], 3)} · "
+            f"perplexity {_short(metrics['perplexity'])} · entropy {np.mean(metrics['head_entropy']):.2f} nats · collapse {metrics['collapse']:.0%} · "
             f"overload {metrics['overload']:.0%} · {self.rate:,.0f} tokens/s · {left // 60:.0f}:{left % 60:02.0f} left"
         )
 

@@ -95,12 +95,13 @@ def plan(config: ConfigDict, topology: str) -> Plan:
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, sharding in zip(placed[:half], placed[half:], strict=True)
     )
-    forward, blocks = _forward_flops(model)
+    counted = census(model.config)
+    again = counted.blocks_flops if config.model.remat else 0
     common = dict(
         topology=topology, chip=chip, mesh=tuple(mesh.shape.values()), remat=config.model.remat,
         tokens=sequences * config.model.context_length, num_steps=config.train.num_steps,
-        flops=3 * forward * sequences / len(devices), arguments=arguments,
-        executed_flops=(3 * forward + (blocks if config.model.remat else 0)) * sequences / len(devices),
+        flops=3 * counted.forward_flops * sequences / len(devices), arguments=arguments,
+        executed_flops=(3 * counted.forward_flops + again) * sequences / len(devices),
     )  # fmt: skip
     train_step = jax.jit(
         make_train_step(config, model),
@@ -192,13 +193,6 @@ def _vocab_size(config: ConfigDict) -> int:
     if config.model.vocab_size:
         return config.model.vocab_size
     return load_tokenizer(config.data.tokenizer).vocab_size if config.data.tokenizer else config.data.vocab_size
-
-
-def _forward_flops(model: Transformer) -> tuple[float, float]:
-    """FLOPs of one sequence's forward pass, and of its blocks alone; as the census counts them, plus the head."""
-    config, counted = model.config, census(model.config)
-    blocks = counted.ffn_flops + counted.attention_flops
-    return blocks + 2 * config.context_length * config.model_dim * config.vocab_size, blocks
 
 
 def print_plan(plan: Plan, efficiency: float, console: Console) -> None:

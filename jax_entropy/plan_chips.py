@@ -30,6 +30,7 @@ class Chip:
     memory: int
     bandwidth: float
     link: float
+    kind: str  # as JAX names the device, or how that begins
     platform: str = "tpu"
 
 
@@ -37,10 +38,10 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, int(15.75 * 2**30), 819e9, 100e9),
-        Chip("v5p", 459e12, int(95.74 * 2**30), 2765e9, 200e9),
-        Chip("v6e", 918e12, int(31.25 * 2**30), 1638e9, 200e9),
-        Chip("h100", 989e12, int(0.75 * 79.1 * 2**30), 3350e9, 450e9, "gpu"),
+        Chip("v5e", 197e12, int(15.75 * 2**30), 819e9, 100e9, "TPU v5 lite"),
+        Chip("v5p", 459e12, int(95.74 * 2**30), 2765e9, 200e9, "TPU v5"),
+        Chip("v6e", 918e12, int(31.25 * 2**30), 1638e9, 200e9, "TPU v6 lite"),
+        Chip("h100", 989e12, int(0.75 * 79.1 * 2**30), 3350e9, 450e9, "NVIDIA H100", "gpu"),
     )
 }
 
@@ -78,6 +79,11 @@ def devices_of(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
     jax.config.update("jax_platforms", "cpu")  # what accelerators this machine has is left alone
     with kept_stderr():  # they complain that there is no hardware
         return chip, _gpu_devices(topology, shape) if chip.platform == "gpu" else _tpu_devices(topology)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of bfloat16 products of a device as JAX names it, None if it is not one of `CHIPS`."""
+    return next((chip.flops for chip in CHIPS.values() if device_kind.startswith(chip.kind)), None)
 
 
 @contextlib.contextmanager

@@ -117,3 +117,10 @@ def test_print(width):
         assert line in lines
     assert "LayerNorm, final 1×R^{128×768} 98,304" in lines
     assert "SM+LN+G" in text and "parameters" in text
+
+
+def test_the_whole_forward_pass_is_the_blocks_and_the_vocabulary():
+    config = architecture("SM+LN+G", num_layers=2, num_heads=4, model_dim=256, context_length=128, vocab_size=1024)
+    counted = census(config)
+    assert counted.blocks_flops == counted.ffn_flops + counted.attention_flops
+    assert counted.forward_flops - counted.blocks_flops == 2 * 128 * 256 * 1024

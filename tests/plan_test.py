@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_entropy.architecture import architecture
 from jax_entropy.cli import main
 from jax_entropy.config import default_config, model_config
 from jax_entropy.errors import UserError
@@ -17,7 +16,6 @@ from jax_entropy.model import Transformer
 from jax_entropy.plan import plan, search
 from jax_entropy.plan_chips import CHIPS, devices_of
 from jax_entropy.plan_hlo import Program
-from jax_entropy.private.census import census
 from jax_entropy.sharding import batch_sharding, make_mesh, tree_sharding
 from jax_entropy.state import init_state
 from tests.tiny_config import REPOSITORY

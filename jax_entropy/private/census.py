@@ -51,6 +51,16 @@ class Census:
     operations: tuple[Operation, ...]  # inside the blocks, as the paper counts
     final_operations: tuple[Operation, ...]  # after the last block, which the paper does not count
 
+    @property
+    def blocks_flops(self) -> int:
+        """FLOPs of all blocks, as the paper counts."""
+        return self.ffn_flops + self.attention_flops
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of a forward pass: the blocks and the vocabulary."""
+        return self.blocks_flops + 2 * self.config.context_length * self.config.model_dim * self.config.vocab_size
+
 
 def census(config: ModelConfig) -> Census:
     """Counts the operations of a forward pass over `config.context_length` tokens."""

@@ -196,7 +196,7 @@ def test_scores_beyond_the_exponential_are_refused():
     variables = {"params": dict(scattered(config)["params"])}
     block = dict(variables["params"]["blocks"])
     attention = dict(block["attention"])
-    attention["query"] = jax.tree.map(lambda x: x * 3000, attention["query"])
+    attention["query"] = jax.tree.map(lambda x: x * 12000, attention["query"])
     variables["params"]["blocks"] = block | dict(attention=attention)
     with pytest.raises(UserError, match="softmax of layer 1 .* --exponent=pade"):
         check_range(export(config, variables), list(PROMPT), Setting())

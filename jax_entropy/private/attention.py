@@ -88,7 +88,7 @@ def _causal_exponentials(packed: bool, scores_NxTxT: jax.Array) -> tuple[jax.Arr
     Masked scores are replaced by their row's diagonal one, so that the exponential never sees a large negative number.
     """
     N, T, _ = scores_NxTxT.shape
-    tile = _tile(T) if packed else T
+    tile = tile_edge(T) if packed else T
     n = T // tile
     seen = jnp.tril(jnp.ones((tile, tile)))[None, None]
     tiles = [(i, j) for i in range(n) for j in range(i + 1)]
@@ -116,7 +116,7 @@ def _causal_exponentials(packed: bool, scores_NxTxT: jax.Array) -> tuple[jax.Arr
     return jnp.concatenate(square, axis=1), total_NxT
 
 
-def _tile(num_tokens: int) -> int:
+def tile_edge(num_tokens: int) -> int:
     """Edge of a tile: eight of them a side where that divides, and no smaller than 4."""
     return next((num_tokens // n for n in (8, 4, 2) if num_tokens % n == 0 and num_tokens // n >= 4), num_tokens)
 

@@ -118,6 +118,7 @@ def serve(parse: Any) -> None:
     loaded = load_run(values.workdir, warn, best=values.best)
     exported = export(loaded.model.config, loaded.variables, read_steps(values.without))
     check_range(exported, random_tokens(exported.shape.vocab_size, exported.shape.context_length), setting)
+    warn(dealer(setting.protocol))
     with link.listen(host, port) as door:
         print(f"serves {exported.shape.architecture} on {host}:{port}", flush=True)
         run(
@@ -164,10 +165,21 @@ def ask(parse: Any) -> None:
         end_of_text=lambda: known["tokenizer"].end_of_text,
         reveal=values.reveal, timeout=values.timeout, patience=values.patience, notify=lambda token: None,
     )  # fmt: skip
+    warn(dealer(model.engine.setting.protocol))
     for text, new in zip(texts, answers, strict=True):
         print(text + known["tokenizer"].decode(new))
     warn(f"{sum(map(len, answers))} tokens in {time.monotonic() - start:.1f} s under {model.engine.setting.protocol}, "
          f"{'mutual TLS' if files else 'NO TLS'}")  # fmt: skip
+
+
+def dealer(protocol: str) -> str:
+    """What a user of a protocol must know before trusting it."""
+    if protocol == "semi2k":
+        return (
+            "semi2k: the client's process plays the dealer, so that a client that looks into it could work out the "
+            "weights; --protocol=cheetah needs no dealer"
+        )
+    return f"{protocol}: safe as long as both parties follow the protocol"
 
 
 def read_link(values: Any, *hosts: str) -> Any:
@@ -243,6 +255,35 @@ def compare(parse: Any) -> None:
     draw(profiles, network, values)
 
 
+def predict(parse: Any) -> None:
+    """Bytes and rounds of large models without running them: `private predict ARCH ARCH …`."""
+    names = [argument for argument in parse.arguments if not argument.startswith("-")]
+    parse.arguments = [argument for argument in parse.arguments if argument.startswith("-")]
+    from jax_entropy.architecture import architecture
+    from jax_entropy.private import measure
+
+    values = parse.flags(
+        num_layers=(12, "blocks"), num_heads=(12, "heads in a block"), model_dim=(768, "width"),
+        vocab_size=(50257, "entries of the tokenizer"), context=(128, "tokens read"), network=measure.MEASURE["network"],
+        json=measure.MEASURE["json"], **SETTING,
+    )  # fmt: skip
+    if not names:
+        raise UserError("predict what? give architectures, like: private predict SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
+    size = {name: values[name].value for name in measure.SIZE}
+    configs = [architecture(name, context_length=values.context, **size) for name in names]
+    setting, network = read_setting(values), measure.read_network(values.network)
+    console = Console(highlight=False, soft_wrap=True)
+    rows = measure.print_predictions(configs, setting, network, values.network, console)
+    write_json(values.json, dict(setting=setting._asdict(), num_tokens=values.context, rows=rows))
+
+
+def calibrate(parse: Any) -> None:
+    """Measures the coefficients that `predict` uses under a setting, in some minutes."""
+    from jax_entropy.private import measure
+
+    measure.calibrate(read_setting(parse.flags(**SETTING)), warn)
+
+
 def draw(profiles: list, network: Any, values: Any) -> None:
     """The picture, where one is asked for."""
     if values.picture:
@@ -259,7 +300,10 @@ def plain_json(value: Any) -> Any:
     return value
 
 
-WORDS = {function.__name__: function for function in (setup, generate, profile, compare, keys, serve, ask)}
+WORDS = {
+    function.__name__: function
+    for function in (setup, generate, profile, compare, predict, calibrate, keys, serve, ask)
+}
 
 
 def private(parse: Any) -> None:

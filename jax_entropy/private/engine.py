@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     protocol: str = "semi2k"
     fraction_bits: int = 18
     exponent: str = "taylor"
-    exponent_iterations: int = 8
+    exponent_iterations: int = 10
     colocated: bool = True
 
     @property

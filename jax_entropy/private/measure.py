@@ -11,10 +11,12 @@ from rich.table import Table
 
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.errors import UserError
-from jax_entropy.private import engine
+from jax_entropy.private import cost_model, engine
+from jax_entropy.private.cost_model import predict_total
 from jax_entropy.private.export import export
 from jax_entropy.private.fixed_point import check_range, random_tokens
 from jax_entropy.private.ledger import PLAIN, Network, Profile, ablation, on_network, profile, read_network
+from jax_entropy.private.paper_cost import paper_cost
 from jax_entropy.private.stage import Steps
 
 SIZE = dict(
@@ -167,3 +169,44 @@ def print_ablation(
         )  # fmt: skip
     console.print(table)
     return rows
+
+
+def print_predictions(
+    configs: list[ModelConfig], setting: engine.Setting, network: Network, network_name: str, console
+) -> list:
+    """Predicted bytes and rounds of models too large to wait for, the paper's own figures beside them."""
+    table = Table("architecture", "export", "MB sent", "ratio", "rounds", "ratio", f"s of {network_name}", "paper GB",
+                  box=None, pad_edge=False)  # fmt: skip
+    table.columns[0].no_wrap = True
+    rows, first = [], None
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for config in configs:
+        try:
+            papers = f"{paper_cost(config).gigabytes:.2f}"
+        except UserError:
+            papers = "–"
+        for plain in (True, False):
+            total = predict_total(config, config.context_length, setting, plain)
+            first = first or total
+            table.add_row(
+                str(config), "plain" if plain else "optimised", f"{total.bytes[0] / 1e6:,.1f}",
+                f"{first.bytes[0] / total.bytes[0]:.2f}×", f"{total.rounds:,}", f"{first.rounds / total.rounds:.2f}×",
+                f"{on_network(total, network):,.0f}", papers,
+            )  # fmt: skip
+            rows.append(dict(architecture=str(config), plain=plain, bytes=total.bytes[0], rounds=total.rounds))
+    console.print(table)
+    return rows
+
+
+def calibrate(setting: engine.Setting, notify) -> None:
+    """Measures what the cost model is fitted to and writes the coefficients of this setting into the package."""
+    measured = []
+    for name in cost_model.ARCHITECTURES:
+        for shape in cost_model.SHAPES:
+            config = architecture(name, **shape)
+            variables, T = random_variables(config), config.context_length
+            for steps in (PLAIN, Steps()):
+                measured.append((config, run_profile(config, variables, steps, T, setting, lambda line: None)))
+            notify(f"{len(measured)} of {2 * len(cost_model.ARCHITECTURES) * len(cost_model.SHAPES)} measured")
+    cost_model.write_costs(setting, cost_model.fit(measured))

@@ -1,0 +1,99 @@
+"""`jax-entropy private …` from the command line: texts, tables, files, and what is refused in a sentence."""
+
+import json
+
+import pytest
+
+from jax_entropy.cli import main
+from jax_entropy.private.export import export
+from jax_entropy.private.ledger import profile, whole
+from jax_entropy.private.stage import Steps
+from tests.private_helpers import make_workdir, need_engine
+from tests.tiny_model import scattered, tiny
+
+SMALL = ("--num_layers=1", "--num_heads=2", "--model_dim=16", "--vocab_size=32", "--context=8")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("run") / "run", **{"model.context_length": 32})
+
+
+def test_generate_writes_what_the_plain_command_writes(workdir, tmp_path, capsys):
+    need_engine()
+    assert main(["private", "generate", f"--workdir={workdir}", "--prompt=def f", "--tokens=6",
+                 f"--json={tmp_path / 'account.json'}"]) == 0  # fmt: skip
+    private, spent = capsys.readouterr()
+    assert main(["generate", f"--workdir={workdir}", "--prompt=def f", "--tokens=6", "--temperature=0"]) == 0
+    assert private == capsys.readouterr().out
+    assert "rounds" in spent and "semi2k" in spent
+    account = json.loads((tmp_path / "account.json").read_text())
+    assert [program["name"] for program in account["programs"]][:2] == ["open weights", "prefill 8"]
+    assert all(program["bytes"][0] > 0 and program["rounds"] > 0 for program in account["programs"][1:])
+
+
+def test_profile_of_a_workdir(workdir, tmp_path, capsys):
+    need_engine()
+    assert main(["private", "profile", f"--workdir={workdir}", "--context=16", f"--json={tmp_path / 'profile.json'}",
+                 f"--picture={tmp_path / 'profile.png'}"]) == 0  # fmt: skip
+    table = capsys.readouterr().out
+    assert "softmax" in table and "all, warm" in table and "peak memory" in table
+    stored = json.loads((tmp_path / "profile.json").read_text())
+    assert stored["total"]["warm"]["rounds"] == sum(entry["warm"]["rounds"] for entry in stored["entries"])
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_compare_and_its_ratios(tmp_path, capsys):
+    need_engine()
+    assert main(["private", "compare", "SM+LN+R", "SM+ScFuFFN", *SMALL, f"--json={tmp_path / 'c.json'}"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("SM+LN+R") == table.count("SM+ScFuFFN") == 2
+    sent = [max(p["total"]["warm"]["bytes"]) for p in json.loads((tmp_path / "c.json").read_text())["profiles"]]
+    assert sent[0] > sent[1] > sent[3] and sent[2] > sent[3]
+    assert f"{sent[0] / sent[3]:.2f}×" in table
+
+
+@pytest.mark.slow
+def test_the_ablation_has_a_row_for_each_step(capsys):
+    need_engine()
+    assert main(["private", "profile", "--architecture=SM", *SMALL, "--ablation"]) == 0
+    table = capsys.readouterr().out
+    rows = ("plain", "plain + packed", "plain + denominator", "plain + temperature", "plain + merged", "plain + cached")
+    assert all(row in table for row in (*rows, "all"))
+    assert "erfc" not in table  # there is no GELU
+
+
+def test_stages_add_up_to_the_whole_program():
+    need_engine()
+    config, tokens = tiny("SM+LN+R"), [3, 14, 15, 9, 2, 6, 5, 35]
+    from jax_entropy.private.engine import Setting
+
+    exported = export(config, scattered(config), Steps())
+    parts, (cold, warm, _) = profile(exported, tokens, Setting()), whole(exported, tokens, Setting())
+    assert parts.total().bytes[0] == pytest.approx(warm.bytes[0], rel=0.01)
+    assert parts.total("cold").bytes[0] == pytest.approx(cold.bytes[0], rel=0.01)
+    assert parts.total().rounds == pytest.approx(warm.rounds, rel=0.02)
+    layers = [[e.warm.bytes for e in parts.entries if e.layer == layer] for layer in range(2)]
+    assert layers[0] == layers[1]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["profile"], "profile what? give --workdir, --config=file.py:ARCHITECTURE, or --architecture"),
+    (["profile", "--architecture=SM+LX"], "'LX' is not understood"),
+    (["profile", "--architecture=SM", "--network=moon"], "--network='moon' must be"),
+    (["profile", "--architecture=SM", "--without=pack"], "--without='pack' is not a step; did you mean 'packed'?"),
+    (["profile", "--architecture=SM", "--protocol=semi3k"], "did you mean 'semi2k'?"),
+    (["compare"], "compare what? give architectures"),
+    (["predict"], "predict what? give architectures"),
+    (["profile", "--architecture=SM", "--context=100000", "--num_layers=90"], "GB are free; take fewer tokens"),
+    (["keys"], "--directory is missing"),
+    (["serve", "--workdir=nowhere", "--protocol=aby3"], "has 3 parties; serve and ask are two"),
+    (["serve", "--workdir=nowhere", "--listen=here"], "--listen='here' must be HOST:PORT"),
+    (["profit"], "did you mean 'profile'?"),
+])  # fmt: skip
+def test_mistakes_are_said_in_a_sentence(arguments, message, capsys):
+    need_engine()
+    assert main(["private", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -9,7 +12,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.private import engine
 from jax_entropy.private.engine import Account, Engine, Setting
 from jax_entropy.private.ledger import Network, on_network, read_network
-from tests.private_helpers import need_engine
+from tests.private_helpers import REPOSITORY, need_engine
 
 
 @pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Linux", "aarch64"), ("Windows", "AMD64")])
@@ -96,3 +99,17 @@ def test_networks():
     for text in ("moon", "100mbps", "0mbps,80ms", "100,80"):
         with pytest.raises(UserError, match="must be lan, wan, or like 100mbps,80ms"):
             read_network(text)
+
+
+def test_the_engine_ends_with_the_process_that_started_it():
+    need_engine()
+    code = "from jax_entropy.private.engine import *; e = Engine(Setting()); print(e.process.pid, flush=True); "
+    code += "os.kill(os.getpid(), 9)"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    for _ in range(50):
+        try:
+            os.kill(int(started.stdout), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the engine is still there")

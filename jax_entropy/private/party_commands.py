@@ -88,7 +88,16 @@ def ask(parse: Any) -> None:
     from jax_entropy.data import load_tokenizer
     from jax_entropy.private.parties import ask as run
 
-    texts = Path(values.prompts_file).read_text().splitlines() if values.prompts_file else [values.prompt]
+    texts = [values.prompt]
+    if values.prompts_file:
+        try:
+            texts = Path(values.prompts_file).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file={values.prompts_file} cannot be read: {error}") from None
+    if not all(texts):
+        raise UserError(
+            "the prompt is empty; give at least one character with --prompt, or on each line of --prompts_file"
+        )
     known, start = {}, time.monotonic()
 
     def tokens_of(tokenizer: str):

@@ -4,9 +4,11 @@
 parties, as threads whose messages are counted, or one party of a link between two processes.
 """
 
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -231,6 +233,7 @@ def _visibility(name):
 
 
 def main(requests_fd, replies_fd):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: shares do not outlive who asked for them
     machine, replies = Machine(), os.fdopen(replies_fd, "w", buffering=1)
     for line in os.fdopen(requests_fd):
         request = json.loads(line)

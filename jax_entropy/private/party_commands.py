@@ -96,7 +96,7 @@ def ask(parse: Any) -> None:
             raise UserError(f"--prompts_file={values.prompts_file} cannot be read: {error}") from None
     if not all(texts):
         raise UserError(
-            "the prompt is empty; give at least one character with --prompt, or on each line of --prompts_file"
+            "the prompt is empty; give --prompt, or text on each line of --prompts_file"
         )
     known, start = {}, time.monotonic()
 

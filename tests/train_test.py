@@ -1,9 +1,7 @@
 """Training as a whole: resumed runs, signals, failures, meshes and processes. Real processes where it matters."""
 
-import os
 import signal
 import subprocess
-import time
 
 import jax
 import numpy as np
@@ -43,25 +41,6 @@ def test_another_config_is_refused_in_one_sentence(unbroken, corpus_directory):
     other = run(workdir, corpus_directory, "--config.optimizer.learning_rate=0.5")
     assert other.returncode == 2 and "optimizer.learning_rate" in other.stderr and "0.5" in other.stderr
     assert "Traceback" not in other.stderr and len(other.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_started_again_ends_bit_identical(unbroken, tmp_path, corpus_directory):
-    reference, _ = unbroken
-    workdir, kills = tmp_path / "run", 0
-    for seconds in np.random.default_rng(0).uniform(3, 9, 4):
-        process = subprocess.Popen(
-            command(workdir, corpus_directory), env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        time.sleep(seconds)
-        kills += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    done = run(workdir, corpus_directory)
-    assert done.returncode == 0, done.stderr
-    assert kills
-    assert_same_run(workdir, reference)
 
 
 def test_killed_between_two_checkpoints_resumes_from_the_last(unbroken, tmp_path, corpus_directory):

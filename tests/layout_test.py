@@ -21,7 +21,8 @@ from tests.tiny_config import REPOSITORY
 # (processes, devices of each, mesh)
 ONE = (1, 1, (-1, 1, 1))
 ALONE = [(1, 8, (8, 1, 1)), (1, 8, (1, 8, 1)), (1, 8, (2, 2, 2))]
-JOINED = [(2, 4, (-1, 1, 1)), (4, 2, (-1, 1, 1)), (2, 4, (1, 4, 2))]
+LONG = functools.partial(pytest.param, marks=pytest.mark.long)
+JOINED = [(2, 4, (-1, 1, 1)), LONG((4, 2, (-1, 1, 1))), LONG((2, 4, (1, 4, 2)))]
 
 # Adam divides small gradients by their own size: with a larger ε those that are zero but for rounding stay near zero.
 TWENTY = (

@@ -43,7 +43,7 @@ def test_profile_of_a_workdir(workdir, tmp_path, capsys):
     assert (tmp_path / "profile.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compare_and_its_ratios(tmp_path, capsys):
     need_engine()
     assert main(["private", "compare", "SM+LN+R", "SM+ScFuFFN", *SMALL, f"--json={tmp_path / 'c.json'}"]) == 0
@@ -54,7 +54,7 @@ def test_compare_and_its_ratios(tmp_path, capsys):
     assert f"{sent[0] / sent[3]:.2f}×" in table
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_ablation_has_a_row_for_each_step(capsys):
     need_engine()
     assert main(["private", "profile", "--architecture=SM", *SMALL, "--ablation"]) == 0

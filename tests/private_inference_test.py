@@ -88,7 +88,7 @@ def test_the_text_is_the_plain_models(protocol, name, reveal):
             assert generate(model, PROMPT, 8, reveal=reveal) == greedy(config, PROMPT, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", THREE)
 def test_the_text_under_cheetah(name):
     config = tiny(name)

@@ -167,7 +167,7 @@ def test_an_expired_certificate_is_refused_on_both_sides(keys, tmp_path):
         read_keys(str(keys / "server"), str(folder / "certificate.pem"))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_killed_or_silent_server_ends_the_client_in_a_sentence(workdir, keys, tmp_path, how):
     with Server(workdir, keys, tmp_path) as own:
         asked = own.ask(tmp_path, keys, "--timeout=6", "--tokens=20")
@@ -243,7 +243,7 @@ def memory_of(pid: int) -> bytes:
     return b"\n".join(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "plain"])
 def test_neither_side_holds_what_the_other_has(workdir, keys, tmp_path, tls):
     """Searched for: the prompt in the server's memory and on the line, a row of a weight in the client's and there."""

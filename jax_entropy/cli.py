@@ -10,16 +10,14 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
-
 from jax_entropy.errors import UserError, nearest
+from jax_entropy.parse import Parse
 
 # glibc reads it when a process starts, and from nowhere else
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def train(parse: "Parse") -> None:
+def train(parse: Parse) -> None:
     """Trains the run of a config in a workdir, or goes on with it."""
     values = parse.flags(
         config=True,
@@ -46,7 +44,7 @@ def train(parse: "Parse") -> None:
         conclude(values.config, values.workdir, result, shlex.join(["jax-entropy", "train", *parse.arguments]), console)
 
 
-def status(parse: "Parse") -> None:
+def status(parse: Parse) -> None:
     """Where a run is, told from outside: `status WORKDIR`."""
     parse.arguments = [a if a.startswith("-") else f"--workdir={a}" for a in parse.arguments]
     workdir = parse.flags(workdir=True).workdir
@@ -55,7 +53,7 @@ def status(parse: "Parse") -> None:
     print(describe(workdir))
 
 
-def evaluate(parse: "Parse") -> None:
+def evaluate(parse: Parse) -> None:
     """Held-out perplexity, bits per byte and head entropies of a run's checkpoint."""
     values = parse.flags(
         workdir=True,
@@ -71,7 +69,7 @@ def evaluate(parse: "Parse") -> None:
     print_evaluation(evaluation, Console(highlight=False))
 
 
-def generate(parse: "Parse") -> None:
+def generate(parse: Parse) -> None:
     """Text that a trained model writes after a prompt."""
     values = parse.flags(
         workdir=True,
@@ -95,7 +93,7 @@ def generate(parse: "Parse") -> None:
     print(prompt + text)
 
 
-def report(parse: "Parse") -> None:
+def report(parse: Parse) -> None:
     """Figures and an HTML page of a run, and of two runs side by side."""
     values = parse.flags(workdir=True, against=("", "folder of another run, drawn beside this one in comparison.png"))
     from jax_entropy.report import write_comparison, write_report
@@ -109,7 +107,7 @@ def report(parse: "Parse") -> None:
         print(f"wrote {write_comparison([values.workdir, values.against], out)}")
 
 
-def convert(parse: "Parse") -> None:
+def convert(parse: Parse) -> None:
     """A Hugging Face GPT-2 folder as a workdir, or a workdir as such a folder."""
     values = parse.flags(
         workdir=True,
@@ -130,7 +128,7 @@ def convert(parse: "Parse") -> None:
     print(f"wrote {values.workdir if values.to == 'workdir' else values.huggingface}")
 
 
-def census(parse: "Parse") -> None:
+def census(parse: Parse) -> None:
     """FLOPs and nonlinear operations of a config's model (--config=…), or of an architecture (--architecture=…)."""
     from_config = any(argument.startswith("--config") for argument in parse.arguments)
     size = dict(
@@ -156,7 +154,7 @@ def census(parse: "Parse") -> None:
     print_census(count(model), Console(highlight=False, soft_wrap=True))
 
 
-def plan(parse: "Parse") -> None:
+def plan(parse: Parse) -> None:
     """What a config's run needs on a TPU slice or on GPUs, without having any: memory, time, chip-hours."""
     values = parse.flags(
         config=True,
@@ -182,14 +180,14 @@ def plan(parse: "Parse") -> None:
         planning.print_plan(planning.plan(values.config, values.topology), values.efficiency, console)
 
 
-def private(parse: "Parse") -> None:
+def private(parse: Parse) -> None:
     """A trained model under secure computation: `private setup`, `generate`, `profile`, `compare`, `serve`, `ask`, …"""
     from jax_entropy.private.commands import private as run
 
     run(parse)
 
 
-def bench(parse: "Parse") -> None:
+def bench(parse: Parse) -> None:
     """Speed and memory: `bench attention`, `bench step` (beside PyTorch's) or `bench data`."""
     what = parse.word(("attention", "step", "data"))
     if what == "attention":
@@ -224,83 +222,14 @@ COMMANDS = {
 }
 
 
-class Parse:
-    """The arguments of one command, and how it reads its flags."""
-
-    def __init__(self, command: str, arguments: Sequence[str]):
-        self.command, self.arguments = command, list(arguments)
-
-    def word(self, choices: Sequence[str]) -> str:
-        """Takes the word that follows the command. Raises UserError if it is none of `choices`."""
-        if {"-h", "--help"} & set(self.arguments[:1]):
-            print(f"jax-entropy {self.command}: {COMMANDS[self.command].__doc__}")
-            print(f"{self.command} WORD --help lists its flags")
-            raise SystemExit(0)
-        word = self.arguments.pop(0) if self.arguments else ""
-        if word not in choices:
-            raise UserError(f"{self.command} what? {word!r} is not known{nearest(word, choices)}")
-        return word
-
-    def flags(self, config: bool = False, workdir: bool = False, **defaults: tuple) -> flags.FlagValues:
-        """Flags by name with (default, help); `config` and `workdir` are required where asked for.
-
-        Raises UserError for an unknown flag, a value of the wrong type, or a config that does not load.
-        """
-        values = flags.FlagValues()
-        argv = [f"jax-entropy {self.command}", *self.arguments]
-        if config:
-            config_flags.DEFINE_config_file(
-                "config", None, "file.py or file.py:ARCHITECTURE", flag_values=values, sys_argv=argv
-            )
-        if workdir:
-            flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-        define = {
-            bool: flags.DEFINE_bool,
-            int: flags.DEFINE_integer,
-            float: flags.DEFINE_float,
-            str: flags.DEFINE_string,
-        }
-        for name, (default, text) in defaults.items():
-            define[type(default)](name, default, text, flag_values=values)
-        if {"-h", "--help"} & set(self.arguments):
-            print(f"jax-entropy {self.command}: {COMMANDS[self.command].__doc__}\n{values.get_help()}")
-            raise SystemExit(0)
-        if config:
-            self._check_config_file()
-        try:
-            extra = values(argv)[1:]
-            given = {name: name in values and values[name].value for name in ("config", "workdir")}
-        except UserError:
-            raise
-        except flags.UnrecognizedFlagError as error:
-            raise UserError(f"there is no flag --{error.flagname}{nearest(error.flagname, values)}") from None
-        except flags.Error as error:
-            raise UserError(" ".join(str(error).split())) from None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(" ".join(str(error.args[0] if error.args else error).split())) from None
-        except (OSError, ImportError, SyntaxError) as error:
-            raise UserError(f"the config file does not load: {error}") from None
-        if extra:
-            raise UserError(f"the argument {extra[0]!r} is not understood; flags are written --name=value")
-        for name, value in given.items():
-            if name in values and not value:
-                raise UserError(f"--{name} is missing")
-        return values
-
-    def _check_config_file(self) -> None:
-        """Raises UserError if --config names no file."""
-        for argument in self.arguments:
-            file = Path(argument.removeprefix("--config=").partition(":")[0])
-            if argument.startswith("--config=") and not file.is_file():
-                there = [str(path) for path in file.parent.glob("*.py")] or ["configs/quickstart.py"]
-                raise UserError(f"there is no config file {str(file)!r}{nearest(file, there)}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     code = 1
     try:
         code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` for instance, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         traceback.print_exc()
     if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
@@ -325,7 +254,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"there is no command {name!r}{nearest(name, COMMANDS)}")
-        COMMANDS[name](Parse(name, arguments))
+        COMMANDS[name](Parse(name, COMMANDS[name].__doc__, arguments))
     except UserError as error:
         print(f"jax-entropy: {error}", file=sys.stderr)
         return 2

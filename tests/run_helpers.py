@@ -28,6 +28,14 @@ def run(*args, **kwargs):
     )
 
 
+def start(*args, **kwargs):
+    """The process of a run whose lines are read while it trains."""
+    return subprocess.Popen(
+        command(*args, **kwargs), env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+
+
 def lines(workdir, kind="train"):
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["kind"] == kind]

@@ -9,7 +9,7 @@ import pytest
 
 from jax_entropy.errors import UserError
 from jax_entropy.train import train
-from tests.run_helpers import assert_same_run, command, environment, lines, run
+from tests.run_helpers import assert_same_run, command, environment, lines, run, start
 from tests.tiny_config import REPOSITORY
 
 
@@ -46,10 +46,7 @@ def test_another_config_is_refused_in_one_sentence(unbroken, corpus_directory):
 def test_killed_between_two_checkpoints_resumes_from_the_last(unbroken, tmp_path, corpus_directory):
     reference, _ = unbroken
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(workdir, corpus_directory), env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+    process = start(workdir, corpus_directory)
     for line in process.stdout:
         if line.startswith("step 16/24"):
             process.kill()

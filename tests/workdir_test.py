@@ -3,23 +3,18 @@
 import json
 import shutil
 import signal
-import subprocess
 
 import jax
 import numpy as np
 
 from jax_entropy.status import describe
-from tests.run_helpers import command, environment, parameters, run
-from tests.tiny_config import REPOSITORY
+from tests.run_helpers import parameters, run, start
 
 
 def test_a_run_tells_from_outside_where_it_is(unbroken, tmp_path, corpus_directory):
     assert "complete at step 24 of 24" in describe(unbroken[0])
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(workdir, corpus_directory), env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+    process = start(workdir, corpus_directory)
     for line in process.stdout:
         if line.startswith("step 8/24"):
             process.send_signal(signal.SIGSTOP)

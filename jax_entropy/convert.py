@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.checkpoint import Checkpointer
-from jax_entropy.config import default_config, from_json, model_config, to_json
+from jax_entropy.config import default_config, from_json, model_config
 from jax_entropy.data import load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface import check_expressible, from_huggingface, to_huggingface
 from jax_entropy.model import Transformer
-from jax_entropy.state import TrainState, init_state
-from jax_entropy.workdir import Workdir
+from jax_entropy.state import init_state
+from jax_entropy.workdir import Workdir, load_state
 
 
 def import_run(directory: str | Path, path: str | Path, notify: Callable[[str], None] = print) -> None:
@@ -39,12 +39,8 @@ def import_run(directory: str | Path, path: str | Path, notify: Callable[[str], 
     if workdir.config.exists():
         raise UserError(f"{workdir.path} holds a run already; choose another --workdir")
     config = _run_config(model, workdir)
-    workdir.check(config)
     state = jax.jit(functools.partial(init_state, config, Transformer(model)))()
-    if tokenizer:
-        workdir.claim(config, tokenizer)
-    else:
-        workdir.config.write_text(to_json(config))
+    workdir.claim(config, tokenizer)
     with Checkpointer(workdir.checkpoints, notify=notify) as checkpointer:
         meta = dict(config=config.to_dict(), corpus=None)
         checkpointer.save(0, state._replace(params=variables["params"]), None, meta)
@@ -61,11 +57,11 @@ def export_run(
     config = from_json(workdir.read_config_text())
     tokenizer = load_tokenizer(workdir.tokenizer) if workdir.tokenizer.exists() else None
     vocab_size = tokenizer.vocab_size if tokenizer else config.model.vocab_size
-    if not vocab_size or not workdir.checkpoints.is_dir():
+    if not vocab_size:
         raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
     model = model_config(config, vocab_size)
     check_expressible(model)
-    state = _restore(workdir, config, model, notify, best)
+    state, _ = load_state(workdir, config, Transformer(model), notify, best=best)
     to_huggingface(model, state.variables, directory, tokenizer and tokenizer.end_of_text)
     if tokenizer:
         tokenizer.save(directory / "tokenizer.json")
@@ -82,14 +78,3 @@ def _run_config(model: ModelConfig, workdir: Workdir) -> ConfigDict:
     config.model.activation = model.activation  # the notation's G is the exact GELU
     config.data.tokenizer = str(workdir.tokenizer.absolute())
     return config
-
-
-def _restore(workdir: Workdir, config: ConfigDict, model: ModelConfig, notify, best: bool) -> TrainState:
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.eval_shape(functools.partial(init_state, config, Transformer(model)))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-    with Checkpointer(workdir.checkpoints, notify=notify) as checkpointer:
-        step = checkpointer.best_step() if best else checkpointer.latest_step()
-        if step is None:
-            raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
-        return checkpointer.restore(step, abstract, None)[0]

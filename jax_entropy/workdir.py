@@ -21,7 +21,7 @@ from jax_entropy.config import changes, from_json, model_config, to_json
 from jax_entropy.data import Tokenizer, load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
-from jax_entropy.state import init_state
+from jax_entropy.state import TrainState, init_state
 
 
 class Workdir:
@@ -115,11 +115,12 @@ class Workdir:
         with self._written(), self.incidents.open("a") as file:
             file.write(json.dumps(writer.to_json(incident)) + "\n")
 
-    def claim(self, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    def claim(self, config: ConfigDict, tokenizer: Tokenizer | None) -> None:
         """Makes the folder this config's run; from now on no other config may train here."""
         with self._written():
+            self.path.mkdir(parents=True, exist_ok=True)
             partial = self.path / "partial"  # files appear whole or not at all
-            if not self.tokenizer.exists():
+            if tokenizer and not self.tokenizer.exists():
                 tokenizer.save(partial)
                 partial.replace(self.tokenizer)
             partial.write_text(to_json(config))
@@ -177,14 +178,25 @@ def load_run(path: str | Path, notify: Callable[[str], None], *, best: bool = Fa
         raise UserError(f"{workdir.path} has no tokenizer.json; the run stopped before it trained")
     tokenizer = load_tokenizer(workdir.tokenizer)
     model = Transformer(model_config(config, tokenizer.vocab_size))
+    state, step = load_state(workdir, config, model, notify, best=best)
+    return Run(config, model, state.variables, tokenizer, step)
+
+
+def load_state(
+    workdir: Workdir, config: ConfigDict, model: Transformer, notify: Callable[[str], None], *, best: bool = False
+) -> tuple[TrainState, int]:
+    """The training state in a workdir's newest good checkpoint, or the best by validation loss, and its step.
+
+    Raises UserError if there is no checkpoint, or none that is undamaged.
+    """
     abstract = jax.eval_shape(functools.partial(init_state, config, model))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+    nothing = UserError(f"{workdir.path} has no checkpoint yet; train it first")
     if not workdir.checkpoints.is_dir():
-        raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
+        raise nothing
     with Checkpointer(workdir.checkpoints, notify=notify) as checkpointer:
         step = checkpointer.best_step() if best else checkpointer.latest_step()
         if step is None:
-            raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
-        state, _ = checkpointer.restore(step, abstract, None)
-    return Run(config, model, state.variables, tokenizer, step)
+            raise nothing
+        return checkpointer.restore(step, abstract, None)[0], step

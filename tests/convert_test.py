@@ -57,7 +57,6 @@ def write_run(path: Path, tokenizer: Tokenizer, name: str, losses: dict[int, flo
     config = default_config(name)
     config.model.update(SIZE)
     workdir = Workdir(path)
-    workdir.check(config)
     workdir.claim(config, tokenizer)
     model = model_config(config, tokenizer.vocab_size)
     state = jax.jit(functools.partial(init_state, config, Transformer(model)))()

@@ -18,7 +18,7 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def train(parse: Parse) -> None:
-    """Trains the run of a config in a workdir, or goes on with it."""
+    """Trains the run of a config in a workdir, or goes on with it; there --config may be left out."""
     values = parse.flags(
         config=True,
         workdir=True,
@@ -213,7 +213,7 @@ def bench(parse: Parse) -> None:
 
     from jax_entropy.bench import print_rows
 
-    print_rows(rows, Console(highlight=False))
+    print_rows(rows, Console(highlight=False, width=None if sys.stdout.isatty() else 160))  # a file is as wide as needed
 
 
 COMMANDS = {

@@ -29,6 +29,8 @@ _MAY_CHANGE = (
     "mesh.rules", "model.attention", "model.scan_unroll", "model.remat", "guard.limit", "guard.zscore", "guard.window",
     "guard.learning_rate_factor",
 )  # fmt: skip
+# what an imported model, not trained yet, was made with
+_IMPORTED = ("architecture", "model.", "data.tokenizer")
 _BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
 _CHOICES = {
     "train.dtype": ("float32", "bfloat16"),
@@ -181,14 +183,17 @@ def check(config: ConfigDict) -> None:
     model_config(config, config.model.vocab_size or 1)
 
 
-def changes(stored: ConfigDict, config: ConfigDict) -> list[str]:
+def changes(stored: ConfigDict, config: ConfigDict, *, imported: bool = False) -> list[str]:
     """What differs between a run's config and the one it shall go on with, as "field=new (was old)".
 
+    Args:
+      imported: the run holds another program's model and no step of ours; it must keep that model, and nothing else.
     Raises UserError if a field differs that a run must keep.
     """
     old, new = (flatten(json.loads(to_json(c))) for c in (stored, config))
     differing = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    fixed = [name for name in differing if name not in _MAY_CHANGE]
+    kept = [name for name in differing if name.startswith(_IMPORTED)] if imported else differing
+    fixed = [name for name in kept if name not in _MAY_CHANGE]
     if fixed:
         name = fixed[0]
         more = f" (and {len(fixed) - 1} more fields differ)" if len(fixed) > 1 else ""

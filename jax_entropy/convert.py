@@ -42,7 +42,7 @@ def import_run(directory: str | Path, path: str | Path, notify: Callable[[str], 
     state = jax.jit(functools.partial(init_state, config, Transformer(model)))()
     workdir.claim(config, tokenizer)
     with Checkpointer(workdir.checkpoints, notify=notify) as checkpointer:
-        meta = dict(config=config.to_dict(), corpus=None)
+        meta = dict(config=config.to_dict(), corpus=None, guard=None)
         checkpointer.save(0, state._replace(params=variables["params"]), None, meta)
 
 

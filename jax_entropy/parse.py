@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from jax_entropy.errors import UserError, nearest
 
@@ -33,7 +33,12 @@ class Parse:
         """
         values = flags.FlagValues()
         argv = [f"jax-entropy {self.command}", *self.arguments]
-        if config:
+        stored = self._stored_config() if config and workdir else None
+        if stored:
+            config_flags.DEFINE_config_dict(
+                "config", stored, help_string="of the run in --workdir", flag_values=values, sys_argv=argv
+            )
+        elif config:
             config_flags.DEFINE_config_file(
                 "config", None, "file.py or file.py:ARCHITECTURE", flag_values=values, sys_argv=argv
             )
@@ -50,7 +55,7 @@ class Parse:
         if {"-h", "--help"} & set(self.arguments):
             print(f"jax-entropy {self.command}: {self.description}\n{values.get_help()}")
             raise SystemExit(0)
-        if config:
+        if config and not stored:
             self._check_config_file()
         try:
             extra = values(argv)[1:]
@@ -71,6 +76,17 @@ class Parse:
             if name in values and not value:
                 raise UserError(f"--{name} is missing")
         return values
+
+    def _stored_config(self) -> ConfigDict | None:
+        """Of the run in --workdir, where no --config is given."""
+        given = dict(argument.partition("=")[::2] for argument in self.arguments)
+        if "--config" in given or "--workdir" not in given:
+            return None
+        from jax_entropy.config import from_json  # only here: every other command is parsed without JAX
+        from jax_entropy.workdir import Workdir
+
+        workdir = Workdir(given["--workdir"])
+        return from_json(workdir.read_config_text()) if workdir.config.exists() else None
 
     def _check_config_file(self) -> None:
         """Raises UserError if --config names no file."""

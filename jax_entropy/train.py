@@ -76,15 +76,16 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[s
 
         def restore(iterator) -> Start:
             step = checkpointer.latest_step()
-            if not step:
+            if step is None:
                 with jax.set_mesh(mesh):
                     initial = jax.jit(functools.partial(init_state, config, model), out_shardings=state_sharding)()
                 return Start(0, initial, None)
             abstract = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, state_sharding
             )
-            state, meta = checkpointer.restore(step, abstract, iterator)
-            if meta["corpus"] != corpus.fingerprint:
+            # an imported model, of step 0, has not read any data
+            state, meta = checkpointer.restore(step, abstract, iterator if step else None)
+            if step and meta["corpus"] != corpus.fingerprint:
                 raise UserError(
                     f"the corpus of {config.data.source} has changed since {workdir.path} was started "
                     f"({meta['corpus']} then, {corpus.fingerprint} now); restore it or start in another --workdir"

@@ -46,7 +46,7 @@ class Workdir:
         """
         if self.config.exists():
             try:
-                changed = changes(from_json(self.read_config_text()), config)
+                changed = changes(from_json(self.read_config_text()), config, imported=self._imported())
             except UserError as error:
                 raise UserError(
                     f"{self.path} holds a run of another config: {error}; choose another --workdir"
@@ -65,6 +65,10 @@ class Workdir:
                 with contextlib.suppress(UserError):  # a full disk must not hide what went wrong
                     self.write_status("failed", *self._progress(config), reason)
                 raise
+
+    def _imported(self) -> bool:
+        """Whether `convert` made the folder and nothing was trained here since."""
+        return self.checkpoints.is_dir() and [path.name for path in self.checkpoints.iterdir()] == ["0"]
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -186,3 +186,24 @@ def test_transformers_reads_the_tokenizer(tmp_path, folder, tokenizer):
     assert theirs(text).input_ids == tokenizer.encode(text)
     assert theirs.decode(tokenizer.encode(text)) == text
     assert theirs.eos_token_id == tokenizer.end_of_text
+
+
+def test_an_imported_run_is_trained_on(tmp_path, folder):
+    """Under any settings of training, from the imported weights; not as another model."""
+    import_run(folder, tmp_path / "run")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    overrides = [
+        f"--config.{field}"
+        for field in (
+            "data.source=files", f"data.files={SOURCE}", f"data.directory={tmp_path / 'data'}", "train.num_steps=2",
+            "train.batch_size=8", "optimizer.learning_rate=1e-20", "optimizer.weight_decay=0.0",
+        )
+    ]  # fmt: skip
+    assert main(["train", workdir, *overrides, "--config.model.num_layers=3"]) == 2
+    assert main(["train", workdir, *overrides]) == 0
+    run = load_run(tmp_path / "run", pytest.fail)
+    _, variables = from_huggingface(folder)
+    assert run.step == 2
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), run.variables["params"], variables["params"])
+    assert main(["train", workdir]) == 0  # complete
+    assert main(["train", workdir, "--config.train.num_steps=3"]) == 2  # by now it is a run of its own

@@ -129,7 +129,7 @@ def convert(parse: Parse) -> None:
 
 
 def census(parse: Parse) -> None:
-    """FLOPs and nonlinear operations of a config's model (--config=…), or of an architecture (--architecture=…)."""
+    """FLOPs, nonlinear operations and private cost of a config's model (--config=…), or of an architecture (--architecture=…)."""
     from_config = any(argument.startswith("--config") for argument in parse.arguments)
     size = dict(
         num_layers=(12, "blocks"), num_heads=(12, "heads in a block"), model_dim=(768, "width"),
@@ -143,6 +143,7 @@ def census(parse: Parse) -> None:
     from jax_entropy.config import check, model_config
     from jax_entropy.private.census import census as count
     from jax_entropy.private.census import print_census
+    from jax_entropy.private.measure import print_costs
 
     if from_config:
         check(values.config)
@@ -151,7 +152,9 @@ def census(parse: Parse) -> None:
         model = architecture(values.architecture, **{name: values[name].value for name in size})
     else:
         raise UserError("--architecture is missing; give one like --architecture=SM+LN+G, or --config=file.py")
-    print_census(count(model), Console(highlight=False, soft_wrap=True))
+    console = Console(highlight=False, soft_wrap=True)
+    print_census(count(model), console)
+    print_costs(model, console)
 
 
 def plan(parse: Parse) -> None:
@@ -188,8 +191,8 @@ def private(parse: Parse) -> None:
 
 
 def bench(parse: Parse) -> None:
-    """Speed and memory: `bench attention`, `bench step` (beside PyTorch's) or `bench data`."""
-    what = parse.word(("attention", "step", "data"))
+    """Speed and memory: `bench attention`, `bench step` (beside PyTorch's), `bench data` or `bench monitoring`."""
+    what = parse.word(("attention", "step", "data", "monitoring"))
     if what == "attention":
         from jax_entropy.bench.attention import bench_attention
 
@@ -205,10 +208,14 @@ def bench(parse: Parse) -> None:
         )
         _check_rounds(values.rounds)
         rows = bench_step(rounds=values.rounds, peer_python=values.peer_python, notify=_warn)
-    else:
+    elif what == "data":
         from jax_entropy.bench.data import bench_feeding
 
         rows = [bench_feeding(parse.flags(config=True).config)]
+    else:
+        from jax_entropy.bench.monitoring import bench_monitoring
+
+        rows = [bench_monitoring(parse.flags(config=True).config)]
     from rich.console import Console
 
     from jax_entropy.bench import print_rows

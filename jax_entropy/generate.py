@@ -34,10 +34,7 @@ def generate(
     ids, context = tokenizer.encode(prompt), model.config.context_length
     if not ids:
         raise UserError("the prompt is empty; give at least one character")
-    if num_tokens < 1 or not temperature >= 0 or top_k < 0:
-        raise UserError(
-            f"tokens={num_tokens} must be at least 1, temperature={temperature} and top_k={top_k} not negative"
-        )
+    check_sampling(num_tokens, temperature, top_k)
     if len(ids) + num_tokens > context:
         raise UserError(
             f"the prompt's {len(ids)} tokens and {num_tokens} new ones do not fit into the context of {context}; "
@@ -52,25 +49,35 @@ def generate(
     return tokenizer.decode(ids[:end])
 
 
+def choose(logits_V: jax.Array, key: jax.Array, temperature: jax.Array | float, top_k: int) -> jax.Array:
+    """A token, sampled among the `top_k` likeliest (0: among all); the likeliest where the temperature is 0."""
+    logits_K, ids_K = jax.lax.top_k(logits_V, top_k or logits_V.size)
+    # the largest is 0 then, whatever small temperature divides it
+    sampled = jax.random.categorical(key, (logits_K - logits_K[0]) / jnp.where(temperature > 0, temperature, 1))
+    return ids_K[jnp.where(temperature > 0, sampled, 0)]
+
+
+def check_sampling(num_tokens: int, temperature: float, top_k: int) -> None:
+    """Raises UserError for options out of range."""
+    if num_tokens < 1 or not temperature >= 0 or top_k < 0:
+        raise UserError(
+            f"tokens={num_tokens} must be at least 1, temperature={temperature} and top_k={top_k} not negative"
+        )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def _continue(model, variables, prompt_1xT, key, temperature, num_tokens, top_k, end_of_text) -> jax.Array:
     """The `num_tokens` ids after the prompt; after an end-of-text only end-of-text."""
     decode = functools.partial(model.apply, variables, method="decode")
 
-    def choose(logits_V, key):
-        logits_K, ids_K = jax.lax.top_k(logits_V, top_k or logits_V.size)
-        # the largest is 0 then, whatever small temperature divides it
-        sampled = jax.random.categorical(key, (logits_K - logits_K[0]) / jnp.where(temperature > 0, temperature, 1))
-        return ids_K[jnp.where(temperature > 0, sampled, 0)]
-
     def step(carry, key):
         cache, token, position = carry
         logits_1xTxV, cache = decode(token[None, None], cache, position)
-        following = jnp.where(token == end_of_text, token, choose(logits_1xTxV[0, -1], key))
+        following = jnp.where(token == end_of_text, token, choose(logits_1xTxV[0, -1], key, temperature, top_k))
         return (cache, following, position + 1), following
 
     keys = jax.random.split(key, num_tokens)
     logits_1xTxV, cache = decode(prompt_1xT, empty_cache(model.config, 1), 0)
-    first = choose(logits_1xTxV[0, -1], keys[0])
+    first = choose(logits_1xTxV[0, -1], keys[0], temperature, top_k)
     _, rest = jax.lax.scan(step, (cache, first, prompt_1xT.shape[1]), keys[1:])
     return jnp.concatenate([first[None], rest])

@@ -84,6 +84,8 @@ class Loop:
 
     def _advance(self, start: Start, iterator, signals: "_Signals") -> tuple[int, TrainState]:
         options, (step, state, seen) = self.config.train, start
+        if step == options.num_steps:
+            return step, state
         self.guard.restore(seen)
         self._compile()
         self.writer = MetricsWriter(self.workdir.path, wandb=options.wandb, first_step=step) if self.lead else None
@@ -93,7 +95,7 @@ class Loop:
         while step < options.num_steps and not signals.stop(step, options.log_every):
             step += 1
             self._trace(step - start.step)
-            with self.clock.waiting():
+            with self.clock.spending("data_wait"):
                 rows = next(iterator)["tokens"]
             watch = step in (1, options.num_steps) or step % options.log_every == 0
             state, metrics = self.train_step(state, self._place(rows), watch)
@@ -154,9 +156,12 @@ class Loop:
     def _report(self, step: int, metrics: dict[str, Any], watch: bool) -> None:
         """Checks a step's loss, and writes and prints what was watched. Raises Anomaly."""
         metrics = jax.device_get(metrics)
-        self.guard.check(step, metrics)
-        if not watch:
-            return
+        with self.clock.spending("monitoring"):
+            self.guard.check(step, metrics)
+            if watch:
+                self._write(step, metrics)
+
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
         del metrics["not_finite"]
         self.watched = metrics
         metrics |= dict(

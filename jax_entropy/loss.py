@@ -13,7 +13,7 @@ from einops import rearrange
 
 from jax_entropy.entropy import entropy_penalty
 from jax_entropy.model import Aux, Transformer, logits
-from jax_entropy.sharding import batch_parts, platform
+from jax_entropy.sharding import map_rows, platform
 
 # Logits in one chunk on one device: what a CPU's cache holds (measured: docs/benchmarks/step.md), or enough to keep an
 # accelerator busy.
@@ -74,9 +74,13 @@ def loss_fn(
 
 def token_losses(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
     """Cross-entropy of every target in nats, [B, T] float32."""
-    chunks = _split(hidden_BxTxD, targets_BxT, head_VxD.shape[0])
-    losses_CxBxT = jax.lax.map(lambda chunk: _chunk_losses(chunk[0], head_VxD, chunk[1]), chunks)
-    return rearrange(losses_CxBxT, "C B T -> B (C T)")
+
+    def rows_losses(head, hidden, targets):
+        chunks = _split(hidden, targets, head.shape[0])
+        losses_CxBxT = jax.lax.map(lambda chunk: _chunk_losses(chunk[0], head, chunk[1]), chunks)
+        return (), rearrange(losses_CxBxT, "C B T -> B (C T)")
+
+    return map_rows(rows_losses, head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT)[1]
 
 
 @jax.custom_vjp
@@ -89,14 +93,19 @@ def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT):
     def chunk_sum(hidden, head, targets):
         return jnp.sum(_chunk_losses(hidden, head, targets)) / targets_BxT.size
 
-    def step(carry, chunk):
-        loss, (d_hidden, d_head) = jax.value_and_grad(chunk_sum, (0, 1))(chunk[0], head_VxD, chunk[1])
-        return (carry[0] + loss, carry[1] + d_head), d_hidden
+    def rows_gradients(head, hidden, targets):
+        def step(carry, chunk):
+            loss, (d_hidden, d_head) = jax.value_and_grad(chunk_sum, (0, 1))(chunk[0], head, chunk[1])
+            return (carry[0] + loss, carry[1] + d_head), d_hidden
 
-    chunks = _split(hidden_BxTxD, targets_BxT, head_VxD.shape[0])
-    nothing = jnp.zeros((), jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)), jnp.zeros_like(head_VxD)
-    (loss, d_head), d_hidden = jax.lax.scan(step, nothing, chunks)
-    return loss, (rearrange(d_hidden, "C B T D -> B (C T) D"), d_head)
+        nothing = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32)), jnp.zeros(head.shape, head_VxD.dtype)
+        sums, d_hidden = jax.lax.scan(step, nothing, _split(hidden, targets, head.shape[0]))
+        return sums, rearrange(d_hidden, "C B T D -> B (C T) D")
+
+    (loss, d_head), d_hidden = map_rows(
+        rows_gradients, head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT
+    )
+    return loss, (d_hidden, d_head)
 
 
 def _cross_entropy_backward(gradients, cotangent):
@@ -112,9 +121,9 @@ def _chunk_losses(hidden_BxTxD, head_VxD, targets_BxT):
 
 
 def _split(hidden_BxTxD, targets_BxT, vocab_size):
-    """Cuts along T, never along the sharded batch, into the fewest equal chunks that stay small; [C, B, T/C, …]."""
+    """Cuts along T into the fewest equal chunks that stay small; [C, B, T/C, …]."""
     B, T = targets_BxT.shape
-    most = _CHUNK_ELEMENTS.get(platform(), _CHUNK_ELEMENTS_ELSEWHERE) * batch_parts()
+    most = _CHUNK_ELEMENTS.get(platform(), _CHUNK_ELEMENTS_ELSEWHERE)
     count = next(c for c in range(1, T + 1) if T % c == 0 and (B * T // c * vocab_size <= most or c == T))
     return (
         rearrange(hidden_BxTxD, "B (C T) D -> C B T D", C=count),

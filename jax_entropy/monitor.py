@@ -1,5 +1,6 @@
 """How fast a run goes: tokens per second, time left, what a step waits for, and what the machine gives it."""
 
+import collections
 import contextlib
 import math
 import resource
@@ -41,7 +42,7 @@ class Clock:
     def restart(self, step: int) -> None:
         """Goes on from another step."""
         self.step, self.time = step, time.perf_counter()
-        self.last, self.waited = self.time, 0.0
+        self.last, self.spent = self.time, collections.Counter()
         self.seconds: list[float] = []
 
     def tick(self) -> None:
@@ -51,11 +52,11 @@ class Clock:
         self.last = now
 
     @contextlib.contextmanager
-    def waiting(self):
-        """For the next batch."""
+    def spending(self, what: str):
+        """On `data_wait`, the next batch, or on `monitoring`: looking at metrics and writing them."""
         begin = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - begin
+        self.spent[what] += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def paused(self):
@@ -67,9 +68,9 @@ class Clock:
         self.last += spent
 
     def read(self, step: int) -> dict[str, Any]:
-        """Since the last reading: tokens/s and, as `performance`, median and 95th percentile of a step in seconds and
-        the share of the time that was spent waiting for data, compilations and peak memory in bytes so far, and `mfu`,
-        the share of the devices' published bfloat16 rate that the model's own FLOPs take."""
+        """Since the last reading: tokens/s and, as `performance`, median and 95th percentile of a step in seconds,
+        the shares of the time that were spent waiting for data and on monitoring, compilations and peak memory in bytes
+        so far, and `mfu`, the share of the devices' published bfloat16 rate that the model's own FLOPs take."""
         now = time.perf_counter()
         elapsed = max(now - self.time, 1e-9)
         self.rate = (step - self.step) * self.tokens / elapsed
@@ -77,13 +78,14 @@ class Clock:
         performance = dict(
             step_seconds_median=float(median),
             step_seconds_p95=float(slow),
-            data_wait=self.waited / elapsed,
+            data_wait=self.spent["data_wait"] / elapsed,
+            monitoring=self.spent["monitoring"] / elapsed,
             compilations=_compilations,
             memory_bytes=_peak_memory(),
         )
         if self.token_share:  # an unknown device has no share rather than a wrong one
             performance["mfu"] = self.rate * self.token_share
-        self.step, self.time, self.waited, self.seconds = step, now, 0.0, []
+        self.step, self.time, self.spent, self.seconds = step, now, collections.Counter(), []
         return dict(tokens_per_second=self.rate, performance=performance)
 
     def line(self, step: int, metrics: dict[str, Any]) -> str:
@@ -91,8 +93,8 @@ class Clock:
         left = (self.num_steps - step) * self.tokens / self.rate
         return (
             f"step {step}/{self.num_steps} · loss {_short(metrics['loss'], 3)} · "
-            f"perplexity {_short(metrics['perplexity'])} · entropy {np.mean(metrics['head_entropy']):.2f} nats · collapse {metrics['collapse']:.0%} · "
-            f"overload {metrics['overload']:.0%} · {self.rate:,.0f} tokens/s · {left // 60:.0f}:{left % 60:02.0f} left"
+            f"perplexity {_short(metrics['perplexity'])} · entropy {np.mean(metrics['head_entropy']):.2f} nats · "
+            f"collapse {metrics['collapse']:.0%} · overload {metrics['overload']:.0%} · {self.rate:,.0f} tokens/s · {left // 60:.0f}:{left % 60:02.0f} left"
         )
 
 

@@ -6,7 +6,7 @@ and pjit is `jax.jit` over these shardings; heads are split over `tensor`, so en
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -160,10 +160,26 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def batch_parts() -> int:
-    """How many ways the mesh that we are in splits a batch; 1 outside."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in BATCH) if mesh.axis_names == AXES else 1
+def map_rows(f: Callable, shared: Any, *rows: Any) -> tuple[Any, Any]:
+    """`f(shared, *rows) -> (sums, rows)` of the rows of a batch that each device has.
+
+    The sums are added up over `data` and `fsdp` once, at the end, whatever loops `f` has; `tensor` splits as elsewhere.
+    """
+    if jax.sharding.get_abstract_mesh().axis_names != AXES:
+        return f(shared, *rows)
+
+    def on_device(shared, *rows):
+        sums, mapped = f(shared, *rows)
+        return jax.lax.psum(sums, BATCH), mapped
+
+    whole, split = PartitionSpec(), PartitionSpec(BATCH)
+    return jax.shard_map(
+        on_device,
+        in_specs=(whole, *(split for _ in rows)),
+        out_specs=(whole, split),
+        axis_names=set(BATCH),
+        check_vma=False,
+    )(shared, *rows)
 
 
 def platform() -> str:

@@ -36,6 +36,7 @@ class Workdir:
         self.figures = self.path / "figures"
         self.profile = self.path / "profile"
         self.status = self.path / "status.json"
+        self.private = self.path / "private.json"
         self.incidents = self.path / "guard.jsonl"
 
     @contextlib.contextmanager

@@ -82,6 +82,7 @@ LINES = {
     "bench step --peer_python=missing": "missing",
     "bench attention --rounds=0": "--rounds=0",
     "bench data": "--config",
+    "bench monitoring": "--config",
     f"plan {TINY}": "--topology",
     f"plan {TINY} --topology=v9:2x2": "v9",
     f"plan {TINY} --topology=v5e": "v5e",

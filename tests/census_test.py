@@ -10,6 +10,7 @@ from rich.console import Console
 from jax_entropy.architecture import EXAMPLES, architecture
 from jax_entropy.model import Transformer
 from jax_entropy.private.census import census, print_census
+from jax_entropy.private.measure import print_costs
 
 # Table: layers, context, and as printed there FLOPs in billions of the full FFN, of the fused one, and of attention.
 TABLES = {
@@ -124,3 +125,13 @@ def test_the_whole_forward_pass_is_the_blocks_and_the_vocabulary():
     counted = census(config)
     assert counted.blocks_flops == counted.ffn_flops + counted.attention_flops
     assert counted.forward_flops - counted.blocks_flops == 2 * 128 * 256 * 1024
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    (architecture("SM+LN+G"), ["semi2k, plain export", "semi2k, optimised", "in the paper's system 25.32 GB and 8.05 minutes"]),
+    (architecture("SM", num_heads=1, model_dim=32), ["two heads or more"]),
+])  # fmt: skip
+def test_private_costs_are_beside_it(config, said):
+    file = io.StringIO()
+    print_costs(config, Console(file=file, width=100))
+    assert all(words in " ".join(file.getvalue().split()) for words in said), file.getvalue()

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_entropy import loss as loss_module
 from jax_entropy.config import default_config
 from jax_entropy.loss import cross_entropy, loss_fn, token_losses
 from jax_entropy.model import Transformer
-from jax_entropy.sharding import path_name
+from jax_entropy.plan_hlo import Program
+from jax_entropy.sharding import batch_sharding, make_mesh, path_name
 from jax_entropy.state import penalty_schedule
 from tests import reference_model as reference
 from tests.entropy_test import penalty_by_hand
@@ -88,6 +90,42 @@ def test_the_logits_of_a_batch_never_exist(monkeypatch):
     jaxpr = str(jax.make_jaxpr(jax.value_and_grad(cross_entropy, (0, 1)))(hidden, head, targets))
     assert f"{B},4,{V}" in jaxpr
     assert f"{B},12,{V}" not in jaxpr
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_devices_sum_their_gradients_once(shape, monkeypatch):
+    """However many chunks there are, one all-reduce carries the head's gradient and one gather the head itself."""
+    monkeypatch.setitem(loss_module._CHUNK_ELEMENTS, "cpu", 1)
+    rng = np.random.default_rng(0)
+    size, T, vocab_size, width = 8, 6, 32, 8
+    hidden = rng.standard_normal((size, T, width)).astype(np.float32)
+    head = rng.standard_normal((vocab_size, width)).astype(np.float32)
+    targets = rng.integers(0, vocab_size, (size, T)).astype(np.int32)
+    expected = jit(jax.value_and_grad(plain_cross_entropy, (0, 1)))(hidden, head, targets)
+
+    mesh = make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        rows = batch_sharding(mesh)
+        split = NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+        compiled = (
+            jax.jit(
+                jax.value_and_grad(cross_entropy, (0, 1)),
+                in_shardings=(rows, split, rows),
+                out_shardings=(NamedSharding(mesh, PartitionSpec()), (rows, split)),
+            )
+            .lower(hidden, head, targets)
+            .compile()
+        )
+        found = compiled(*map(jax.device_put, (hidden, head, targets), (rows, split, rows)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+    collectives = Program(compiled.as_text()).collectives()
+    parts, tensor = shape[0] * shape[1], shape[2]
+    part, positions = head.nbytes / tensor, T * size / parts
+    over_batch = 2 * (parts - 1) / parts * (part + 4)
+    over_tensor = 2 * (tensor - 1) / tensor * positions * 4 * (3 + width)  # maximum, sum, target; hidden gradient
+    assert collectives["all-reduce"].sent == pytest.approx(over_batch + over_tensor)
+    if shape[1] > 1:
+        assert collectives["all-gather"].sent <= part
 
 
 def test_logits_of_any_size_give_a_finite_loss():

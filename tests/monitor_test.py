@@ -6,14 +6,16 @@ import jax
 import pytest
 
 from jax_entropy import monitor
+from jax_entropy.bench.monitoring import bench_monitoring
 from jax_entropy.monitor import Clock
 from jax_entropy.plan_chips import peak_flops
+from tests.tiny_config import get_config
 
 
 def test_rates_leave_out_what_is_not_training():
     clock = Clock(num_steps=100, tokens=1000, token_flops=1e6, step=10)
     for _ in range(4):
-        with clock.waiting():
+        with clock.spending("data_wait"):
             time.sleep(0.02)
         time.sleep(0.02)
         with clock.paused():
@@ -25,6 +27,7 @@ def test_rates_leave_out_what_is_not_training():
     performance = reading["performance"]
     assert 0.04 <= performance["step_seconds_median"] <= performance["step_seconds_p95"]
     assert performance["data_wait"] == pytest.approx(0.08 / seconds, rel=0.5)
+    assert performance["monitoring"] == 0
     assert performance["memory_bytes"] > 1e8
     assert "mfu" not in performance  # no rate of this CPU is published here
 
@@ -52,3 +55,12 @@ def test_compilations_are_counted():
     before = clock.read(1)["performance"]["compilations"]
     jax.jit(lambda x: x * 1.2345)(3.0)
     assert clock.read(2)["performance"]["compilations"] == before + 1
+
+
+def test_the_benchmark_of_monitoring_adds_up(tmp_path):
+    config = get_config()
+    config.data.directory = str(tmp_path)
+    row = bench_monitoring(config, rounds=3)
+    assert 0 < row["host, share"] < 1 and row["step, ms"] > 0
+    extra = (row["watched, ms"] - row["step, ms"]) / row["step, ms"] / config.train.log_every
+    assert row["monitoring, share"] == pytest.approx(row["host, share"] + extra)

@@ -26,6 +26,12 @@ def test_generate_writes_what_the_plain_command_writes(workdir, tmp_path, capsys
     private, spent = capsys.readouterr()
     assert main(["generate", f"--workdir={workdir}", "--prompt=def f", "--tokens=6", "--temperature=0"]) == 0
     assert private == capsys.readouterr().out
+    sampled = ["--prompt=def f", "--tokens=6", "--temperature=0.7", "--top_k=20", "--seed=3", f"--workdir={workdir}"]
+    assert main(["private", "generate", *sampled]) == main(["generate", *sampled]) == 0
+    sampled_privately, spent = capsys.readouterr()
+    assert len(sampled_privately) % 2 == 0  # the same text twice
+    assert sampled_privately[: len(sampled_privately) // 2] == sampled_privately[len(sampled_privately) // 2 :]
+    assert sampled_privately != 2 * private
     assert "rounds" in spent and "semi2k" in spent
     account = json.loads((tmp_path / "account.json").read_text())
     assert [program["name"] for program in account["programs"]][:2] == ["open weights", "prefill 8"]
@@ -41,6 +47,8 @@ def test_profile_of_a_workdir(workdir, tmp_path, capsys):
     stored = json.loads((tmp_path / "profile.json").read_text())
     assert stored["total"]["warm"]["rounds"] == sum(entry["warm"]["rounds"] for entry in stored["entries"])
     assert (tmp_path / "profile.png").stat().st_size > 10_000
+    assert json.loads((workdir / "private.json").read_text()) == stored
+    assert (workdir / "figures" / "private.png").stat().st_size > 10_000  # both for the report
 
 
 @pytest.mark.long

@@ -113,6 +113,21 @@ def test_missing_workdir_and_unwritable_one(tmp_path):
 # The report as files
 
 
+def test_what_was_measured_privately_is_on_the_page(tmp_path):
+    workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
+    measured = dict(setting=dict(protocol="semi2k"), num_tokens=32, total=dict(warm=dict(bytes=[1e6, 2.5e6], rounds=798)))
+    (workdir / "private.json").write_text(json.dumps(measured))
+    *_, page = report.write_report(workdir)
+    assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in page.read_text()
+    assert "under secure computation" not in page.read_text()  # its picture is missing
+    (workdir / "figures" / "private.png").write_bytes((workdir / "figures" / "loss.png").read_bytes())
+    report.write_report(workdir)
+    assert "under secure computation" in page.read_text()
+    (workdir / "private.json").write_text("{}")
+    with pytest.raises(UserError, match="private.json' is damaged"):
+        report.write_report(workdir)
+
+
 @pytest.mark.parametrize("case", ["paper", "smallest", "single_step", "diverged", "never_finite"])
 def test_report_of_any_run_is_whole(tmp_path, case):
     said = []

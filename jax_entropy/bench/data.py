@@ -1,16 +1,13 @@
 """How fast the loader feeds tokens, beside how fast a training step eats them."""
 
-import functools
 import statistics
 import time
 
 import jax
 from ml_collections import ConfigDict
 
-from jax_entropy.config import check, model_config
-from jax_entropy.data import Corpus, prepare, train_iterator
-from jax_entropy.model import Transformer
-from jax_entropy.state import init_state, make_train_step
+from jax_entropy.bench import started
+from jax_entropy.data import Corpus, train_iterator
 
 _STEPS = 10
 
@@ -49,16 +46,12 @@ def bench_data(
 
 def bench_feeding(config: ConfigDict) -> dict[str, float]:
     """Tokens/s of the loader and of the training step of a config, and how many times faster the loader is."""
-    check(config)
-    corpus = prepare(config.data, config.model.context_length)
+    corpus, state, train_step, batches = started(config)
     batch_size = config.train.batch_size * config.optimizer.accumulate
     loader = bench_data(corpus, batch_size, num_threads=config.data.num_threads, prefetch=config.data.prefetch)[
         "tokens_per_second"
     ]
-    model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
-    state = jax.jit(functools.partial(init_state, config, model))()
-    train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
-    batches, seconds = train_iterator(corpus, batch_size=batch_size, seed=0), []
+    seconds = []
     for _ in range(_STEPS):
         tokens = next(batches)["tokens"]
         start = time.perf_counter()

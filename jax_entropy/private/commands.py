@@ -10,7 +10,7 @@ from rich.console import Console
 from jax_entropy.errors import UserError
 from jax_entropy.private import engine
 from jax_entropy.private.party_commands import ask, keys, serve
-from jax_entropy.private.settings import SETTING, read_setting, read_steps, warn
+from jax_entropy.private.settings import SAMPLING, SETTING, read_sampling, read_setting, read_steps, warn
 
 
 def setup(parse: Any) -> None:
@@ -29,6 +29,7 @@ def generate(parse: Any) -> None:
         reveal=("logits", "what the client learns of each new token: logits | token"),
         best=(False, "the best checkpoint by validation loss instead of the newest"),
         json=("", "file for the account of every program that ran"),
+        **SAMPLING,
         **SETTING,
     )
     engine.environment_python()
@@ -38,7 +39,7 @@ def generate(parse: Any) -> None:
     from jax_entropy.private.inference import generate as run
     from jax_entropy.workdir import load_run
 
-    setting = read_setting(values)
+    setting, choose = read_setting(values), read_sampling(values)()
     loaded = load_run(values.workdir, warn, best=values.best)
     exported = export(loaded.model.config, loaded.variables, read_steps(values.without))
     ids, start = loaded.tokenizer.encode(values.prompt), time.monotonic()
@@ -49,7 +50,8 @@ def generate(parse: Any) -> None:
         model = PrivateModel(started, exported.shape, {name: value.shape for name, value in exported.weights.items()})
         model.share_weights(exported.weights)
         new = run(
-            model, ids, values.tokens, end_of_text=loaded.tokenizer.end_of_text, reveal=values.reveal, notify=text.token
+            model, ids, values.tokens, choose=choose, end_of_text=loaded.tokenizer.end_of_text, reveal=values.reveal,
+            notify=text.token,
         )
     print()
     seconds = time.monotonic() - start
@@ -66,6 +68,7 @@ def profile(parse: Any) -> None:
     from_run = any(argument.startswith("--workdir") for argument in parse.arguments)
     from_config = any(argument.startswith("--config") for argument in parse.arguments)
     from jax_entropy.private import measure
+    from jax_entropy.workdir import Workdir
 
     more = dict(ablation=(False, "measure every step alone instead"), best=(False, "the best checkpoint, of --workdir"))
     size = {} if from_run or from_config else measure.SIZE | dict(architecture=("", "in the paper's notation"))
@@ -79,8 +82,13 @@ def profile(parse: Any) -> None:
         return write_json(values.json, dict(setting=setting._asdict(), rows=[plain_json(row) for row in rows]))
     measured = measure.run_profile(config, variables, steps, values.context, setting, warn)
     measure.print_profile(measured, network, values.network, console)
-    write_json(values.json, measured.to_json())
-    draw([measured], network, values)
+    files = [(values.json, values.picture)]
+    if from_run:  # where `report` finds them
+        workdir = Workdir(values.workdir)
+        files.append((workdir.private, workdir.figures / "private.png"))
+    for json_file, picture in files:
+        write_json(json_file, measured.to_json())
+        draw([measured], network, values.network, picture)
 
 
 def _model(values: Any, from_run: bool, from_config: bool) -> tuple:
@@ -119,7 +127,7 @@ def compare(parse: Any) -> None:
     profiles = measure.compare(names, values, setting, warn)
     measure.print_comparison(profiles, network, values.network, Console(highlight=False, soft_wrap=True))
     write_json(values.json, dict(profiles=[measured.to_json() for measured in profiles]))
-    draw(profiles, network, values)
+    draw(profiles, network, values.network, values.picture)
 
 
 def predict(parse: Any) -> None:
@@ -152,13 +160,13 @@ def calibrate(parse: Any) -> None:
     measure.calibrate(read_setting(parse.flags(**SETTING)), warn)
 
 
-def draw(profiles: list, network: Any, values: Any) -> None:
+def draw(profiles: list, network: Any, network_name: str, file: str | Path) -> None:
     """The picture, where one is asked for."""
-    if values.picture:
+    if file:
         from jax_entropy.private.drawing import draw_profiles
 
-        draw_profiles(profiles, network, values.network, values.picture)
-        print(f"wrote {values.picture}")
+        draw_profiles(profiles, network, network_name, file)
+        print(f"wrote {file}")
 
 
 def plain_json(value: Any) -> Any:
@@ -218,7 +226,7 @@ def describe(account: engine.Account) -> str:
     return f"{each} MB sent by party {parties}, {account.rounds:.0f} rounds, {account.seconds:.2f} s"
 
 
-def write_json(file: str, content: dict) -> None:
+def write_json(file: str | Path, content: dict) -> None:
     if file:
         try:
             Path(file).write_text(json.dumps(content, indent=1) + "\n")

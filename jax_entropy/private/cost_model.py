@@ -19,7 +19,10 @@ from jax_entropy.private.ledger import Profile, add
 
 _FILE = Path(__file__).with_name("costs.json")
 # What is measured for the coefficients, every architecture on every shape, plain and optimised.
-ARCHITECTURES = ("SM+LN+G", "SM+R", "EReg(SM(t)+ScFuFFN)", "SM+LN")
+ARCHITECTURES = (
+    ("SM+LN+G", {}), ("SM+LN+G", dict(activation="gelu_tanh")), ("SM+R", {}), ("SM+LN", {}), ("EReg(SM(t)+ScFuFFN)", {}),
+    ("SM+RN+LR(0.01)", dict(final_norm="rms")),
+)  # fmt: skip
 SHAPES = tuple(
     dict(num_layers=L, num_heads=N, model_dim=D, context_length=T, vocab_size=V)
     for L, N, D, T, V in ((1, 2, 32, 16, 64), (1, 4, 32, 32, 96), (2, 2, 64, 32, 64), (1, 3, 48, 64, 128))
@@ -51,10 +54,9 @@ def counts(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, tuple
     if ffn:
         found["feed-forward"] = _products(ffn * ([(T, D, D)] if one_matrix else [(T, D, F), (T, F, D)]), plain)
         found["residual"] = ([ffn * T * D], [ffn])
-    norms = (L + ffn) * (config.norm != "none") + (config.final_norm != "none")
-    kind = "RMSNorm" if "rms" in (config.norm, config.final_norm) else "LayerNorm"
-    if norms:
-        found[kind] = ([norms * T * D, norms * T], [norms])
+    for norm, kind in (("layer", "LayerNorm"), ("rms", "RMSNorm")):
+        if norms := (L + ffn) * (config.norm == norm) + (config.final_norm == norm):
+            found[kind] = ([norms * T * D, norms * T], [norms])
     if config.learnable_temperature and not plain:
         found["temperature"] = ([L * T * D], [L])
     names = {"gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "leaky_relu": "leaky ReLU"}

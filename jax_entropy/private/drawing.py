@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
+from jax_entropy.errors import UserError
 from jax_entropy.private.ledger import KINDS, Network, Profile, on_network
 from jax_entropy.report.drawing import paper_style, titled
 
@@ -54,4 +55,8 @@ def draw_profiles(profiles: list[Profile], network: Network, network_name: str, 
         ax.grid(False, axis="y")
     handles = axes[0].get_legend_handles_labels()
     fig.legend(*handles, loc="upper right", bbox_to_anchor=(0.995, 0.995), ncols=3, fontsize=7, columnspacing=1)
-    fig.savefig(file)
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(file)
+    except (OSError, ValueError) as error:  # ValueError: a format that is not known
+        raise UserError(f"the picture {str(file)!r} cannot be written: {error}") from None

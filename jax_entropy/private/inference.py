@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_entropy.errors import UserError, nearest
+from jax_entropy.generate import check_sampling
+from jax_entropy.generate import choose as choose_token
 from jax_entropy.private.engine import Account, Engine
 from jax_entropy.private.export import abstract_inputs, lower, one_hot
 from jax_entropy.private.program import last_logits, prefill, step
@@ -150,6 +152,16 @@ def generate(
         model.put_public(POSITION, None if prompt is None else position)
         model.step()
         position += 1
+
+
+def sampler(num_tokens: int, temperature: float, top_k: int, seed: int) -> Callable[[np.ndarray], int]:
+    """The `choose` of a text of `num_tokens`, with the random numbers of `jax_entropy.generate`; temperature 0: greedy.
+
+    Raises UserError for options out of range.
+    """
+    check_sampling(num_tokens, temperature, top_k)
+    keys = iter(jax.random.split(jax.random.key(seed), num_tokens))
+    return lambda logits_V: int(choose_token(jnp.asarray(logits_V), next(keys), temperature, min(top_k, logits_V.size)))
 
 
 def _next_token(model: PrivateModel, choose: Callable[[np.ndarray], int], reveal: str) -> int | None:

@@ -199,12 +199,32 @@ def print_predictions(
     return rows
 
 
+def print_costs(config: ModelConfig, console: Console) -> None:
+    """What a forward pass would cost under secure computation: predicted for this engine, and in the paper's system."""
+    setting, table = engine.Setting(), Table("private, predicted", "MB sent", "rounds", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    try:
+        for plain in (True, False):
+            total = predict_total(config, config.context_length, setting, plain)
+            name = f"{setting.protocol}, {'plain export' if plain else 'optimised'}"
+            table.add_row(name, f"{total.bytes[0] / 1e6:,.1f}", f"{total.rounds:,}")
+        console.print(table)
+    except UserError as error:
+        console.print(f"private: {error}", markup=False)
+    try:
+        papers = paper_cost(config)
+        console.print(f"in the paper's system {papers.gigabytes:.2f} GB and {papers.minutes:.2f} minutes")
+    except UserError:
+        pass  # its tables are of other sizes
+
+
 def calibrate(setting: engine.Setting, notify) -> None:
     """Measures what the cost model is fitted to and writes the coefficients of this setting into the package."""
     measured = []
-    for name in cost_model.ARCHITECTURES:
+    for name, fields in cost_model.ARCHITECTURES:
         for shape in cost_model.SHAPES:
-            config = architecture(name, **shape)
+            config = architecture(name, **shape, **fields)
             variables, T = random_variables(config), config.context_length
             for steps in (PLAIN, Steps()):
                 measured.append((config, run_profile(config, variables, steps, T, setting, lambda line: None)))

@@ -78,7 +78,7 @@ def _answer(
 def ask(
     server: tuple[str, int], own: str, keys: Keys | None, num_tokens: int, *,
     prompts: Callable[[Any], Iterable[Sequence[int]]], end_of_text: Callable[[], int], reveal: str, timeout: int,
-    patience: float, notify: Callable[[int], None], choose: Callable[[np.ndarray], int] = np.argmax,
+    patience: float, notify: Callable[[int], None], new_choose: Callable[[], Callable[[np.ndarray], int]] = lambda: np.argmax,
 ) -> tuple[list[list[int]], PrivateModel]:  # fmt: skip
     """The tokens after each prompt, from the model of `serve`.
 
@@ -86,6 +86,7 @@ def ask(
       server: host and port of its door.
       own: HOST:PORT where the server's engine reaches this one.
       prompts: given the server's tokenizer as JSON, the prompts as tokens.
+      new_choose: gives each prompt's `choose`.
       timeout: seconds for which the server may be silent; patience: seconds to wait for its start.
     """
     line = connect(*server, keys, patience=patience, timeout=timeout)
@@ -104,7 +105,8 @@ def ask(
                 line.send(dict(more=True))
                 answers.append(
                     generate(
-                        model, ids, num_tokens, choose=choose, end_of_text=end_of_text(), reveal=reveal, notify=notify
+                        model, ids, num_tokens, choose=new_choose(), end_of_text=end_of_text(), reveal=reveal,
+                        notify=notify,
                     )
                 )
             line.send(dict(more=False))

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax_entropy.errors import UserError
 from jax_entropy.private import engine
-from jax_entropy.private.settings import SETTING, read_setting, read_steps, warn
+from jax_entropy.private.settings import SAMPLING, SETTING, read_sampling, read_setting, read_steps, warn
 
 
 def keys(parse: Any) -> None:
@@ -75,6 +75,7 @@ def ask(parse: Any) -> None:
         prompts_file=("", "file with a prompt on each line, answered one after another"),
         tokens=(16, "tokens to write at most"),
         reveal=("logits", "what this party learns of each new token: logits | token"),
+        **SAMPLING,
         patience=(8, "seconds to wait for the server's start"),
         **LINK,
     )
@@ -82,7 +83,7 @@ def ask(parse: Any) -> None:
 
     engine.environment_python()
     server, own = link.address(values.server, "server"), link.address(values.listen, "listen")
-    files = read_link(values, server[0], own[0])
+    files, new_choose = read_link(values, server[0], own[0]), read_sampling(values)
     import tempfile
 
     from jax_entropy.data import load_tokenizer
@@ -112,6 +113,7 @@ def ask(parse: Any) -> None:
         server, values.listen, files, values.tokens, prompts=tokens_of,
         end_of_text=lambda: known["tokenizer"].end_of_text,
         reveal=values.reveal, timeout=values.timeout, patience=values.patience, notify=lambda token: None,
+        new_choose=new_choose,
     )  # fmt: skip
     warn(dealer(model.engine.setting.protocol))
     for text, new in zip(texts, answers, strict=True):

@@ -1,7 +1,9 @@
 """Flags that the commands of private execution share, and how they are read."""
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from jax_entropy.errors import UserError, nearest
@@ -14,6 +16,12 @@ SETTING = dict(
     exponent=(engine.Setting().exponent, "taylor | pade: how the exponential is computed"),
     exponent_iterations=(engine.Setting().exponent_iterations, "squarings of taylor"),
     without=("", "steps to switch off, separated by commas; 'all' exports the model plainly"),
+)
+
+SAMPLING = dict(
+    temperature=(0.0, "of the sampling among revealed logits; 0 is greedy"),
+    top_k=(0, "sample among the k likeliest tokens; 0: among all"),
+    seed=(0, "of the sampling"),
 )
 
 
@@ -35,3 +43,14 @@ def read_steps(without: str) -> Steps:
 
 def warn(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def read_sampling(values: Any) -> Callable[[], Callable]:
+    """Gives each text's `choose`, logits [V] → token. Raises UserError for options out of range."""
+    from jax_entropy.private.inference import sampler
+
+    if values.reveal == "token" and values.temperature:
+        raise UserError(f"--temperature={values.temperature} needs --reveal=logits; inside, the likeliest is taken")
+    new_choose = functools.partial(sampler, values.tokens, values.temperature, values.top_k, values.seed)
+    new_choose()
+    return new_choose

@@ -18,6 +18,8 @@ _CAPTIONS = dict(
     thresholds="The entropy that each head is held to, learned with the weights, as a fraction of log T.",
     temperature="Above 1 attention is spread out, below 1 it is sharpened, and the gradients of queries and keys grow.",
     stability="A gradient norm or a largest logit that keeps growing precedes NaN.",
+    private="A forward pass under secure computation: what the busiest party sends, how often messages wait for "
+    "others, and the time of both on a network.",
 )
 
 _PAGE = """<!doctype html>
@@ -118,6 +120,12 @@ def _key_numbers(run: Run) -> dict[str, str]:
     numbers["overload"] = _number(100 * train["bands_observed"][-1, 3], "z.1f", "% of heads in the top quarter")
     if "tokens_per_second" in train:
         numbers["speed, median"] = _number(np.median(train["tokens_per_second"]), ",.0f", "tokens/s")
+    if run.private:
+        warm, setting = run.private["total"]["warm"], run.private["setting"]
+        numbers["private forward pass"] = _number(
+            max(warm["bytes"]) / 1e6, ",.1f", f"MB, {warm['rounds']:,} rounds, {run.private['num_tokens']} tokens, "
+            f"{setting['protocol']}",
+        )  # fmt: skip
     lost = int(np.nansum(train["nan_count"]) + np.nansum(train["inf_count"]))
     numbers["NaN and Inf in attention"] = f"{lost:,}" if lost else "none"
     return numbers

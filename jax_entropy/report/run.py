@@ -29,6 +29,7 @@ class Run:
     config: dict[str, Any]
     train: dict[str, np.ndarray]
     evaluate: dict[str, np.ndarray]
+    private: dict[str, Any] | None = None  # what `private profile` measured of it, if it did
 
     @property
     def architecture(self) -> str:
@@ -84,7 +85,19 @@ def load_run(workdir: str | Path) -> Run:
             f"workdir {str(workdir)!r} has no training line in metrics.jsonl yet; "
             "the first comes after config.train.log_every steps"
         )
-    return Run(workdir, config, train, _stack([line for line in lines if line.get("kind") == "evaluate"]))
+    evaluate = _stack([line for line in lines if line.get("kind") == "evaluate"])
+    return Run(workdir, config, train, evaluate, _read_private(workdir / "private.json"))
+
+
+def _read_private(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        measured = json.loads(path.read_text("utf-8"))
+        measured["total"]["warm"]["bytes"], measured["setting"]["protocol"], measured["num_tokens"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{str(path)!r} is damaged; measure again with `jax-entropy private profile`") from None
+    return measured
 
 
 def _read_lines(path: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """Writes what the report is made of: a workdir's figures and page, and the comparison of several runs."""
 
+import contextlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ def write_report(workdir: str | Path, notify: Callable[[str], None] = print) -> 
     figures = {draw.__name__: draw(run) for draw in FIGURES}
     pictures = {name: _png(fig) for name, fig in figures.items() if fig is not None}
     paths = [_write(run.workdir / "figures" / f"{name}.png", png) for name, png in pictures.items()]
+    if run.private:  # drawn when it was measured
+        with contextlib.suppress(OSError):
+            pictures["private"] = (run.workdir / "figures" / "private.png").read_bytes()
     paths.append(_write(run.workdir / "report.html", page(run, pictures).encode()))
     notify(f"{len(pictures)} figures are in {run.workdir / 'figures'}, all on one page in {paths[-1]}.")
     return paths

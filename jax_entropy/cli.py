@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax_entropy.console import console
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.parse import Parse
 
@@ -26,7 +27,6 @@ def train(parse: Parse) -> None:
         profile=(0, "steps to trace into the workdir's folder `profile`"),
     )
     import jax
-    from rich.console import Console
 
     from jax_entropy.summary import conclude
     from jax_entropy.train import train as run
@@ -36,12 +36,12 @@ def train(parse: Parse) -> None:
         jax.config.update("jax_enable_preemption_service", False)
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     result = run(
-        values.config, values.workdir, notify=lambda line: console.print(line, markup=False), profile=values.profile
+        values.config, values.workdir, notify=lambda line: out.print(line, markup=False), profile=values.profile
     )
     if jax.process_index() == 0:
-        conclude(values.config, values.workdir, result, shlex.join(["jax-entropy", "train", *parse.arguments]), console)
+        conclude(values.config, values.workdir, result, shlex.join(["jax-entropy", "train", *parse.arguments]), out)
 
 
 def status(parse: Parse) -> None:
@@ -60,13 +60,11 @@ def evaluate(parse: Parse) -> None:
         best=(False, "the best checkpoint by validation loss instead of the newest"),
         batch_size=(32, "sequences evaluated at once; does not change the numbers"),
     )
-    from rich.console import Console
-
     from jax_entropy.evaluate import evaluate_run
     from jax_entropy.summary import print_evaluation
 
     evaluation = evaluate_run(values.workdir, best=values.best, batch_size=values.batch_size, notify=_warn)
-    print_evaluation(evaluation, Console(highlight=False))
+    print_evaluation(evaluation, console())
 
 
 def generate(parse: Parse) -> None:
@@ -137,8 +135,6 @@ def census(parse: Parse) -> None:
     )  # fmt: skip
     notation = ("", "in the paper's notation, like SM+LN+G")
     values = parse.flags(config=True) if from_config else parse.flags(architecture=notation, **size)
-    from rich.console import Console
-
     from jax_entropy.architecture import architecture
     from jax_entropy.config import check, model_config
     from jax_entropy.private.census import census as count
@@ -152,9 +148,9 @@ def census(parse: Parse) -> None:
         model = architecture(values.architecture, **{name: values[name].value for name in size})
     else:
         raise UserError("--architecture is missing; give one like --architecture=SM+LN+G, or --config=file.py")
-    console = Console(highlight=False, soft_wrap=True)
-    print_census(count(model), console)
-    print_costs(model, console)
+    out = console()
+    print_census(count(model), out)
+    print_costs(model, out)
 
 
 def plan(parse: Parse) -> None:
@@ -170,17 +166,16 @@ def plan(parse: Parse) -> None:
         raise UserError("--topology is missing; an example is --topology=v5e:16x16")
     if not 0 < values.efficiency <= 1:
         raise UserError(f"--efficiency={values.efficiency} must lie above 0 and be at most 1")
-    from rich.console import Console
-
     from jax_entropy import plan as planning
 
-    console = Console(highlight=False, soft_wrap=True)
     if values.mesh:
         planning.set_mesh(values.config, values.mesh)
     if values.search:
-        planning.print_search(planning.search(values.config, values.topology, notify=_warn), values.efficiency, console)
+        planning.print_search(
+            planning.search(values.config, values.topology, notify=_warn), values.efficiency, console()
+        )
     else:
-        planning.print_plan(planning.plan(values.config, values.topology), values.efficiency, console)
+        planning.print_plan(planning.plan(values.config, values.topology), values.efficiency, console())
 
 
 def private(parse: Parse) -> None:
@@ -216,11 +211,9 @@ def bench(parse: Parse) -> None:
         from jax_entropy.bench.monitoring import bench_monitoring
 
         rows = [bench_monitoring(parse.flags(config=True).config)]
-    from rich.console import Console
-
     from jax_entropy.bench import print_rows
 
-    print_rows(rows, Console(highlight=False, width=None if sys.stdout.isatty() else 160))  # a file is as wide as needed
+    print_rows(rows, console())
 
 
 COMMANDS = {

@@ -102,9 +102,7 @@ def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT):
         sums, d_hidden = jax.lax.scan(step, nothing, _split(hidden, targets, head.shape[0]))
         return sums, rearrange(d_hidden, "C B T D -> B (C T) D")
 
-    (loss, d_head), d_hidden = map_rows(
-        rows_gradients, head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT
-    )
+    (loss, d_head), d_hidden = map_rows(rows_gradients, head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT)
     return loss, (d_hidden, d_head)
 
 

@@ -1,7 +1,7 @@
 """Starts a command, and again all of it when it dies: `python -m jax_entropy.supervise --restart=5 -- COMMAND …`.
 
-A killed process takes its peers down without a Python exception, so nothing inside a run can do this. On a pod each host
-has a supervisor; `launch/local.sh --restart` has one above all of its processes. Needs nothing but the standard library.
+A killed process takes its peers down without a Python exception, so nothing inside a run can do this. On a pod each
+host has a supervisor; `launch/local.sh --restart` has one above all of its processes. Needs the standard library only.
 """
 
 import collections

@@ -10,7 +10,7 @@ from jax_entropy.private.engine import Setting
 from jax_entropy.private.export import export
 from jax_entropy.private.fixed_point import random_tokens
 from jax_entropy.private.ledger import PLAIN, profile
-from jax_entropy.private.measure import random_variables
+from jax_entropy.private.measure import calibrate, random_variables
 from jax_entropy.private.stage import Steps
 from tests.private_helpers import need_engine
 
@@ -58,5 +58,7 @@ def test_what_was_not_measured_is_said():
         predict(architecture("SM", **HELD_OUT | dict(num_heads=1)), 48, Setting())
     with pytest.raises(UserError, match="no coefficients for semi2k 20 bits"):
         predict(config, 48, Setting(fraction_bits=20))
+    with pytest.raises(UserError, match="whole ciphertexts"):
+        calibrate(Setting(protocol="cheetah"), print)
     with pytest.raises(UserError, match="projections of SM was not measured"):
         predict(config, 48, Setting(), costs={"embedding optimised": dict(bytes=[0, 0], rounds=[0])})

@@ -5,8 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from jax_entropy.console import console
 from jax_entropy.errors import UserError
 from jax_entropy.private import engine
 from jax_entropy.private.party_commands import ask, keys, serve
@@ -50,12 +49,17 @@ def generate(parse: Any) -> None:
         model = PrivateModel(started, exported.shape, {name: value.shape for name, value in exported.weights.items()})
         model.share_weights(exported.weights)
         new = run(
-            model, ids, values.tokens, choose=choose, end_of_text=loaded.tokenizer.end_of_text, reveal=values.reveal,
+            model,
+            ids,
+            values.tokens,
+            choose=choose,
+            end_of_text=loaded.tokenizer.end_of_text,
+            reveal=values.reveal,
             notify=text.token,
         )
     print()
     seconds = time.monotonic() - start
-    Console(stderr=True, highlight=False, soft_wrap=True).print(spent(model.accounts, len(new), seconds, setting))
+    warn(spent(model.accounts, len(new), seconds, setting))
     write_json(values.json, dict(
         architecture=exported.shape.architecture, setting=setting._asdict(), seconds=seconds,
         prompt_tokens=len(ids), tokens=new,
@@ -76,12 +80,11 @@ def profile(parse: Any) -> None:
     engine.environment_python()
     setting, network, steps = read_setting(values), measure.read_network(values.network), read_steps(values.without)
     config, variables = _model(values, from_run, from_config)
-    console = Console(highlight=False, soft_wrap=True)
     if values.ablation:
-        rows = measure.print_ablation(config, variables, values.context, setting, console, warn)
+        rows = measure.print_ablation(config, variables, values.context, setting, console(), warn)
         return write_json(values.json, dict(setting=setting._asdict(), rows=[plain_json(row) for row in rows]))
     measured = measure.run_profile(config, variables, steps, values.context, setting, warn)
-    measure.print_profile(measured, network, values.network, console)
+    measure.print_profile(measured, network, values.network, console())
     files = [(values.json, values.picture)]
     if from_run:  # where `report` finds them
         workdir = Workdir(values.workdir)
@@ -125,7 +128,7 @@ def compare(parse: Any) -> None:
     engine.environment_python()
     setting, network = read_setting(values), measure.read_network(values.network)
     profiles = measure.compare(names, values, setting, warn)
-    measure.print_comparison(profiles, network, values.network, Console(highlight=False, soft_wrap=True))
+    measure.print_comparison(profiles, network, values.network, console())
     write_json(values.json, dict(profiles=[measured.to_json() for measured in profiles]))
     draw(profiles, network, values.network, values.picture)
 
@@ -148,8 +151,7 @@ def predict(parse: Any) -> None:
     size = {name: values[name].value for name in measure.SIZE}
     configs = [architecture(name, context_length=values.context, **size) for name in names]
     setting, network = read_setting(values), measure.read_network(values.network)
-    console = Console(highlight=False, soft_wrap=True)
-    rows = measure.print_predictions(configs, setting, network, values.network, console)
+    rows = measure.print_predictions(configs, setting, network, values.network, console())
     write_json(values.json, dict(setting=setting._asdict(), num_tokens=values.context, rows=rows))
 
 

@@ -111,7 +111,10 @@ def read_costs(setting: Setting) -> dict[str, Any]:
     """The coefficients that came with the package. Raises UserError for a setting that was not measured."""
     all_costs = json.loads(_FILE.read_text())
     if (name := _name(setting)) not in all_costs:
-        raise UserError(f"no coefficients for {name}; measured were {', '.join(all_costs)}")
+        raise UserError(
+            f"no coefficients for {name}; measured were {', '.join(all_costs)}, and `jax-entropy private profile` "
+            "measures any model"
+        )
     return all_costs[name]
 
 

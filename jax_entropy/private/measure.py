@@ -220,7 +220,15 @@ def print_costs(config: ModelConfig, console: Console) -> None:
 
 
 def calibrate(setting: engine.Setting, notify) -> None:
-    """Measures what the cost model is fitted to and writes the coefficients of this setting into the package."""
+    """Measures what the cost model is fitted to and writes the coefficients of this setting into the package.
+
+    Raises UserError for CHEETAH: it sends whole ciphertexts, of which there are no more for a somewhat larger matrix.
+    """
+    if setting.protocol == "cheetah":
+        raise UserError(
+            "the bytes of cheetah are not linear in sizes, since it sends whole ciphertexts; measure the model itself "
+            "with `jax-entropy private profile --protocol=cheetah`"
+        )
     measured = []
     for name, fields in cost_model.ARCHITECTURES:
         for shape in cost_model.SHAPES:

@@ -105,7 +105,12 @@ def ask(
                 line.send(dict(more=True))
                 answers.append(
                     generate(
-                        model, ids, num_tokens, choose=new_choose(), end_of_text=end_of_text(), reveal=reveal,
+                        model,
+                        ids,
+                        num_tokens,
+                        choose=new_choose(),
+                        end_of_text=end_of_text(),
+                        reveal=reveal,
                         notify=notify,
                     )
                 )

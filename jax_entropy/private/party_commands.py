@@ -96,9 +96,7 @@ def ask(parse: Any) -> None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file={values.prompts_file} cannot be read: {error}") from None
     if not all(texts):
-        raise UserError(
-            "the prompt is empty; give --prompt, or text on each line of --prompts_file"
-        )
+        raise UserError("the prompt is empty; give --prompt, or text on each line of --prompts_file")
     known, start = {}, time.monotonic()
 
     def tokens_of(tokenizer: str):

@@ -94,7 +94,8 @@ class Clock:
         return (
             f"step {step}/{self.num_steps} · loss {_short(metrics['loss'], 3)} · "
             f"perplexity {_short(metrics['perplexity'])} · entropy {np.mean(metrics['head_entropy']):.2f} nats · "
-            f"collapse {metrics['collapse']:.0%} · overload {metrics['overload']:.0%} · {self.rate:,.0f} tokens/s · {left // 60:.0f}:{left % 60:02.0f} left"
+            f"collapse {metrics['collapse']:.0%} · overload {metrics['overload']:.0%} · "
+            f"{self.rate:,.0f} tokens/s · {left // 60:.0f}:{left % 60:02.0f} left"
         )
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,11 @@ _NOTHING_SAVED, _ALL_DAMAGED = -1, -2
 
 # Orbax logs the traceback of every error that it also raises; ours end in one sentence.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+# It also leaves the other writes of a failed save behind, each of which reports to asyncio when it fails as well,
+logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
+# or to a loop that is gone by then.
+_report_unraisable = sys.unraisablehook
+sys.unraisablehook = lambda event: str(event.exc_value) == "Event loop is closed" or _report_unraisable(event)
 
 
 class Checkpointer:

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.attention.cached import cached_attention
+from jax_entropy.sharding import constrain
 
 _TEMPERATURE_FLOOR = 1e-4
 _POWER_ITERATIONS_AT_START = 15  # as torch's spectral_norm
@@ -25,6 +26,7 @@ class Linear(nn.Module):
     out_shape: tuple[int, ...]
     init_std: float
     in_axes: int = 1
+    split_inputs: bool = False  # over `tensor`; otherwise outputs are
     use_bias: bool = False
     reparametrization: str = "none"
     dtype: str = "float32"
@@ -42,7 +44,8 @@ class Linear(nn.Module):
         elif self.reparametrization == "spectral":
             matrix = matrix / self._spectral_norm(matrix)
         # Rows are flattened: with two batch axes XLA's CPU backend computes the kernel's gradient far more slowly.
-        y = x.reshape(-1, matrix.shape[0]) @ matrix.astype(self.dtype)
+        matrix = constrain(matrix.astype(self.dtype), *(("tensor", None) if self.split_inputs else (None, "tensor")))
+        y = x.reshape(-1, matrix.shape[0]) @ matrix
         y = y.reshape(*batch_shape, *self.out_shape)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.out_shape, jnp.float32)
@@ -126,7 +129,7 @@ class Attention(nn.Module):
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
             cache = KeyValueCache(write(cache.key, k_BxTxNxH), write(cache.value, v_BxTxNxH))
             out_BxTxNxH, stats = cached_attention(q_BxTxNxH, *cache, temperature_NxT, position=position), None
-        out = _linear(config, "O", (D,), in_axes=2, init_std=_residual_std(config), name="out")
+        out = _linear(config, "O", (D,), in_axes=2, split_inputs=True, init_std=_residual_std(config), name="out")
         return out(out_BxTxNxH), stats, threshold_N, cache
 
     def _temperature(self) -> jax.Array:
@@ -159,7 +162,7 @@ class FeedForward(nn.Module):
         if config.slope == "layer" and config.activation == "leaky_relu":
             slope = self.param("negative_slope", nn.initializers.constant(config.negative_slope), (), jnp.float32)
         hidden_BxTxF = _activate(hidden_BxTxF, config, slope)
-        return _linear(config, "FFN", (D,), init_std=_residual_std(config), name="down")(hidden_BxTxF)
+        return _linear(config, "FFN", (D,), split_inputs=True, init_std=_residual_std(config), name="down")(hidden_BxTxF)
 
 
 def _activate(x: jax.Array, config: ModelConfig, slope: jax.Array | None) -> jax.Array:

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.config import check, default_config, flatten, from_json, model_config, to_json
+from jax_entropy.config import (
+    check,
+    default_config,
+    flatten,
+    from_json,
+    model_config,
+    to_json,
+)
 from jax_entropy.errors import UserError
 from tests.tiny_config import REPOSITORY, get_config
 

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jax_entropy.entropy import entropy_penalty, head_bands, head_entropy, max_entropy, row_entropy
+from jax_entropy.entropy import (
+    entropy_penalty,
+    head_bands,
+    head_entropy,
+    max_entropy,
+    row_entropy,
+)
 from jax_entropy.errors import UserError
 from tests.tiny_model import assert_gradients, jit
 

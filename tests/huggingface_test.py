@@ -1,5 +1,6 @@
 """GPT-2 folders: Hugging Face's own numbers, exact round trips, and one sentence for everything that is wrong."""
 
+import ast
 import dataclasses
 import functools
 import json
@@ -349,3 +350,23 @@ def test_ours_reads_transformers(tmp_path, transformers, activation, form):
     tokens = np.random.default_rng(1).integers(0, 101, (2, 16))
     logits, _ = forward(config, variables, tokens)
     np.testing.assert_allclose(logits, hugging_face_logits(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_that_is_read_is_executed():
+    """No pickle, no evaluation of text, no code that comes with a model; a config file is the user's own program."""
+    for path in sorted((Path(__file__).parents[1] / "jax_entropy").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Import(names=names):
+                    found = {alias.name.split(".")[0] for alias in names}
+                case ast.ImportFrom(module=module) if module:
+                    found = {module.split(".")[0]}
+                case ast.Call(func=ast.Name(id=name)):
+                    found = {name}
+                case ast.keyword(arg=name) if name:
+                    found = {name}
+                case _:
+                    continue
+            forbidden = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "exec", "eval", "compile",
+                         "trust_remote_code", "allow_pickle"}  # fmt: skip
+            assert not found & forbidden, (path, node.lineno)

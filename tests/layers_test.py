@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from jax_entropy.layers import Attention, Block, Linear, normalise, temperature
 from jax_entropy.model import Transformer
 from tests import reference_model as reference
-from tests.tiny_model import ARCHITECTURES, TARGETS, initial, jit, random_tokens, scattered, shapes, tiny
+from tests.tiny_model import (
+    ARCHITECTURES,
+    TARGETS,
+    initial,
+    jit,
+    random_tokens,
+    scattered,
+    shapes,
+    tiny,
+)
 
 WIDTH, HEADS = 12, (3, 4)
 

@@ -12,7 +12,16 @@ from jax_entropy.errors import UserError
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer, empty_cache
 from tests import reference_model as reference
-from tests.tiny_model import ARCHITECTURES, VARIED, initial, jit, random_tokens, scattered, shapes, tiny
+from tests.tiny_model import (
+    ARCHITECTURES,
+    VARIED,
+    initial,
+    jit,
+    random_tokens,
+    scattered,
+    shapes,
+    tiny,
+)
 
 T = 12  # shorter than the context of 16
 

@@ -16,7 +16,13 @@ import pytest
 from jax_entropy.errors import UserError
 from jax_entropy.private.engine import environment_python
 from jax_entropy.private.link import fingerprint, make_keys, read_keys
-from tests.private_helpers import free_ports, make_workdir, need_engine, start, wait_for_line
+from tests.private_helpers import (
+    free_ports,
+    make_workdir,
+    need_engine,
+    start,
+    wait_for_line,
+)
 
 PROMPT = "the private prompt"
 

@@ -21,7 +21,6 @@ from jax_entropy.evaluate import evaluate
 from jax_entropy.guard import Anomaly, Guard, diagnose
 from jax_entropy.model import Transformer
 from jax_entropy.monitor import Clock
-from jax_entropy.optimizer import learning_rate_schedule
 from jax_entropy.private.census import census
 from jax_entropy.sharding import batch_sharding
 from jax_entropy.state import TrainState, make_train_step
@@ -126,7 +125,6 @@ class Loop:
         """The step at the learning rate that the guard allows; jit compiles it when it is first called."""
         config = self.config.copy_and_resolve_references()
         config.optimizer.learning_rate *= self.guard.learning_rate_scale
-        self.learning_rate = learning_rate_schedule(config.optimizer, config.train.num_steps)
         self.train_step = jax.jit(
             make_train_step(config, self.model),
             static_argnums=2,
@@ -167,7 +165,6 @@ class Loop:
         metrics |= dict(
             kind="train",
             perplexity=math.exp(min(float(metrics["cross_entropy"]), 700)),
-            learning_rate=float(self.learning_rate(step - 1)),
             **self.clock.read(step),
         )
         if self.writer:

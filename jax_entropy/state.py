@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jax_entropy.loss import LossParts, loss_fn
 from jax_entropy.metrics import entropy_metrics, gradient_norms, temperature_metrics
 from jax_entropy.model import Transformer
-from jax_entropy.optimizer import make_optimizer
+from jax_entropy.optimizer import learning_rate_schedule, make_optimizer
 from jax_entropy.sharding import BATCH, constrain
 
 
@@ -50,9 +50,10 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
     """Returns `train_step(state, tokens [A·B, T+1], watch) -> (state, metrics)`; A batches accumulate in one update.
 
     `metrics` holds loss, cross_entropy, penalty, gradient_norm and the non-finite counts [L]; with `watch` (static)
-    also everything in metrics.py.
+    also everything in metrics.py, and the learning rate.
     """
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    learning_rate = learning_rate_schedule(config.optimizer, config.train.num_steps)
     weight_of, penalty, accumulate = penalty_schedule(config), config.penalty, config.optimizer.accumulate
 
     def gradients_of(params, collections, tokens_BxT1, key, step) -> tuple[Any, jax.Array, LossParts]:
@@ -109,6 +110,7 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
         if watch:
             metrics |= entropy_metrics(parts.aux) | temperature_metrics(state.params, model.config)
             metrics["gradient_norms"] = gradient_norms(gradients)
+            metrics["learning_rate"] = learning_rate(state.step)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, parts.collections, opt_state, state.key), metrics
 

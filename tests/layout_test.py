@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -146,3 +148,30 @@ def test_a_run_that_changes_its_layout_reads_every_chunk_once(whole, tmp_path, c
     assert first + second == expected
     assert max(sum(first + second, collections.Counter()).values()) == 1  # within an epoch, none twice
     np.testing.assert_allclose([line["loss"] for line in lines(tmp_path / "run")], losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
+def test_a_signal_to_one_of_two_processes_stops_both(whole, tmp_path, corpus_directory):
+    """SIGTERM to the second process only: both save at one step and end with code 0, within 30 seconds."""
+    launched = reading((2, 1), tmp_path / "run", corpus_directory, "first")
+    for line in launched.stdout:
+        if line.startswith("step 8/60"):
+            second = [pid for pid in processes_of(launched.pid) if b"JAX_PROCESS_ID=1" in environment_of(pid)]
+            os.kill(max(second), signal.SIGTERM)
+            told = time.monotonic()
+    assert launched.wait(timeout=30) == 0 and time.monotonic() - told < 30
+    resumed = finish(reading((2, 1), tmp_path / "run", corpus_directory, "second"))
+    first, second = (chunks(tmp_path / name) for name in ("first", "second"))
+    assert f"resumed at step {len(first)} of 60" in resumed and 8 <= len(first) < 60
+    assert first + second == whole[0]
+
+
+def processes_of(parent: int) -> list[int]:
+    """A process and all below it."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [parent, *(pid for child in children for pid in processes_of(int(child)))]
+
+
+def environment_of(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_entropy import data
@@ -23,7 +23,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.monitor import Clock
 from jax_entropy.private.census import census
 from jax_entropy.sharding import batch_sharding
-from jax_entropy.state import TrainState, make_train_step
+from jax_entropy.state import TrainState, jit_train_step
 from jax_entropy.workdir import Workdir
 from jax_entropy.writer import MetricsWriter
 
@@ -125,13 +125,7 @@ class Loop:
         """The step at the learning rate that the guard allows; jit compiles it when it is first called."""
         config = self.config.copy_and_resolve_references()
         config.optimizer.learning_rate *= self.guard.learning_rate_scale
-        self.train_step = jax.jit(
-            make_train_step(config, self.model),
-            static_argnums=2,
-            donate_argnums=0,
-            in_shardings=(self.state_sharding, self.batch_sharding),
-            out_shardings=(self.state_sharding, NamedSharding(self.mesh, PartitionSpec())),
-        )
+        self.train_step = jit_train_step(config, self.model, self.mesh, self.state_sharding)
 
     def _trace(self, steps: int) -> None:
         """Traces the steps that were asked for."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +24,7 @@ from jax_entropy.plan_chips import Chip, devices_of, kept_stderr
 from jax_entropy.plan_hlo import Collective, Program
 from jax_entropy.private.census import census
 from jax_entropy.sharding import AXES, batch_sharding, config_mesh, tree_sharding
-from jax_entropy.state import init_state, make_train_step
+from jax_entropy.state import init_state, jit_train_step
 
 _REMATERIALIZED = "nvoluntary full rematerialization"
 
@@ -103,13 +102,7 @@ def plan(config: ConfigDict, topology: str) -> Plan:
         flops=3 * counted.forward_flops * sequences / len(devices), arguments=arguments,
         executed_flops=(3 * counted.forward_flops + again) * sequences / len(devices),
     )  # fmt: skip
-    train_step = jax.jit(
-        make_train_step(config, model),
-        static_argnums=2,
-        donate_argnums=0,
-        in_shardings=(state_sharding, tokens_sharding),
-        out_shardings=(state_sharding, NamedSharding(mesh, PartitionSpec())),
-    )
+    train_step = jit_train_step(config, model, mesh, state_sharding)
     begin = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = train_step.lower(state, tokens, True)  # a step that logs: the larger of the two

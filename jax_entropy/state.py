@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jax_entropy.loss import LossParts, loss_fn
 from jax_entropy.metrics import entropy_metrics, gradient_norms, temperature_metrics
 from jax_entropy.model import Transformer
 from jax_entropy.optimizer import learning_rate_schedule, make_optimizer
-from jax_entropy.sharding import BATCH, constrain
+from jax_entropy.sharding import BATCH, batch_sharding, constrain
 
 
 class TrainState(NamedTuple):
@@ -115,3 +116,14 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
         return TrainState(state.step + 1, params, parts.collections, opt_state, state.key), metrics
 
     return train_step
+
+
+def jit_train_step(config: ConfigDict, model: Transformer, mesh: Mesh, state_sharding: Any) -> Callable:
+    """`make_train_step` over a mesh: the state is split by `state_sharding` and donated, metrics are on every device."""
+    return jax.jit(
+        make_train_step(config, model),
+        static_argnums=2,
+        donate_argnums=0,
+        in_shardings=(state_sharding, batch_sharding(mesh)),
+        out_shardings=(state_sharding, NamedSharding(mesh, PartitionSpec())),
+    )

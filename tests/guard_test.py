@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jax_entropy import loop
 from jax_entropy.data import prepare, train_iterator
 from jax_entropy.errors import UserError
 from jax_entropy.guard import Anomaly, Guard, diagnose
@@ -118,7 +117,7 @@ def batches(tiny):
 
 def test_the_guard_goes_back_and_leaves_the_bad_data_out(tiny, tmp_path, monkeypatch, batches):
     config = tiny("EReg(SM(t)+ScFuFFN)")
-    monkeypatch.setattr(loop, "make_train_step", poisoned([batches[8], batches[22]]))
+    monkeypatch.setattr("jax_entropy.state.make_train_step", poisoned([batches[8], batches[22]]))
     said = []
     result = train(config, str(tmp_path / "run"), notify=said.append)
     assert result.step == 24 and all(np.isfinite(x).all() for x in jax.tree.leaves(result.variables))
@@ -133,7 +132,7 @@ def test_the_guard_goes_back_and_leaves_the_bad_data_out(tiny, tmp_path, monkeyp
 
 def test_the_guard_stops_at_its_limit_and_says_why(tiny, tmp_path, monkeypatch, batches):
     config = tiny("EReg(SM(t)+ScFuFFN)", **{"guard.limit": 1})
-    monkeypatch.setattr(loop, "make_train_step", poisoned(batches[8:14]))
+    monkeypatch.setattr("jax_entropy.state.make_train_step", poisoned(batches[8:14]))
     with pytest.raises(UserError, match="sent back 1 times; the checkpoint of step 6 is kept"):
         train(config, str(tmp_path / "run"), notify=lambda line: None)
     assert "failed at step 8 of 24" in describe(tmp_path / "run") and "sent back" in describe(tmp_path / "run")
@@ -141,7 +140,7 @@ def test_the_guard_stops_at_its_limit_and_says_why(tiny, tmp_path, monkeypatch, 
 
 def test_a_guarded_run_that_is_stopped_goes_on_alike(tiny, tmp_path, monkeypatch, batches):
     config = tiny("EReg(SM(t)+ScFuFFN)", **{"guard.learning_rate_factor": 0.5})
-    monkeypatch.setattr(loop, "make_train_step", poisoned([batches[8]]))
+    monkeypatch.setattr("jax_entropy.state.make_train_step", poisoned([batches[8]]))
     unbroken = train(config, str(tmp_path / "unbroken"), notify=lambda line: None)
 
     def stop_at_16(line):

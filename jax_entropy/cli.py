@@ -127,7 +127,7 @@ def convert(parse: Parse) -> None:
 
 
 def census(parse: Parse) -> None:
-    """FLOPs, nonlinear operations and private cost of a config's model (--config=…), or of an architecture (--architecture=…)."""
+    """FLOPs, nonlinear operations and private cost of a model: of --config=…, or of --architecture=…."""
     from_config = any(argument.startswith("--config") for argument in parse.arguments)
     size = dict(
         num_layers=(12, "blocks"), num_heads=(12, "heads in a block"), model_dim=(768, "width"),

@@ -162,7 +162,8 @@ class FeedForward(nn.Module):
         if config.slope == "layer" and config.activation == "leaky_relu":
             slope = self.param("negative_slope", nn.initializers.constant(config.negative_slope), (), jnp.float32)
         hidden_BxTxF = _activate(hidden_BxTxF, config, slope)
-        return _linear(config, "FFN", (D,), split_inputs=True, init_std=_residual_std(config), name="down")(hidden_BxTxF)
+        down = _linear(config, "FFN", (D,), split_inputs=True, init_std=_residual_std(config), name="down")
+        return down(hidden_BxTxF)
 
 
 def _activate(x: jax.Array, config: ModelConfig, slope: jax.Array | None) -> jax.Array:

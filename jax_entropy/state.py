@@ -119,7 +119,7 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
 
 
 def jit_train_step(config: ConfigDict, model: Transformer, mesh: Mesh, state_sharding: Any) -> Callable:
-    """`make_train_step` over a mesh: the state is split by `state_sharding` and donated, metrics are on every device."""
+    """`make_train_step` over a mesh: the state is split by `state_sharding` and donated, metrics are everywhere."""
     return jax.jit(
         make_train_step(config, model),
         static_argnums=2,

@@ -10,7 +10,7 @@ from jax_entropy.private.engine import Setting
 from jax_entropy.private.export import export
 from jax_entropy.private.fixed_point import random_tokens
 from jax_entropy.private.ledger import PLAIN, profile
-from jax_entropy.private.measure import calibrate, random_variables
+from jax_entropy.private.measure import calibrate, count_by_layers, random_variables
 from jax_entropy.private.stage import Steps
 from tests.private_helpers import need_engine
 
@@ -50,6 +50,21 @@ def test_held_out_shapes_of_three_parties(name):
     measured, total = measure(config, Steps(), setting).total(), predict_total(config, 48, setting)
     assert total.rounds == pytest.approx(measured.rounds, rel=0.02)
     assert total.bytes[0] == pytest.approx(np.mean(measured.bytes), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol", "rel"),
+    [("SM+LN+R^2", "semi2k", 1e-4), pytest.param("SM+ScFuFFN", "cheetah", 0.02, marks=pytest.mark.long)],
+)
+def test_blocks_counted_by_layers(name, protocol, rel):
+    need_engine()
+    setting = Setting(protocol=protocol)
+    config = architecture(name, num_layers=5, num_heads=2, model_dim=32, context_length=16, vocab_size=64)
+    tokens = random_tokens(64, 16)
+    measured = profile(export(config, random_variables(config), Steps()), tokens, setting).total()
+    counted = count_by_layers(config, setting, plain=False)
+    assert counted.bytes == pytest.approx(measured.bytes, rel=rel)
+    assert counted.rounds == pytest.approx(measured.rounds, rel=0.06 if protocol == "cheetah" else 0)
 
 
 def test_what_was_not_measured_is_said():

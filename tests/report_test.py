@@ -115,7 +115,8 @@ def test_missing_workdir_and_unwritable_one(tmp_path):
 
 def test_what_was_measured_privately_is_on_the_page(tmp_path):
     workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
-    measured = dict(setting=dict(protocol="semi2k"), num_tokens=32, total=dict(warm=dict(bytes=[1e6, 2.5e6], rounds=798)))
+    warm = dict(bytes=[1e6, 2.5e6], rounds=798)
+    measured = dict(setting=dict(protocol="semi2k"), num_tokens=32, total=dict(warm=warm))
     (workdir / "private.json").write_text(json.dumps(measured))
     *_, page = report.write_report(workdir)
     assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in page.read_text()

@@ -151,7 +151,7 @@ def predict(parse: Any) -> None:
     size = {name: values[name].value for name in measure.SIZE}
     configs = [architecture(name, context_length=values.context, **size) for name in names]
     setting, network = read_setting(values), measure.read_network(values.network)
-    rows = measure.print_predictions(configs, setting, network, values.network, console())
+    rows = measure.print_predictions(configs, setting, network, values.network, console(), warn)
     write_json(values.json, dict(setting=setting._asdict(), num_tokens=values.context, rows=rows))
 
 

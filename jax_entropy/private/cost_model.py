@@ -20,8 +20,8 @@ from jax_entropy.private.ledger import Profile, add
 _FILE = Path(__file__).with_name("costs.json")
 # What is measured for the coefficients, every architecture on every shape, plain and optimised.
 ARCHITECTURES = (
-    ("SM+LN+G", {}), ("SM+LN+G", dict(activation="gelu_tanh")), ("SM+R", {}), ("SM+LN", {}), ("EReg(SM(t)+ScFuFFN)", {}),
-    ("SM+RN+LR(0.01)", dict(final_norm="rms")),
+    ("SM+LN+G", {}), ("SM+LN+G", dict(activation="gelu_tanh")), ("SM+R", {}), ("SM+LN", {}),
+    ("EReg(SM(t)+ScFuFFN)", {}), ("SM+RN+LR(0.01)", dict(final_norm="rms")),
 )  # fmt: skip
 SHAPES = tuple(
     dict(num_layers=L, num_heads=N, model_dim=D, context_length=T, vocab_size=V)
@@ -105,6 +105,11 @@ def fit(measured: Iterable[tuple[ModelConfig, Profile]]) -> dict[str, Any]:
         by_rounds, *_ = np.linalg.lstsq(round_counts, np.array([a.rounds for *_, a in found], np.float64), rcond=1e-9)
         coefficients[key] = dict(bytes=by_bytes.tolist(), rounds=by_rounds.tolist())
     return coefficients
+
+
+def is_known(setting: Setting) -> bool:
+    """Whether coefficients of a setting came with the package."""
+    return _name(setting) in json.loads(_FILE.read_text())
 
 
 def read_costs(setting: Setting) -> dict[str, Any]:

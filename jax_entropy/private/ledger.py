@@ -105,6 +105,14 @@ def add(accounts: Iterable[Account]) -> Account:
     )  # fmt: skip
 
 
+def times(account: Account, factor: float) -> Account:
+    """The same thing so many times, one after another."""
+    parties = lambda values: tuple(round(factor * value) for value in values)  # noqa: E731
+    return Account(
+        factor * account.seconds, parties(account.bytes), parties(account.messages), round(factor * account.rounds)
+    )
+
+
 def profile(
     exported: Export, tokens: list[int], setting: Setting, *, program: str = "forward",
     notify: Callable[[str], None] = lambda line: None,

@@ -78,7 +78,8 @@ def _answer(
 def ask(
     server: tuple[str, int], own: str, keys: Keys | None, num_tokens: int, *,
     prompts: Callable[[Any], Iterable[Sequence[int]]], end_of_text: Callable[[], int], reveal: str, timeout: int,
-    patience: float, notify: Callable[[int], None], new_choose: Callable[[], Callable[[np.ndarray], int]] = lambda: np.argmax,
+    patience: float, notify: Callable[[int], None],
+    new_choose: Callable[[], Callable[[np.ndarray], int]] = lambda: np.argmax,
 ) -> tuple[list[list[int]], PrivateModel]:  # fmt: skip
     """The tokens after each prompt, from the model of `serve`.
 

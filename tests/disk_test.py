@@ -102,6 +102,7 @@ def test_a_corpus_on_a_read_only_disk(disk, tmp_path, capfd):
     assert str(there.path) in said and "not writable" in said
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_training(disk, finished):
     """The first checkpoint fits and the second does not beside it; with more room the run ends as any other."""
     reference, corpora = finished
@@ -132,6 +133,7 @@ def test_a_report_that_cannot_be_written(disk, finished, capfd, make):
         assert sorted(path.name for path in workdir.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_backwards(finished, tmp_path, monkeypatch, capfd):
     """A day at every look, while a run is stopped halfway and goes on."""
     directory, reference = f"--config.data.directory={finished[1]}", tmp_path / "reference"

@@ -138,6 +138,7 @@ def test_the_guard_stops_at_its_limit_and_says_why(tiny, tmp_path, monkeypatch, 
     assert "failed at step 8 of 24" in describe(tmp_path / "run") and "sent back" in describe(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_guarded_run_that_is_stopped_goes_on_alike(tiny, tmp_path, monkeypatch, batches):
     config = tiny("EReg(SM(t)+ScFuFFN)", **{"guard.learning_rate_factor": 0.5})
     monkeypatch.setattr("jax_entropy.state.make_train_step", poisoned([batches[8]]))

@@ -109,6 +109,7 @@ def test_a_wrong_certificate_is_refused_in_a_sentence(server, keys, tmp_path, na
     assert time.monotonic() - connected < 20  # start included
 
 
+@pytest.mark.slow
 def test_no_certificate_is_refused_by_the_server_which_goes_on(server, keys, tmp_path, plain_text):
     asked = server.ask(tmp_path, None, "--insecure_loopback")
     _, err = asked.communicate(timeout=60)

@@ -43,6 +43,7 @@ def test_another_config_is_refused_in_one_sentence(unbroken, corpus_directory):
     assert "Traceback" not in other.stderr and len(other.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_killed_between_two_checkpoints_resumes_from_the_last(unbroken, tmp_path, corpus_directory):
     reference, _ = unbroken
     workdir = tmp_path / "run"
@@ -58,6 +59,7 @@ def test_killed_between_two_checkpoints_resumes_from_the_last(unbroken, tmp_path
     assert_same_run(workdir, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first_and_says_how_to_go_on(unbroken, tmp_path, corpus_directory, number):
     reference, _ = unbroken
@@ -95,6 +97,7 @@ def test_a_run_goes_on_with_another_number_of_devices(unbroken, tmp_path, corpus
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_softmax_only_diverges_with_a_diagnosis(tiny, tmp_path):
     config = tiny("SM", **{"optimizer.learning_rate": 50.0, "optimizer.clip_norm": 0.0, "train.num_steps": 200})
     config.model.final_norm = "none"
@@ -105,6 +108,7 @@ def test_softmax_only_diverges_with_a_diagnosis(tiny, tmp_path):
     assert "checkpoint" in sentence
 
 
+@pytest.mark.slow
 def test_accumulation_and_spectral_vectors_are_saved_and_restored(tiny, tmp_path):
     fields = {"optimizer.accumulate": 2, "train.num_steps": 12}
     whole = train(tiny("SM+SNorm(QKVO+FFN)", **fields), str(tmp_path / "whole"), notify=lambda line: None)

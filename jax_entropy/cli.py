@@ -187,7 +187,10 @@ def private(parse: Parse) -> None:
 
 def bench(parse: Parse) -> None:
     """Speed and memory: `bench attention`, `bench step` (beside PyTorch's), `bench data` or `bench monitoring`."""
-    what = parse.word(("attention", "step", "data", "monitoring"))
+    what = parse.word(dict(
+        attention="Attention, blockwise beside dense.", step="A step of training, beside PyTorch's.",
+        data="The loader, beside a step of training.", monitoring="What watching costs a step.",
+    ))  # fmt: skip
     if what == "attention":
         from jax_entropy.bench.attention import bench_attention
 

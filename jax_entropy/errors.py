@@ -12,13 +12,13 @@ class UserError(ValueError):
 
 
 def nearest(name: object, choices: Iterable[object]) -> str:
-    """Ends an error sentence: the closest valid spelling of `name`, or all `choices` if few and none is close."""
+    """Ends an error sentence: the closest valid spelling of `name`, or all `choices` if a dozen and none is close."""
     choices, name = [str(choice) for choice in choices], str(name)
 
     def similarity(choice: str) -> float:
         return difflib.SequenceMatcher(None, name.lower(), choice.lower()).ratio()
 
     best = max(choices, key=similarity)
-    if similarity(best) >= 0.5 or len(choices) > 8:
+    if similarity(best) >= 0.5 or len(choices) > 12:
         return f"; did you mean {best!r}?"
     return f"; choose one of {', '.join(map(repr, choices))}"

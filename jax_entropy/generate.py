@@ -34,7 +34,7 @@ def generate(
     ids, context = tokenizer.encode(prompt), model.config.context_length
     if not ids:
         raise UserError("the prompt is empty; give at least one character")
-    check_sampling(num_tokens, temperature, top_k)
+    check_sampling(num_tokens, temperature, top_k, seed)
     if len(ids) + num_tokens > context:
         raise UserError(
             f"the prompt's {len(ids)} tokens and {num_tokens} new ones do not fit into the context of {context}; "
@@ -57,12 +57,15 @@ def choose(logits_V: jax.Array, key: jax.Array, temperature: jax.Array | float, 
     return ids_K[jnp.where(temperature > 0, sampled, 0)]
 
 
-def check_sampling(num_tokens: int, temperature: float, top_k: int) -> None:
+def check_sampling(num_tokens: int, temperature: float, top_k: int, seed: int) -> None:
     """Raises UserError for options out of range."""
-    if num_tokens < 1 or not temperature >= 0 or top_k < 0:
-        raise UserError(
-            f"tokens={num_tokens} must be at least 1, temperature={temperature} and top_k={top_k} not negative"
-        )
+    if num_tokens < 1:
+        raise UserError(f"--tokens={num_tokens} must be at least 1")
+    for name, value in dict(temperature=temperature, top_k=top_k).items():
+        if not value >= 0:
+            raise UserError(f"--{name}={value} must not be negative")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed={seed} must lie between 0 and 2^63")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))

@@ -1,6 +1,6 @@
 """Reads the arguments of a command: a word, then absl flags and an ml_collections config; errors are a sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -15,15 +15,20 @@ class Parse:
     def __init__(self, command: str, description: str, arguments: Sequence[str]):
         self.command, self.description, self.arguments = command, description, list(arguments)
 
-    def word(self, choices: Sequence[str]) -> str:
-        """Takes the word that follows the command. Raises UserError if it is none of `choices`."""
+    def word(self, choices: Mapping[str, str]) -> str:
+        """Takes the word that follows the command. Raises UserError if none of `choices`, which say what each does."""
         if {"-h", "--help"} & set(self.arguments[:1]):
-            print(f"jax-entropy {self.command}: {self.description}")
-            print(f"{self.command} WORD --help lists its flags")
+            print(f"jax-entropy {self.command}: {self.description}\n")
+            for word, does in choices.items():
+                print(f"  {word:10}  {does.splitlines()[0]}")
+            print(f"\njax-entropy {self.command} WORD --help lists its flags")
             raise SystemExit(0)
-        word = self.arguments.pop(0) if self.arguments else ""
+        if not self.arguments:
+            raise UserError(f"{self.command} what? say one of {', '.join(choices)}")
+        word = self.arguments.pop(0)
         if word not in choices:
             raise UserError(f"{self.command} what? {word!r} is not known{nearest(word, choices)}")
+        self.description = choices[word]
         return word
 
     def flags(self, config: bool = False, workdir: bool = False, **defaults: tuple) -> flags.FlagValues:

@@ -156,7 +156,7 @@ def test_fewer_tokens_are_the_beginning_of_more():
         ("0" * 16, {}, "16 tokens and 8 new ones do not fit into the context of 16; shorten the prompt"),
         ("0" * 99, {}, "99 tokens .* shorten the prompt"),
         ("0" * 10, {}, "10 tokens and 8 new ones do not fit into the context of 16; ask for at most --tokens=6"),
-        ("0", dict(num_tokens=0), "tokens=0 must be at least 1"),
+        ("0", dict(num_tokens=0), "--tokens=0 must be at least 1"),
         ("0", dict(num_tokens=-3), "tokens=-3"),
         ("0", dict(temperature=-0.1), "temperature=-0.1"),
         ("0", dict(temperature=math.nan), "temperature=nan"),

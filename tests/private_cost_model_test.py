@@ -9,9 +9,9 @@ from jax_entropy.private.cost_model import predict, predict_total, weights_opene
 from jax_entropy.private.engine import Setting
 from jax_entropy.private.export import export
 from jax_entropy.private.fixed_point import random_tokens
-from jax_entropy.private.ledger import PLAIN, profile
+from jax_entropy.private.ledger import profile
 from jax_entropy.private.measure import calibrate, count_by_layers, random_variables
-from jax_entropy.private.stage import Steps
+from jax_entropy.private.stage import PLAIN, Steps
 from tests.private_helpers import need_engine
 
 # None of these sizes is among those of docs/benchmarks/private.md's calibration.
@@ -62,7 +62,7 @@ def test_blocks_counted_by_layers(name, protocol, rel):
     config = architecture(name, num_layers=5, num_heads=2, model_dim=32, context_length=16, vocab_size=64)
     tokens = random_tokens(64, 16)
     measured = profile(export(config, random_variables(config), Steps()), tokens, setting).total()
-    counted = count_by_layers(config, setting, plain=False)
+    counted = count_by_layers(config, setting, plain=False, notify=print)
     assert counted.bytes == pytest.approx(measured.bytes, rel=rel)
     assert counted.rounds == pytest.approx(measured.rounds, rel=0.06 if protocol == "cheetah" else 0)
 

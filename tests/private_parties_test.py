@@ -1,6 +1,7 @@
 """Two processes over mutual TLS: the text agrees, strangers are refused, neither holds what the other has."""
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -64,7 +65,7 @@ class Server:
         """`private ask`, started."""
         tls = () if keys is None else (f"--keys={keys / name}", f"--peer={keys / peer / 'certificate.pem'}")
         return start(
-            "ask", f"--server=127.0.0.1:{port or self.port}", f"--listen=127.0.0.1:{self.client_port}", *tls,
+            "ask", f"--server=127.0.0.1:{port or self.port}", f"--port={self.client_port}", *tls,
             f"--prompt={prompt}", "--tokens=6", *flags, cwd=folder / "client",
         )  # fmt: skip
 
@@ -89,11 +90,34 @@ def plain_text(workdir):
 def test_the_text_is_the_plain_models_for_several_prompts(server, keys, tmp_path, plain_text):
     prompts = [PROMPT, "def f"]
     (tmp_path / "prompts").write_text("\n".join(prompts))
-    asked = server.ask(tmp_path, keys, f"--prompts_file={tmp_path / 'prompts'}")
+    files = f"--prompts_file={tmp_path / 'prompts'}", f"--json={tmp_path / 'answers.json'}"
+    asked = server.ask(tmp_path, keys, *files, prompt="")
     out, err = asked.communicate(timeout=120)
     assert asked.returncode == 0, err
     assert out == "".join(plain_text(prompt) + "\n" for prompt in prompts)
-    assert "mutual TLS" in err
+    assert "mutual TLS" in err and err.index("plays the dealer") < err.index("mutual TLS")
+    answers = json.loads((tmp_path / "answers.json").read_text())["answers"]
+    assert [answer["prompt"] + answer["text"] for answer in answers] == [plain_text(prompt) for prompt in prompts]
+
+
+def test_all_prompts_are_checked_before_anything_is_shared(server, keys, tmp_path):
+    (tmp_path / "prompts").write_text(f"{PROMPT}\n{'too long ' * 20}\n")
+    asked = server.ask(tmp_path, keys, f"--prompts_file={tmp_path / 'prompts'}", prompt="")
+    out, err = asked.communicate(timeout=60)
+    assert asked.returncode == 2 and not out
+    assert re.search("prompt 2: the prompt's .* do not fit into the context of 32; shorten the prompt", err), err
+
+
+def test_the_client_may_insist_on_a_protocol(server, keys, tmp_path):
+    _, err = (asked := server.ask(tmp_path, keys, "--protocol=cheetah")).communicate(timeout=60)
+    assert asked.returncode == 2 and "the server runs --protocol=semi2k, and --protocol=cheetah is asked" in err
+
+
+def test_an_interrupted_server_has_stopped_as_it_should(workdir, keys, tmp_path):
+    with Server(workdir, keys, tmp_path) as own:
+        own.process.send_signal(signal.SIGINT)
+        assert own.process.stdout.read().endswith("stopped\n")
+        assert own.process.wait(timeout=20) == 0
 
 
 @pytest.mark.parametrize(("name", "peer", "message"), [
@@ -105,7 +129,7 @@ def test_a_wrong_certificate_is_refused_in_a_sentence(server, keys, tmp_path, na
     _, err = asked.communicate(timeout=60)
     assert asked.returncode == 2
     assert re.search(message, err) and "Traceback" not in err
-    assert len(err.strip().splitlines()) == 1
+    assert len(err.strip().splitlines()) == 2  # the first tells which certificate is accepted
     assert time.monotonic() - connected < 20  # start included
 
 
@@ -178,7 +202,7 @@ def test_an_expired_certificate_is_refused_on_both_sides(keys, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_killed_or_silent_server_ends_the_client_in_a_sentence(workdir, keys, tmp_path, how):
     with Server(workdir, keys, tmp_path) as own:
-        asked = own.ask(tmp_path, keys, "--timeout=6", "--tokens=20")
+        asked = own.ask(tmp_path, keys, "--timeout=6", "--tokens=14")
         children = wait_for_children(own.process.pid)
         time.sleep(0.5)
         for pid in (*children, own.process.pid):  # a child whose parent is gone ends by itself
@@ -267,7 +291,7 @@ def test_neither_side_holds_what_the_other_has(workdir, keys, tmp_path, tls):
     with Server(workdir, used, tmp_path, "client", *flag) as own:
         tap = Tap(own.port)
         (tmp_path / "prompts").write_text(f"{prompt}\n" * 200)
-        asked = own.ask(tmp_path, used, *flag, f"--prompts_file={tmp_path / 'prompts'}", port=tap.port)
+        asked = own.ask(tmp_path, used, *flag, f"--prompts_file={tmp_path / 'prompts'}", port=tap.port, prompt="")
         server_engine = wait_for_children(own.process.pid)
         client_engine = wait_for_children(asked.pid)
         time.sleep(6)

@@ -1,6 +1,8 @@
 """The command line of private execution: `jax-entropy private WORD --flag=value …`."""
 
-import json
+import os
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,18 @@ from jax_entropy.console import console
 from jax_entropy.errors import UserError
 from jax_entropy.private import engine
 from jax_entropy.private.party_commands import ask, keys, serve
-from jax_entropy.private.settings import SAMPLING, SETTING, read_sampling, read_setting, read_steps, warn
+from jax_entropy.private.settings import (
+    SAMPLING,
+    SETTING,
+    STEPS,
+    Streamed,
+    check_outputs,
+    read_sampling,
+    read_setting,
+    read_steps,
+    warn,
+    write_json,
+)
 
 
 def setup(parse: Any) -> None:
@@ -30,24 +43,29 @@ def generate(parse: Any) -> None:
         json=("", "file for the account of every program that ran"),
         **SAMPLING,
         **SETTING,
+        **STEPS,
     )
     engine.environment_python()
+    setting, steps = read_setting(values), read_steps(values.without)
+    check_outputs(values)
+    choose = read_sampling(values)()
     from jax_entropy.private.export import export
     from jax_entropy.private.fixed_point import check_range
-    from jax_entropy.private.inference import PrivateModel
+    from jax_entropy.private.inference import PrivateModel, check_request
     from jax_entropy.private.inference import generate as run
     from jax_entropy.workdir import load_run
 
-    setting, choose = read_setting(values), read_sampling(values)()
     loaded = load_run(values.workdir, warn, best=values.best)
-    exported = export(loaded.model.config, loaded.variables, read_steps(values.without))
+    exported = export(loaded.model.config, loaded.variables, steps)
     ids, start = loaded.tokenizer.encode(values.prompt), time.monotonic()
-    if ids:
-        check_range(exported, ids[: exported.shape.context_length], setting)
+    check_request(exported.shape, ids, values.tokens, values.reveal)
+    check_range(exported, ids, setting)
     text = Streamed(loaded.tokenizer, values.prompt)
     with engine.Engine(setting) as started:
         model = PrivateModel(started, exported.shape, {name: value.shape for name, value in exported.weights.items()})
+        warn(f"sharing {sum(value.size for value in exported.weights.values()):,} weights")
         model.share_weights(exported.weights)
+        warn(f"reading {len(ids)} tokens")
         new = run(
             model,
             ids,
@@ -57,7 +75,7 @@ def generate(parse: Any) -> None:
             reveal=values.reveal,
             notify=text.token,
         )
-    print()
+    text.end()
     seconds = time.monotonic() - start
     warn(spent(model.accounts, len(new), seconds, setting))
     write_json(values.json, dict(
@@ -69,41 +87,54 @@ def generate(parse: Any) -> None:
 
 def profile(parse: Any) -> None:
     """Bytes, rounds and time of a forward pass by kind of operation, measured."""
-    from_run = any(argument.startswith("--workdir") for argument in parse.arguments)
-    from_config = any(argument.startswith("--config") for argument in parse.arguments)
+    sources = ("workdir", "config", "architecture")
+    given = [name for name in sources if any(word.partition("=")[0] == f"--{name}" for word in parse.arguments)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} exclude each other: each names a model")
     from jax_entropy.private import measure
-    from jax_entropy.workdir import Workdir
 
     more = dict(ablation=(False, "measure every step alone instead"), best=(False, "the best checkpoint, of --workdir"))
-    size = {} if from_run or from_config else measure.SIZE | dict(architecture=("", "in the paper's notation"))
-    values = parse.flags(config=from_config, workdir=from_run, **measure.MEASURE, **SETTING, **more, **size)
+    if given not in (["workdir"], ["config"]):
+        more |= measure.SIZE | dict(architecture=("", "in the paper's notation"))
+    values = parse.flags(
+        config=given == ["config"], workdir=given == ["workdir"], **measure.MEASURE, **SETTING, **STEPS, **more
+    )
     engine.environment_python()
     setting, network, steps = read_setting(values), measure.read_network(values.network), read_steps(values.without)
-    config, variables = _model(values, from_run, from_config)
+    check_outputs(values)
+    if values.ablation and values.picture:
+        raise UserError("--ablation draws no --picture")
+    config, variables = _model(values, given, setting)
     if values.ablation:
         rows = measure.print_ablation(config, variables, values.context, setting, console(), warn)
         return write_json(values.json, dict(setting=setting._asdict(), rows=[plain_json(row) for row in rows]))
     measured = measure.run_profile(config, variables, steps, values.context, setting, warn)
     measure.print_profile(measured, network, values.network, console())
     files = [(values.json, values.picture)]
-    if from_run:  # where `report` finds them
+    if given == ["workdir"]:  # where `report` finds them
+        from jax_entropy.workdir import Workdir
+
         workdir = Workdir(values.workdir)
+        workdir.figures.mkdir(exist_ok=True)
         files.append((workdir.private, workdir.figures / "private.png"))
     for json_file, picture in files:
         write_json(json_file, measured.to_json())
         draw([measured], network, values.network, picture)
 
 
-def _model(values: Any, from_run: bool, from_config: bool) -> tuple:
-    """Config and variables that a command's flags name."""
-    from jax_entropy.private.measure import SIZE, random_variables
+def _model(values: Any, given: list[str], setting: engine.Setting) -> tuple:
+    """Config and variables of what a command's flags name; its size is checked before there are any."""
+    from jax_entropy.private.measure import SIZE, check_size, random_variables
 
-    if from_run:
+    if given == ["workdir"]:
         from jax_entropy.workdir import load_run
 
         loaded = load_run(values.workdir, warn, best=values.best)
+        if not os.access(values.workdir, os.W_OK):
+            raise UserError(f"--workdir={values.workdir} cannot be written, where the profile is left for `report`")
+        check_size(loaded.model.config, values.context, setting)
         return loaded.model.config, loaded.variables
-    if from_config:
+    if given == ["config"]:
         from jax_entropy.config import check, model_config
 
         check(values.config)
@@ -115,6 +146,7 @@ def _model(values: Any, from_run: bool, from_config: bool) -> tuple:
         config = architecture(values.architecture, context_length=values.context, **size)
     else:
         raise UserError("profile what? give --workdir, --config=file.py:ARCHITECTURE, or --architecture")
+    check_size(config, values.context, setting)
     return config, random_variables(config)
 
 
@@ -127,6 +159,7 @@ def compare(parse: Any) -> None:
     values = parse.flags(**measure.MEASURE, **SETTING, **measure.SIZE)
     engine.environment_python()
     setting, network = read_setting(values), measure.read_network(values.network)
+    check_outputs(values)
     profiles = measure.compare(names, values, setting, warn)
     measure.print_comparison(profiles, network, values.network, console())
     write_json(values.json, dict(profiles=[measured.to_json() for measured in profiles]))
@@ -151,6 +184,7 @@ def predict(parse: Any) -> None:
     size = {name: values[name].value for name in measure.SIZE}
     configs = [architecture(name, context_length=values.context, **size) for name in names]
     setting, network = read_setting(values), measure.read_network(values.network)
+    check_outputs(values)
     rows = measure.print_predictions(configs, setting, network, values.network, console(), warn)
     write_json(values.json, dict(setting=setting._asdict(), num_tokens=values.context, rows=rows))
 
@@ -186,22 +220,14 @@ WORDS = {
 
 def private(parse: Any) -> None:
     """A trained model under secure computation: `private setup`, `generate`, `profile`, `compare`, `serve`, `ask`, …"""
-    WORDS[parse.word(tuple(WORDS))](parse)
-
-
-class Streamed:
-    """Writes a text as its tokens come."""
-
-    def __init__(self, tokenizer: Any, prompt: str):
-        self.tokenizer, self.ids, self.written = tokenizer, [], ""
-        print(prompt, end="", flush=True)
-
-    def token(self, token: int) -> None:
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if not text.endswith("\ufffd"):  # half a character
-            print(text[len(self.written) :], end="", flush=True)
-            self.written = text
+    word = parse.word({name: function.__doc__ for name, function in WORDS.items()})
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in ends]  # engines are closed
+    try:
+        WORDS[word](parse)
+    finally:
+        for number, handler in zip(ends, before, strict=True):
+            signal.signal(number, handler)
 
 
 def spent(accounts: list, num_tokens: int, seconds: float, setting: engine.Setting) -> str:
@@ -226,11 +252,3 @@ def describe(account: engine.Account) -> str:
     each = " / ".join(f"{count / 1e6:,.2f}" for count in account.bytes)
     parties = " / ".join(map(str, range(len(account.bytes))))
     return f"{each} MB sent by party {parties}, {account.rounds:.0f} rounds, {account.seconds:.2f} s"
-
-
-def write_json(file: str | Path, content: dict) -> None:
-    if file:
-        try:
-            Path(file).write_text(json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json={file} cannot be written: {error.strerror}") from None

@@ -1,74 +1,44 @@
 """Bytes and rounds of a forward pass predicted from its shape, by coefficients fitted to measured small ones.
 
-Each kind of operation has a few counts that its cost is linear in; coefficients are data, in costs.json.
+Each kind of operation has a few counts that its cost is proportional to; coefficients are data, in costs.json.
 """
 
 import json
-import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.errors import UserError
-from jax_entropy.private.attention import tile_edge
 from jax_entropy.private.engine import Account, Setting
 from jax_entropy.private.ledger import Profile, add
+from jax_entropy.private.work import Work, ciphertexts, linear, work
 
 _FILE = Path(__file__).with_name("costs.json")
 # What is measured for the coefficients, every architecture on every shape, plain and optimised.
 ARCHITECTURES = (
-    ("SM+LN+G", {}), ("SM+LN+G", dict(activation="gelu_tanh")), ("SM+R", {}), ("SM+LN", {}),
-    ("EReg(SM(t)+ScFuFFN)", {}), ("SM+RN+LR(0.01)", dict(final_norm="rms")),
+    ("SM+LN+G", {}), ("SM+LN+G", dict(activation="gelu_tanh")), ("SM+R", {}), ("EReg(SM(t)+ScFuFFN)", {}),
+    ("SM+RN+LR(0.01)", dict(final_norm="rms")),
 )  # fmt: skip
 SHAPES = tuple(
     dict(num_layers=L, num_heads=N, model_dim=D, context_length=T, vocab_size=V)
-    for L, N, D, T, V in ((1, 2, 32, 16, 64), (1, 4, 32, 32, 96), (2, 2, 64, 32, 64), (1, 3, 48, 64, 128))
+    for L, N, D, T, V in (
+        (1, 2, 32, 16, 64),
+        (1, 4, 32, 32, 96),
+        (2, 2, 64, 32, 64),
+        (1, 3, 48, 64, 128),
+        (1, 1, 32, 16, 64),
+        (1, 1, 48, 32, 96),
+        (2, 1, 64, 64, 80),
+        (1, 4, 128, 64, 160),
+        (1, 6, 96, 96, 300),
+        (1, 8, 128, 128, 512),
+    )
 )
-
-
-def counts(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, tuple[list[float], list[float]]]:
-    """What the bytes and the rounds of every kind are linear in, over all layers."""
-    T, D, N, H, F, V = (
-        num_tokens, config.model_dim, config.num_heads, config.head_dim, config.hidden_dim, config.vocab_size,
-    )  # fmt: skip
-    L, ffn = config.num_layers, config.num_layers - config.ffn_free_layers
-    linear = config.activation == "identity"
-    one_matrix = config.ffn == "fused" or (linear and not plain)
-    b = T if plain else tile_edge(T)
-    n = T // b
-    tiles = n * (n + 1) // 2
-    halvings = math.ceil(math.log2(b)) + math.ceil(math.log2(n)) if T > 1 else 0
-    compared = tiles * b * (b - 1) + n * b * (n - 1)
-    found = {
-        "embedding": _products([(T, V, D)], plain),
-        "projections": _products(L * ([(T, D, D)] * 3 if plain else [(T, D, 3 * D)]), plain),
-        "scores": ([L * N * T * H, L * N * T * T], [L, L * N]),
-        "softmax": ([L * N * tiles * b * b, L * N * compared, L * N * T], [L, L * halvings]),
-        "mix": ([L * N * T * H, L * N * T * T], [L, L * N]),
-        "output projection": _products(L * [(T, D, D)], plain),
-        "vocabulary": _products([(T, D, V)], plain),
-    }
-    if ffn:
-        found["feed-forward"] = _products(ffn * ([(T, D, D)] if one_matrix else [(T, D, F), (T, F, D)]), plain)
-        found["residual"] = ([ffn * T * D], [ffn])
-    for norm, kind in (("layer", "LayerNorm"), ("rms", "RMSNorm")):
-        if norms := (L + ffn) * (config.norm == norm) + (config.final_norm == norm):
-            found[kind] = ([norms * T * D, norms * T], [norms])
-    if config.learnable_temperature and not plain:
-        found["temperature"] = ([L * T * D], [L])
-    names = {"gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "leaky_relu": "leaky ReLU"}
-    if not linear and ffn:
-        found[names[config.activation]] = ([ffn * T * F], [ffn])
-    return found
-
-
-def _products(shapes: list[tuple[int, int, int]], plain: bool) -> tuple[list[float], list[float]]:
-    """Inputs, outputs, and weights where these are opened at each use."""
-    read, written = sum(T * i for T, i, _ in shapes), sum(T * o for T, _, o in shapes)
-    return [read, written, *([sum(i * o for _, i, o in shapes)] if plain else [])], [len(shapes)]
 
 
 def weights_opened_once(config: ModelConfig) -> int:
@@ -85,26 +55,46 @@ def _key(kind: str, config: ModelConfig, plain: bool) -> str:
         variant = f" {config.ffn != 'full'}"
     if kind == "scores" and plain:
         variant = f" {config.learnable_temperature}"
+    if kind in ("scores", "softmax", "mix") and config.num_heads == 1:  # the engine's compiler drops the axis
+        variant += " one head"
     return f"{kind}{variant} {'plain' if plain else 'optimised'}"
 
 
+def _byte_counts(of: Work, protocol: str, plain: bool) -> list[list[float]]:
+    """What the bytes of each party are proportional to; one list where the parties do the same or take turns."""
+    return [ciphertexts(of, party) for party in (0, 1)] if protocol == "cheetah" else [linear(of, plain)]
+
+
+def _round_counts(of: Work) -> list[float]:
+    return [of.parts * waits for waits in of.waits]
+
+
 def fit(measured: Iterable[tuple[ModelConfig, Profile]]) -> dict[str, Any]:
-    """Coefficients by kind from warm profiles of one setting, by least squares; {} holds nothing yet."""
-    rows: dict[str, list] = {}
+    """Coefficients by kind from warm profiles of one setting, by least squares without negative ones."""
+    rows: dict[str, list[tuple[Work, Profile, Account]]] = {}
     for config, profile in measured:
+        consists = work(config, profile.num_tokens, profile.plain)
         for kind, account in profile.by_kind().items():
-            of_bytes, of_rounds = counts(config, profile.num_tokens, profile.plain)[kind]
-            rows.setdefault(_key(kind, config, profile.plain), []).append((of_bytes, of_rounds, account))
+            rows.setdefault(_key(kind, config, profile.plain), []).append((consists[kind], profile, account))
     coefficients = {}
     for key, found in rows.items():
-        byte_counts, round_counts = (np.array([row[i] for row in found], np.float64) for i in (0, 1))
-        scale = 1 / np.array([max(np.mean(account.bytes), 1) for _, _, account in found])  # relative errors
-        by_bytes, *_ = np.linalg.lstsq(
-            byte_counts * scale[:, None], np.array([np.mean(a.bytes) for *_, a in found]) * scale, rcond=1e-9
+        counts = [_byte_counts(of, profile.setting.protocol, profile.plain) for of, profile, _ in found]
+        sent = np.array([account.bytes for *_, account in found], np.float64)
+        sent = sent if len(counts[0]) > 1 else sent.mean(1, keepdims=True)
+        coefficients[key] = dict(
+            bytes=[_solve([row[party] for row in counts], sent[:, party]) for party in range(len(counts[0]))],
+            rounds=_solve([_round_counts(of) for of, *_ in found], [account.rounds for *_, account in found]),
         )
-        by_rounds, *_ = np.linalg.lstsq(round_counts, np.array([a.rounds for *_, a in found], np.float64), rcond=1e-9)
-        coefficients[key] = dict(bytes=by_bytes.tolist(), rounds=by_rounds.tolist())
     return coefficients
+
+
+def _solve(counts: list[list[float]], costs: Any) -> list[float]:
+    """Coefficients of the least relative errors."""
+    weights = 1 / np.maximum(np.asarray(costs, np.float64), 1)
+    scaled = np.asarray(counts, np.float64) * weights[:, None]
+    unit = np.maximum(scaled.max(0), 1e-300)
+    solution, _ = scipy.optimize.nnls(scaled / unit, costs * weights)
+    return (solution / unit).tolist()
 
 
 def is_known(setting: Setting) -> bool:
@@ -123,6 +113,12 @@ def read_costs(setting: Setting) -> dict[str, Any]:
     return all_costs[name]
 
 
+def check_writable() -> None:
+    """Raises UserError if coefficients cannot be written into the package."""
+    if not os.access(_FILE, os.W_OK):
+        raise UserError(f"the coefficients in {_FILE} cannot be written; calibrate from a checkout of the source")
+
+
 def write_costs(setting: Setting, coefficients: dict[str, Any]) -> None:
     """Puts a setting's coefficients beside those of others."""
     all_costs = json.loads(_FILE.read_text()) if _FILE.exists() else {}
@@ -136,22 +132,19 @@ def _name(setting: Setting) -> str:
 def predict(
     config: ModelConfig, num_tokens: int, setting: Setting, plain: bool = False, costs: dict[str, Any] | None = None
 ) -> dict[str, Account]:
-    """Bytes of each party (their mean) and rounds of a warm forward pass by kind; seconds are not predicted (0).
+    """Bytes of each party (the mean of ABY3's, which take turns) and rounds of a warm forward pass, by kind.
 
-    Raises UserError for a kind of operation, or a setting, that was not measured, and for a single head, which the
-    engine's compiler treats otherwise.
+    Seconds are not predicted (0). Raises UserError for a kind of operation, or a setting, that was not measured.
     """
-    if config.num_heads == 1:
-        raise UserError(
-            "the cost model is for two heads or more; measure a model of one with `jax-entropy private profile`"
-        )
     costs, predicted = read_costs(setting) if costs is None else costs, {}
-    for kind, (of_bytes, of_rounds) in counts(config, num_tokens, plain).items():
+    for kind, of in work(config, num_tokens, plain).items():
         if (key := _key(kind, config, plain)) not in costs:
             raise UserError(f"{kind} of {config} was not measured for the cost model under {setting.protocol}")
-        sent = max(round(float(np.dot(costs[key]["bytes"], of_bytes))), 0)
-        rounds = max(round(float(np.dot(costs[key]["rounds"], of_rounds))), 0)
-        predicted[kind] = Account(0.0, (sent,) * setting.num_parties, (0,) * setting.num_parties, rounds)
+        counts = _byte_counts(of, setting.protocol, plain)
+        sent = [round(float(np.dot(*pair))) for pair in zip(costs[key]["bytes"], counts, strict=True)]
+        rounds = round(float(np.dot(costs[key]["rounds"], _round_counts(of))))
+        each = tuple(sent if len(sent) > 1 else sent * setting.num_parties)
+        predicted[kind] = Account(0.0, each, (0,) * setting.num_parties, rounds)
     return predicted
 
 

@@ -37,7 +37,7 @@ def draw_profiles(profiles: list[Profile], network: Network, network_name: str, 
         ("rounds", lambda account: account.rounds),
         (f"seconds ({network_name})", lambda account: on_network(account, network)),
     )
-    names = [f"{profile.architecture}\n{'plain export' if profile.plain else 'optimised'}" for profile in profiles]
+    names = [f"{profile.architecture}\n{profile.export}" for profile in profiles]
     for ax, (label, measure) in zip(axes, measures, strict=True):
         starts = [0.0] * len(profiles)
         for i, (group, kinds) in enumerate(_GROUPS.items()):
@@ -56,7 +56,6 @@ def draw_profiles(profiles: list[Profile], network: Network, network_name: str, 
     handles = axes[0].get_legend_handles_labels()
     fig.legend(*handles, loc="upper right", bbox_to_anchor=(0.995, 0.995), ncols=3, fontsize=7, columnspacing=1)
     try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(file)
     except (OSError, ValueError) as error:  # ValueError: a format that is not known
         raise UserError(f"the picture {str(file)!r} cannot be written: {error}") from None

@@ -74,9 +74,12 @@ def default_directory() -> Path:
 def environment_python(directory: Path | None = None) -> Path:
     """The environment's Python. Raises UserError if it is not set up."""
     directory = directory or default_directory()
+    python = directory / "bin" / "python"
     if not (directory / "ready").exists():
         raise UserError(f"the engine is not set up in {directory}; run: jax-entropy private setup")
-    return directory / "bin" / "python"
+    if not os.access(python, os.X_OK):
+        raise UserError(f"the engine in {directory} is damaged; run: jax-entropy private setup --force")
+    return python
 
 
 def why_not() -> str | None:
@@ -295,12 +298,14 @@ class Engine:
         if arrays is not None:
             file = Path(self.folder.name) / "in.npz"
             np.savez(file, **{name: arrays[name] for name in names})
-        self.ask(
-            "put", names=list(names), owner=owner, file=file and str(file), visibility="public" if public else "secret",
-            colocated=colocated,
-        )  # fmt: skip
-        if file:
-            file.unlink()
+        try:
+            self.ask(
+                "put", names=list(names), owner=owner, file=file and str(file),
+                visibility="public" if public else "secret", colocated=colocated,
+            )  # fmt: skip
+        finally:
+            if file:
+                file.unlink(missing_ok=True)
 
     def get(self, names: Sequence[str], to: int) -> dict[str, np.ndarray] | None:
         """Reveals arrays to one party; None for the others."""
@@ -328,6 +333,6 @@ def _in_a_sentence(do: str, error: str, link: Link | None) -> str:
     if do == "open":
         return (
             f"no secure link with {link.addresses[1 - link.rank]} within {link.connect_seconds} s: is the other "
-            f"party running, and do both hold each other's certificate? ({first})"
+            "party running, can both reach each other's ports, and does each hold the other's certificate?"
         )
     return f"the other party is gone or silent ({do}): {first}"

@@ -127,7 +127,7 @@ def generate(
       UserError: a prompt that is empty or does not fit, or a `reveal` that is not known.
     """
     if model.role != SERVER:
-        _check(model.shape, prompt, num_tokens, reveal)
+        check_request(model.shape, prompt, num_tokens, reveal)
     message = None if prompt is None else dict(length=len(prompt), reveal=reveal)
     message = model.tell(message)
     length, reveal = message["length"], message["reveal"]
@@ -159,7 +159,7 @@ def sampler(num_tokens: int, temperature: float, top_k: int, seed: int) -> Calla
 
     Raises UserError for options out of range.
     """
-    check_sampling(num_tokens, temperature, top_k)
+    check_sampling(num_tokens, temperature, top_k, seed)
     keys = iter(jax.random.split(jax.random.key(seed), num_tokens))
     return lambda logits_V: int(choose_token(jnp.asarray(logits_V), next(keys), temperature, min(top_k, logits_V.size)))
 
@@ -175,7 +175,8 @@ def _next_token(model: PrivateModel, choose: Callable[[np.ndarray], int], reveal
     return int(choose(row_V) if reveal == "logits" else np.argmax(row_V))
 
 
-def _check(shape: Shape, prompt: Sequence[int], num_tokens: int, reveal: str) -> None:
+def check_request(shape: Shape, prompt: Sequence[int], num_tokens: int, reveal: str) -> None:
+    """Raises UserError for what `generate` cannot do, before anything is shared."""
     if reveal not in REVEALED:
         raise UserError(f"--reveal={reveal!r} is not known{nearest(reveal, REVEALED)}")
     if reveal == "token" and not shape.steps.one_hot:

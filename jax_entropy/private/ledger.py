@@ -17,11 +17,19 @@ from jax_entropy.private.engine import Account, Engine, Setting
 from jax_entropy.private.export import Export, abstract_inputs, lower
 from jax_entropy.private.inference import PrivateModel, compiler_options
 from jax_entropy.private.program import forward, prefill, step
-from jax_entropy.private.stage import LAST, NO_STEPS, POSITION, PUBLIC, TOKENS, Stage, Steps, external_inputs, run_stage
+from jax_entropy.private.stage import (
+    LAST,
+    PLAIN,
+    POSITION,
+    PUBLIC,
+    TOKENS,
+    Stage,
+    Steps,
+    export_name,
+    external_inputs,
+    run_stage,
+)
 
-# As the model is written: GELU is in its erf form there. The client makes one-hot rows even so: a secret index of a
-# real vocabulary is out of the question.
-PLAIN = dataclasses.replace(NO_STEPS, one_hot=True, erf=True)
 KINDS = (
     "embedding", "LayerNorm", "RMSNorm", "projections", "temperature", "scores", "softmax", "mix", "output projection",
     "feed-forward", "GELU", "GELU (tanh)", "ReLU", "leaky ReLU", "residual", "vocabulary", "next token",
@@ -38,11 +46,14 @@ class Network(NamedTuple):
 NETWORKS = {"lan": Network(0.0005, 1.25e8), "wan": Network(0.04, 1.25e7)}  # wan: the paper's 100 Mbit/s, 80 ms
 
 
+_NUMBER = r"\d+(?:\.\d+)?"
+
+
 def read_network(text: str) -> Network:
     """lan | wan | 100mbps,80ms (round trip). Raises UserError if it is neither."""
     if text in NETWORKS:
         return NETWORKS[text]
-    found = re.fullmatch(r"([\d.]+)([mg])bps,([\d.]+)ms", text)
+    found = re.fullmatch(rf"({_NUMBER})([mg])bps,({_NUMBER})ms", text)
     if not found or not float(found[1]) > 0:
         raise UserError(f"--network={text!r} must be lan, wan, or like 100mbps,80ms (bandwidth, round trip)")
     return Network(float(found[3]) / 2000, float(found[1]) * {"m": 1e6, "g": 1e9}[found[2]] / 8)
@@ -66,11 +77,15 @@ class Profile(NamedTuple):
     """All entries of a forward pass over `num_tokens`; memory is the engine's peak, in bytes, all parties together."""
 
     architecture: str
-    plain: bool
+    export: str  # of `export_name`
     setting: Setting
     num_tokens: int
     entries: tuple[Entry, ...]
     memory: int
+
+    @property
+    def plain(self) -> bool:
+        return self.export == export_name(PLAIN)
 
     def by_kind(self, which: str = "warm") -> dict[str, Account]:
         """Sums over layers, in the order of KINDS."""
@@ -86,7 +101,7 @@ class Profile(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         entries = [dict(kind=e.kind, layer=e.layer, cold=e.cold._asdict(), warm=e.warm._asdict()) for e in self.entries]
         return dict(
-            architecture=self.architecture, plain=self.plain, setting=self.setting._asdict(),
+            architecture=self.architecture, export=self.export, setting=self.setting._asdict(),
             num_tokens=self.num_tokens, peak_memory_bytes=self.memory,
             total=dict(cold=self.total("cold")._asdict(), warm=self.total()._asdict()),
             entries=entries,
@@ -122,7 +137,7 @@ def profile(
     Args:
       tokens: the prompt; of a step, the first is read at the last position.
       program: "forward" (logits of every position), "prefill" (of the last one) or "step".
-      notify: called with the layer that begins.
+      notify: called with a line on the layer that begins.
     """
     shape = exported.shape
     stages = {"forward": forward, "prefill": prefill}[program](shape, len(tokens)) if program != "step" else step(shape)
@@ -137,21 +152,27 @@ def profile(
         if past:
             cache = np.zeros((shape.context_length, shape.num_heads, shape.head_dim), np.float32)
             engine.put(past, 1, dict.fromkeys(past, cache))
-        runs = [_run_stages(model, stages, len(tokens) if program != "step" else 1, notify) for _ in range(2)]
+        count = len(tokens) if program != "step" else 1
+        runs = [
+            _run_stages(
+                model, stages, count, lambda layer, run=run: notify(f"layer {layer + 1} of {shape.num_layers}, {run}")
+            )
+            for run in ("cold", "warm")
+        ]
         memory = engine.ask("peak_memory")
     entries = tuple(
         Entry(stage.kind, stage.layer, cold, warm)
         for stage, cold, warm in zip(stages, *runs, strict=True)
         if cold.messages != (0,) * setting.num_parties or stage.kind in KINDS
     )
-    return Profile(shape.architecture, shape.steps == PLAIN, setting, len(tokens), entries, memory)
+    return Profile(shape.architecture, export_name(shape.steps), setting, len(tokens), entries, memory)
 
 
 def _run_stages(model: PrivateModel, stages: list[Stage], num_tokens: int, notify) -> list[Account]:
     accounts, known, layer = [], dict(model.types), None
     for stage in stages:
         if stage.layer not in (None, layer):
-            notify(f"layer {stage.layer}")
+            notify(stage.layer)
         layer = stage.layer
         types = dict(zip(stage.inputs, abstract_inputs(model.shape, stage.inputs, num_tokens, known), strict=True))
         results = jax.eval_shape(lambda known, stage=stage: run_stage(stage, known), types)

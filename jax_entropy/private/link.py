@@ -5,7 +5,7 @@ Shapes, settings and lengths go over this line; shares go over the engine's own 
 
 import hashlib
 import json
-import os
+import re
 import select
 import shutil
 import socket
@@ -41,14 +41,22 @@ def make_keys(directory: Path, name: str, days: int) -> str:
     certificate, key = directory / "certificate.pem", directory / "private_key.pem"
     if certificate.exists() or key.exists():
         raise UserError(f"{directory} holds keys already; choose another --directory")
-    if days < 1:
-        raise UserError(f"--days={days} must be at least 1")
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _openssl(
-        "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", str(days),
-        "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(certificate),
-    )  # fmt: skip
-    key.chmod(0o600)
+    if not 1 <= days <= 36500:
+        raise UserError(f"--days={days} must lie between 1 and 36500")
+    if not re.fullmatch(r"[\w .-]{1,64}", name):
+        raise UserError(f"--name={name!r} must be 1 to 64 letters, digits, spaces, dots or dashes")
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _openssl(
+            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-utf8",
+            "-days", str(days), "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(certificate),
+        )  # fmt: skip
+        key.chmod(0o600)
+    except OSError as error:
+        raise UserError(f"--directory={directory} cannot be written: {error.strerror}") from None
+    except UserError:
+        key.unlink(missing_ok=True)
+        raise
     return fingerprint(certificate)
 
 
@@ -99,13 +107,15 @@ def address(text: str, flag: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65535:
         raise UserError(f"--{flag}={text!r} must be HOST:PORT, like 127.0.0.1:9500")
+    if ":" in host:
+        raise UserError(f"--{flag}={text!r} is an IPv6 address; the engine's links need an IPv4 address or a name")
     return host, int(port)
 
 
 def check_loopback(*hosts: str) -> None:
     """Raises UserError unless all hosts are this machine, for --insecure_loopback."""
     for host in hosts:
-        if host not in ("127.0.0.1", "::1", "localhost"):
+        if host not in ("127.0.0.1", "localhost"):
             raise UserError(f"--insecure_loopback is for 127.0.0.1 only, not {host}; give --keys and --peer")
 
 
@@ -143,6 +153,10 @@ class Line:
 
     def fileno(self) -> int:
         return self.connection.fileno()
+
+    def hosts(self) -> tuple[str, str]:
+        """The addresses of this end and of the other."""
+        return self.connection.getsockname()[0], self.connection.getpeername()[0]
 
     def send(self, message: dict[str, Any]) -> None:
         try:
@@ -194,7 +208,9 @@ def _refused(error: BaseException, server: bool) -> BaseException:
             return UserError(f"the other party refuses this one's certificate ({reason})")
         return UserError(f"the other party does not speak TLS as expected ({reason})")
     if isinstance(error, TimeoutError):
-        return UserError(f"the other party did not finish its handshake within {HANDSHAKE_SECONDS} s")
+        return UserError(
+            f"the other party did not finish its handshake within {HANDSHAKE_SECONDS} s; do both use TLS, or neither?"
+        )
     return UserError("the other party is gone") if isinstance(error, OSError) else error
 
 
@@ -203,9 +219,13 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise UserError(
-            f"--listen={host}:{port} cannot be had: {os.strerror(error.errno) if error.errno else error}"
-        ) from None
+        raise UserError(f"{host}:{port} cannot be had: {error.strerror or error}") from None
+
+
+def check_free(host: str, *ports: int) -> None:
+    """Raises UserError if a port that will be needed cannot be had."""
+    for port in ports:
+        listen(host, port).close()
 
 
 def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout: float) -> Line:
@@ -218,8 +238,7 @@ def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout
             raise
         except OSError as error:
             if time.monotonic() > deadline:
-                why = os.strerror(error.errno) if error.errno else str(error)
                 raise UserError(
-                    f"no server at {host}:{port} ({why}); start `jax-entropy private serve` there"
+                    f"no server at {host}:{port} ({error.strerror or error}); start `jax-entropy private serve` there"
                 ) from None
             time.sleep(0.3)

@@ -17,9 +17,9 @@ from jax_entropy.private.cost_model import predict_total
 from jax_entropy.private.engine import Account
 from jax_entropy.private.export import export
 from jax_entropy.private.fixed_point import check_range, random_tokens
-from jax_entropy.private.ledger import PLAIN, Network, Profile, ablation, add, on_network, profile, read_network, times
+from jax_entropy.private.ledger import Network, Profile, ablation, add, on_network, profile, read_network, times
 from jax_entropy.private.paper_cost import paper_cost
-from jax_entropy.private.stage import Steps
+from jax_entropy.private.stage import PLAIN, Steps, export_name
 
 SIZE = dict(
     num_layers=(2, "blocks"), num_heads=(4, "heads in a block"), model_dim=(128, "width"),
@@ -40,11 +40,16 @@ def random_variables(config: ModelConfig) -> Any:
     return jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
-def check_memory(config: ModelConfig, num_tokens: int, setting: engine.Setting) -> None:
-    """Raises UserError if a run would not fit into the memory that is free, before it starts.
+def check_size(config: ModelConfig, num_tokens: int, setting: engine.Setting) -> None:
+    """Raises UserError if the tokens do not fit into the context, or a run into the memory that is free.
 
-    Per party: weights as shares, masks and products, and a dozen arrays of the largest of scores, hidden and one-hot.
+    To be called before variables are made. Per party: weights as shares, masks and products, and a dozen arrays of the
+    largest of scores, hidden and one-hot.
     """
+    if not 1 <= num_tokens <= config.context_length:
+        raise UserError(
+            f"--context={num_tokens} must lie between 1 and the model's context_length={config.context_length}"
+        )
     T, L, N = num_tokens, config.num_layers, config.num_heads
     matrices = (
         4 + 2 * config.hidden_dim / config.model_dim
@@ -67,12 +72,7 @@ def check_memory(config: ModelConfig, num_tokens: int, setting: engine.Setting) 
 def run_profile(
     config: ModelConfig, variables: Any, steps: Steps, num_tokens: int, setting: engine.Setting, notify
 ) -> Profile:
-    """A profile of a model's forward pass, after a check of its memory and its range."""
-    if not 1 <= num_tokens <= config.context_length:
-        raise UserError(
-            f"--context={num_tokens} must lie between 1 and the model's context_length={config.context_length}"
-        )
-    check_memory(config, num_tokens, setting)
+    """A profile of a model's forward pass, after a check of its range."""
     exported, tokens = export(config, variables, steps), random_tokens(config.vocab_size, num_tokens)
     check_range(exported, tokens, setting)
     return profile(exported, tokens, setting, notify=notify)
@@ -81,9 +81,8 @@ def run_profile(
 def print_profile(measured: Profile, network: Network, network_name: str, console: Console) -> None:
     """A table by kind of operation, then cold and warm totals."""
     parties = range(measured.setting.num_parties)
-    export_name = "plain export" if measured.plain else "optimised"
     console.print(
-        f"{measured.architecture}, {export_name}, {measured.num_tokens} tokens under {measured.setting.protocol}",
+        f"{measured.architecture}, {measured.export}, {measured.num_tokens} tokens under {measured.setting.protocol}",
         markup=False,
     )
     table = Table(
@@ -130,7 +129,7 @@ def print_comparison(profiles: list[Profile], network: Network, network_name: st
         cells = []
         for value, reference, form in zip(row, values[0], ("{:,.2f}", "{:,.0f}", "{:,.1f}"), strict=True):
             cells += [form.format(value), f"{reference / value:.2f}×"]
-        table.add_row(measured.architecture, "plain" if measured.plain else "optimised", *cells)
+        table.add_row(measured.architecture, measured.export, *cells)
     console.print(table)
 
 
@@ -141,15 +140,16 @@ def compare(names: list[str], values: Any, setting: engine.Setting, warn) -> lis
     read_network(values.network)
     size = {name: values[name].value for name in SIZE} | dict(context_length=values.context)
     configs = [architecture(name, **size) for name in names]
+    for config in configs:
+        check_size(config, values.context, setting)
     profiles = []
     for config in configs:
         variables = random_variables(config)
         for steps in (PLAIN, Steps()):
-            start = time.monotonic()
-            profiles.append(run_profile(config, variables, steps, values.context, setting, lambda line: None))
-            warn(
-                f"{config}, {'plain' if steps == PLAIN else 'optimised'}: measured in {time.monotonic() - start:.0f} s"
-            )
+            start, name = time.monotonic(), f"{config}, {export_name(steps)}"
+            told = lambda line, name=name: warn(f"{name}: {line}")  # noqa: E731
+            profiles.append(run_profile(config, variables, steps, values.context, setting, told))
+            warn(f"{name}: measured in {time.monotonic() - start:.0f} s")
     return profiles
 
 
@@ -157,7 +157,6 @@ def print_ablation(
     config: ModelConfig, variables: Any, num_tokens: int, setting: engine.Setting, console: Console, warn
 ) -> list:
     """The table of every step alone and of all together."""
-    check_memory(config, num_tokens, setting)
     tokens = random_tokens(config.vocab_size, num_tokens)
     rows = ablation(lambda steps: export(config, variables, steps), tokens, setting, warn)
     table = Table("steps", "MB warm", "MB cold", "rounds", "seconds", "logit error", "top-1", box=None, pad_edge=False)
@@ -173,7 +172,7 @@ def print_ablation(
     return rows
 
 
-def count_by_layers(config: ModelConfig, setting: engine.Setting, plain: bool) -> Account:
+def count_by_layers(config: ModelConfig, setting: engine.Setting, plain: bool, notify) -> Account:
     """A warm forward pass whose blocks are measured, two of each kind at full size, and counted as often as they occur.
 
     For settings that the cost model does not know. Raises UserError if the two blocks do not fit into memory.
@@ -182,7 +181,8 @@ def count_by_layers(config: ModelConfig, setting: engine.Setting, plain: bool) -
     few = [min(2, count) for count in of_each]
     small = dataclasses.replace(config, num_layers=sum(few), ffn_free_layers=few[1])
     steps = PLAIN if plain else Steps()
-    measured = run_profile(small, random_variables(small), steps, config.context_length, setting, lambda line: None)
+    check_size(small, config.context_length, setting)
+    measured = run_profile(small, random_variables(small), steps, config.context_length, setting, notify)
     sums = [add(e.warm for e in measured.entries if e.layer is None)]
     for count, layers in ((of_each[0], range(few[0])), (of_each[1], range(few[0], sum(few)))):
         if layers:
@@ -197,11 +197,19 @@ def print_predictions(
     """Predicted bytes and rounds of models too large to wait for, the paper's own figures beside them."""
     known = cost_model.is_known(setting)
     if not known:
-        warn(
-            f"no coefficients for {setting.protocol} here: two blocks of each model are measured, and counted by layers"
-        )
-    table = Table("architecture", "export", "MB sent", "ratio", "rounds", "ratio", f"s of {network_name}", "paper GB",
-                  box=None, pad_edge=False)  # fmt: skip
+        engine.environment_python()
+        warn(f"no coefficients for this setting of {setting.protocol}: two blocks are measured, and counted by layers")
+    headings = (
+        "architecture",
+        "export",
+        "MB sent",
+        "ratio",
+        "rounds",
+        "ratio",
+        f"s waiting on {network_name}",
+        "paper GB",
+    )
+    table = Table(*headings, box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     rows, first = [], None
     for column in table.columns[2:]:
@@ -215,12 +223,13 @@ def print_predictions(
             if known:
                 total = predict_total(config, config.context_length, setting, plain)
             else:
-                total = count_by_layers(config, setting, plain)
+                total = count_by_layers(config, setting, plain, warn)
             first = first or total
+            waiting = on_network(total._replace(seconds=0.0), network)
             table.add_row(
                 str(config), "plain" if plain else "optimised", f"{max(total.bytes) / 1e6:,.1f}",
                 f"{max(first.bytes) / max(total.bytes):.2f}×", f"{total.rounds:,}",
-                f"{first.rounds / total.rounds:.2f}×", f"{on_network(total, network):,.0f}", papers,
+                f"{first.rounds / total.rounds:.2f}×", f"{waiting:,.0f}", papers,
             )  # fmt: skip
             rows.append(dict(architecture=str(config), plain=plain, bytes=total.bytes, rounds=total.rounds))
     console.print(table)
@@ -248,15 +257,8 @@ def print_costs(config: ModelConfig, console: Console) -> None:
 
 
 def calibrate(setting: engine.Setting, notify) -> None:
-    """Measures what the cost model is fitted to and writes the coefficients of this setting into the package.
-
-    Raises UserError for CHEETAH: it sends whole ciphertexts, of which there are no more for a somewhat larger matrix.
-    """
-    if setting.protocol == "cheetah":
-        raise UserError(
-            "the bytes of cheetah are not linear in sizes, since it sends whole ciphertexts; "
-            "`jax-entropy private predict --protocol=cheetah` measures blocks at full size instead"
-        )
+    """Measures what the cost model is fitted to and writes the coefficients of this setting into the package."""
+    cost_model.check_writable()
     measured = []
     for name, fields in cost_model.ARCHITECTURES:
         for shape in cost_model.SHAPES:

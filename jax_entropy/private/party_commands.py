@@ -1,12 +1,24 @@
 """The commands of two real parties: `private keys`, `private serve` and `private ask`."""
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from jax_entropy.errors import UserError
 from jax_entropy.private import engine
-from jax_entropy.private.settings import SAMPLING, SETTING, read_sampling, read_setting, read_steps, warn
+from jax_entropy.private.settings import (
+    SAMPLING,
+    SETTING,
+    STEPS,
+    Streamed,
+    check_outputs,
+    read_sampling,
+    read_setting,
+    read_steps,
+    warn,
+    write_json,
+)
 
 
 def keys(parse: Any) -> None:
@@ -36,45 +48,55 @@ def serve(parse: Any) -> None:
     """The party that holds the weights: waits for `ask`."""
     values = parse.flags(
         workdir=True,
-        listen=("127.0.0.1:9500", "HOST:PORT; the port after it is the engine's"),
+        listen=("127.0.0.1:9500", "HOST:PORT, 0.0.0.0 for all of this machine's; the port after it is the engine's"),
         sessions=(0, "clients to answer; 0: until interrupted"),
         best=(False, "the best checkpoint by validation loss instead of the newest"),
         **LINK,
         **SETTING,
+        **STEPS,
     )
     from jax_entropy.private import link
 
     engine.environment_python()
     setting, (host, port) = read_setting(values), link.address(values.listen, "listen")
+    steps = read_steps(values.without)
     if setting.num_parties != 2:
         raise UserError(f"--protocol={values.protocol} has {setting.num_parties} parties; serve and ask are two")
+    if values.sessions < 0:
+        raise UserError(f"--sessions={values.sessions} must not be negative")
     files = read_link(values, host)
+    link.check_free(host, port, port + 1)
     from jax_entropy.private.export import export
     from jax_entropy.private.fixed_point import check_range, random_tokens
     from jax_entropy.private.parties import serve as run
     from jax_entropy.workdir import Workdir, load_run
 
     loaded = load_run(values.workdir, warn, best=values.best)
-    exported = export(loaded.model.config, loaded.variables, read_steps(values.without))
+    exported = export(loaded.model.config, loaded.variables, steps)
     check_range(exported, random_tokens(exported.shape.vocab_size, exported.shape.context_length), setting)
     warn(dealer(setting.protocol))
     with link.listen(host, port) as door:
         print(f"serves {exported.shape.architecture} on {host}:{port}", flush=True)
-        run(
-            door, exported, Workdir(values.workdir).tokenizer.read_text(), setting, files, engine_port=port + 1,
-            sessions=values.sessions, timeout=values.timeout, notify=lambda line: print(line, flush=True),
-        )  # fmt: skip
+        try:
+            run(
+                door, exported, Workdir(values.workdir).tokenizer.read_text(), setting, files,
+                sessions=values.sessions, timeout=values.timeout, notify=lambda line: print(line, flush=True),
+            )  # fmt: skip
+        except KeyboardInterrupt:  # how it is meant to end
+            print("stopped", flush=True)
 
 
 def ask(parse: Any) -> None:
     """The party that holds the prompt: asks a model of `serve`."""
     values = parse.flags(
         server=("127.0.0.1:9500", "HOST:PORT of `serve`"),
-        listen=("127.0.0.1:9600", "HOST:PORT where the server's engine reaches this one"),
+        port=(9600, "where the server's engine reaches this one"),
+        protocol=("", "the only one to agree to; unset: the server's, whatever it is"),
         prompt=("", "text to go on from"),
         prompts_file=("", "file with a prompt on each line, answered one after another"),
         tokens=(16, "tokens to write at most"),
         reveal=("logits", "what this party learns of each new token: logits | token"),
+        json=("", "file for the answers and what they took"),
         **SAMPLING,
         patience=(8, "seconds to wait for the server's start"),
         **LINK,
@@ -82,42 +104,73 @@ def ask(parse: Any) -> None:
     from jax_entropy.private import link
 
     engine.environment_python()
-    server, own = link.address(values.server, "server"), link.address(values.listen, "listen")
-    files, new_choose = read_link(values, server[0], own[0]), read_sampling(values)
-    import tempfile
-
-    from jax_entropy.data import load_tokenizer
+    server, texts, start = link.address(values.server, "server"), read_prompts(values), time.monotonic()
+    if not 0 < values.port < 65536:
+        raise UserError(f"--port={values.port} is no port")
+    if values.patience < 0:
+        raise UserError(f"--patience={values.patience} must not be negative")
+    if values.protocol:
+        engine.Setting(protocol=values.protocol).check()
+    files, new_choose = read_link(values, server[0]), read_sampling(values)
+    check_outputs(values)
+    link.check_free("127.0.0.1" if values.insecure_loopback else "0.0.0.0", values.port)
+    from jax_entropy.private.parties import Question
     from jax_entropy.private.parties import ask as run
 
-    texts = [values.prompt]
-    if values.prompts_file:
-        try:
-            texts = Path(values.prompts_file).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file={values.prompts_file} cannot be read: {error}") from None
-    if not all(texts):
-        raise UserError("the prompt is empty; give --prompt, or text on each line of --prompts_file")
-    known, start = {}, time.monotonic()
+    answers = []
 
-    def tokens_of(tokenizer: str):
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            file.write(tokenizer)
-            file.flush()
-            known["tokenizer"] = load_tokenizer(Path(file.name))
-        for text in texts:
-            yield known["tokenizer"].encode(text)
+    def questions(tokenizer: str, shape: Any, setting: engine.Setting) -> list[Question]:
+        if values.protocol not in ("", setting.protocol):
+            raise UserError(f"the server runs --protocol={setting.protocol}, and --protocol={values.protocol} is asked")
+        warn(f"{shape.architecture}; {dealer(setting.protocol)}")
+        reader = read_tokenizer(tokenizer)
+        answers.extend(Streamed(reader, text) for text in texts)
+        return [
+            Question(reader.encode(answer.prompt), new_choose(), reader.end_of_text, answer.token, answer.end)
+            for answer in answers
+        ]
 
-    answers, model = run(
-        server, values.listen, files, values.tokens, prompts=tokens_of,
-        end_of_text=lambda: known["tokenizer"].end_of_text,
-        reveal=values.reveal, timeout=values.timeout, patience=values.patience, notify=lambda token: None,
-        new_choose=new_choose,
+    model = run(
+        server, values.port, files, values.tokens, questions=questions, reveal=values.reveal,
+        timeout=values.timeout, patience=values.patience,
     )  # fmt: skip
-    warn(dealer(model.engine.setting.protocol))
-    for text, new in zip(texts, answers, strict=True):
-        print(text + known["tokenizer"].decode(new))
-    warn(f"{sum(map(len, answers))} tokens in {time.monotonic() - start:.1f} s under {model.engine.setting.protocol}, "
-         f"{'mutual TLS' if files else 'NO TLS'}")  # fmt: skip
+    count, seconds = sum(len(answer.ids) for answer in answers), time.monotonic() - start
+    safety, setting = "mutual TLS" if files else "NO TLS", model.engine.setting
+    warn(f"{count} tokens in {seconds:.1f} s under {setting.protocol}, {safety}")
+    write_json(values.json, dict(
+        setting=setting._asdict(), link=safety, seconds=seconds,
+        answers=[dict(prompt=answer.prompt, tokens=answer.ids, text=answer.written) for answer in answers],
+        programs=[dict(name=name, seconds=account.seconds) for name, account in model.accounts],
+    ))  # fmt: skip
+
+
+def read_prompts(values: Any) -> list[str]:
+    """What --prompt or --prompts_file asks. Raises UserError if it is nothing."""
+    if values.prompt and values.prompts_file:
+        raise UserError("--prompt and --prompts_file exclude each other")
+    if not values.prompts_file:
+        if not values.prompt:
+            raise UserError("the prompt is empty; give --prompt, or --prompts_file with one on each line")
+        return [values.prompt]
+    try:
+        texts = Path(values.prompts_file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts_file={values.prompts_file} cannot be read: {error}") from None
+    if not texts:
+        raise UserError(f"--prompts_file={values.prompts_file} is empty")
+    if "" in texts:
+        raise UserError(f"line {texts.index('') + 1} of --prompts_file={values.prompts_file} is empty")
+    return texts
+
+
+def read_tokenizer(text: str) -> Any:
+    """The tokenizer that a server sent."""
+    from jax_entropy.data import load_tokenizer
+
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(text)
+        file.flush()
+        return load_tokenizer(Path(file.name))
 
 
 def dealer(protocol: str) -> str:
@@ -137,6 +190,10 @@ def read_link(values: Any, *hosts: str) -> Any:
     if values.timeout < 1:
         raise UserError(f"--timeout={values.timeout} must be at least 1")
     if values.insecure_loopback:
+        if values.keys or values.peer:
+            raise UserError("--insecure_loopback goes without --keys and --peer; leave one or the other out")
         link.check_loopback(*hosts)
         return None
-    return link.read_keys(values.keys, values.peer)
+    files = link.read_keys(values.keys, values.peer)
+    warn(f"accepts the certificate with SHA-256 {link.fingerprint(files.peer_certificate)} only")
+    return files

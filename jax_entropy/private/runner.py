@@ -23,20 +23,61 @@ SECRET, PUBLIC = libspu.Visibility.VIS_SECRET, libspu.Visibility.VIS_PUBLIC
 
 
 class Clock:
-    """A party's Lamport clock and the bytes that it sent to each other party."""
+    """A party's Lamport clock and the bytes that it sent to each other party.
+
+    CHEETAH's threads send on links of their own. The main thread's clock is the party's; threads beside it keep theirs,
+    so that what goes on at the same time is not counted one after the other, and the main thread takes them over when
+    it has waited for them.
+    """
 
     def __init__(self, num_parties):
         self.lock, self.rounds, self.sent, self.messages = threading.Lock(), 0, [0] * num_parties, 0
+        self.main, self.link, self.events, self.beside = None, None, 0, {}
 
-    def send(self, peer, num_bytes):
+    def start(self, rounds):
+        """The calling thread is the main one, and what comes depends on everything before."""
+        self.main, self.rounds = threading.get_native_id(), rounds
+        self.beside.clear()
+
+    def send(self, peer, key, num_bytes):
         with self.lock:
             self.sent[peer] += num_bytes
             self.messages += 1
-            return self.rounds + 1
+            return self._now(key, None) + 1
 
-    def receive(self, stamp):
+    def receive(self, key, stamp):
         with self.lock:
-            self.rounds = max(self.rounds, stamp)
+            self._now(key, stamp)
+
+    def _now(self, key, stamp):
+        """This thread's clock after a message with a stamp came in, or before one (None) goes out."""
+        link, thread = key.partition(":")[0], threading.get_native_id()
+        if thread == self.main:
+            self.join(link)
+            self.link, self.events, self.rounds = link, self.events + 1, max(self.rounds, stamp or 0)
+            return self.rounds
+        beside = self.beside.setdefault(link, Beside())
+        if beside.thread != thread:
+            beside.thread, beside.events, beside.rounds = thread, self.events, max(beside.rounds, self.rounds)
+        beside.rounds = max(beside.rounds, stamp or 0)
+        beside.sends |= stamp is None
+        return beside.rounds
+
+    def join(self, link=None):
+        """Before the main thread goes on at a link: takes over the clocks of those that it has waited for."""
+        for name, beside in list(self.beside.items()):
+            helps = name == link or name == self.link and not beside.sends  # receives for the main thread
+            waited = link != self.link or beside.events == self.events
+            if helps or waited and not os.path.exists(f"/proc/self/task/{beside.thread}"):
+                self.rounds = max(self.rounds, beside.rounds)
+                del self.beside[name]
+
+
+class Beside:
+    """The clock of a link that another thread than the main one uses, which had seen so many events when it began."""
+
+    def __init__(self):
+        self.rounds, self.events, self.thread, self.sends = 0, 0, None, False
 
 
 class Mailbox:
@@ -66,13 +107,13 @@ class CountedChannel(libspu.link.IChannel):
 
     def Send(self, key, value):
         value = bytes(value)
-        self.outbox.put(key, (self.clock.send(self.peer, len(value)), value))
+        self.outbox.put(key, (self.clock.send(self.peer, key, len(value)), value))
 
     SendAsync = SendAsyncThrottled = Send
 
     def Recv(self, key):
         stamp, value = self.inbox.take(key)
-        self.clock.receive(stamp)
+        self.clock.receive(key, stamp)
         return value
 
     def TestSend(self, timeout):
@@ -195,9 +236,15 @@ class Machine:
         executable = libspu.Executable(program, inputs, outputs, self.programs[program])
         before = [(sum(clock.sent), clock.messages) for clock in self.clocks]
         start_rounds, start = max((clock.rounds for clock in self.clocks), default=0), time.perf_counter()
-        for clock in self.clocks:  # what comes next depends on everything before it
-            clock.rounds = start_rounds
-        self._together(lambda i: self.runtimes[i].run(executable))
+
+        def run(i):
+            if self.clocks:
+                self.clocks[i].start(start_rounds)
+            self.runtimes[i].run(executable)
+            if self.clocks:
+                self.clocks[i].join()
+
+        self._together(run)
         return dict(
             seconds=time.perf_counter() - start,
             bytes=[sum(clock.sent) - sent for clock, (sent, _) in zip(self.clocks, before)],

@@ -36,6 +36,15 @@ class Steps:
 
 
 NO_STEPS = Steps(**{field.name: False for field in dataclasses.fields(Steps)})
+# As the model is written, where GELU is in its erf form. The client makes one-hot rows even so: a secret index of a
+# real vocabulary is out of the question.
+PLAIN = dataclasses.replace(NO_STEPS, one_hot=True, erf=True)
+
+
+def export_name(steps: Steps) -> str:
+    """What an export is called in tables: "optimised", "plain", or without what."""
+    off = [field.name for field in dataclasses.fields(Steps) if not getattr(steps, field.name)]
+    return "plain" if steps == PLAIN else f"without {', '.join(off)}" if off else "optimised"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jax_entropy import data
 from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
 from jax_entropy.sharding import constrain
-from jax_entropy.workdir import Workdir, load_run
+from jax_entropy.workdir import Run, Workdir, load_run
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -66,14 +66,8 @@ def evaluate(
     )
 
 
-def evaluate_run(
-    path: str | Path, *, best: bool = False, batch_size: int = 32, notify: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Evaluates a workdir's newest (or best) checkpoint on the validation split of its corpus, in its own tokens.
-
-    Raises UserError as `load_run` and `data.prepare` do.
-    """
-    run = load_run(path, notify, best=best)
+def held_out(path: str | Path, run: Run, notify: Callable[[str], None]) -> data.Corpus:
+    """The corpus of a run, in the run's own tokens."""
     context_length = run.config.model.context_length
     if run.config.data.tokenizer:  # the workdir's copy moves with it
         run.config.data.tokenizer = str(Workdir(path).tokenizer)
@@ -82,5 +76,16 @@ def evaluate_run(
         notify("the corpus has changed since training; it is read with the run's own tokenizer")
         run.config.data.tokenizer = str(Workdir(path).tokenizer)
         corpus = data.prepare(run.config.data, context_length)
-    batches = data.validation_batches(corpus, batch_size=batch_size)
+    return corpus
+
+
+def evaluate_run(
+    path: str | Path, *, best: bool = False, batch_size: int = 32, notify: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Evaluates a workdir's newest (or best) checkpoint on the validation split of its corpus, in its own tokens.
+
+    Raises UserError as `load_run` and `data.prepare` do.
+    """
+    run = load_run(path, notify, best=best)
+    batches = data.validation_batches(held_out(path, run, notify), batch_size=batch_size)
     return {"step": run.step, **evaluate(run.model, run.variables, batches, run.tokenizer.byte_lengths())}

@@ -39,7 +39,7 @@ def semi2k():
 def logits_of(started, config, steps=Steps()):
     model = private_model(started, config, steps=steps)
     model.put_tokens(np.asarray(random_tokens(1, 16)[0]).tolist())
-    model._run("forward", forward(model.shape, 16), ("logits",), 16)
+    model.run("forward", forward(model.shape, 16), ("logits",), 16)
     return started.get(["logits"], CLIENT)["logits"]
 
 
@@ -71,7 +71,7 @@ def test_a_secret_index_finds_the_same_row(semi2k):
     tokens = [3, 12, 0, 7]
     model = private_model(semi2k, config, steps=dataclasses.replace(Steps(), one_hot=False))
     model.put_tokens(tokens)
-    model._run("forward", forward(model.shape, 4), ("logits",), 4)
+    model.run("forward", forward(model.shape, 4), ("logits",), 4)
     found = semi2k.get(["logits"], CLIENT)["logits"]
     expected = Transformer(config).apply(scattered(config), np.asarray([tokens]))[0][0]
     assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()

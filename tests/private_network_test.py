@@ -77,7 +77,7 @@ def test_the_time_on_a_network_is_that_of_a_shaped_link(network):
             model.share_weights(exported.weights if rank == SERVER else None)
             model.put_tokens(tokens if rank == CLIENT else None)
             for _ in range(2):
-                model._run("forward", forward(exported.shape, len(tokens)), ("logits",), len(tokens))
+                model.run("forward", forward(exported.shape, len(tokens)), ("logits",), len(tokens))
             return engine.get(["logits"], CLIENT), model.accounts[-1][1].seconds
 
     with ThreadPoolExecutor(2) as pool:

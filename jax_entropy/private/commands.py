@@ -189,6 +189,32 @@ def predict(parse: Any) -> None:
     write_json(values.json, dict(setting=setting._asdict(), num_tokens=values.context, rows=rows))
 
 
+def precision(parse: Any) -> None:
+    """Fraction bits and forms of the exponential on a run's held-out text: bytes, rounds, errors, and the cheapest."""
+    values = parse.flags(
+        workdir=True, context=(64, "tokens read"), tolerance=(0.001, "of the largest logit: the largest error allowed"),
+        best=(False, "the best checkpoint by validation loss instead of the newest"),
+        protocol=SETTING["protocol"], json=("", "file for everything that was measured"), **STEPS,
+    )  # fmt: skip
+    engine.environment_python()
+    setting, steps = engine.Setting(protocol=values.protocol).check(), read_steps(values.without)
+    if not values.tolerance > 0:
+        raise UserError(f"--tolerance={values.tolerance} must be positive")
+    check_outputs(values)
+    from jax_entropy.private import precision as measuring
+    from jax_entropy.private.export import export
+    from jax_entropy.private.measure import check_size
+    from jax_entropy.workdir import load_run
+
+    loaded = load_run(values.workdir, warn, best=values.best)
+    check_size(loaded.model.config, values.context, setting)
+    exported = export(loaded.model.config, loaded.variables, steps)
+    tokens = measuring.held_out_tokens(values.workdir, loaded, values.context, warn)
+    rows, largest = measuring.measure_precision(exported, tokens, setting, warn)
+    measuring.print_precision(rows, largest, values.tolerance, console())
+    write_json(values.json, dict(largest_logit=largest, num_tokens=len(tokens), rows=measuring.to_json(rows)))
+
+
 def calibrate(parse: Any) -> None:
     """Measures the coefficients that `predict` uses under a setting, in some minutes."""
     from jax_entropy.private import measure
@@ -214,7 +240,7 @@ def plain_json(value: Any) -> Any:
 
 WORDS = {
     function.__name__: function
-    for function in (setup, generate, profile, compare, predict, calibrate, keys, serve, ask)
+    for function in (setup, generate, profile, compare, predict, precision, calibrate, keys, serve, ask)
 }
 
 

@@ -89,11 +89,16 @@ def fit(measured: Iterable[tuple[ModelConfig, Profile]]) -> dict[str, Any]:
 
 
 def _solve(counts: list[list[float]], costs: Any) -> list[float]:
-    """Coefficients of the least relative errors."""
-    weights = 1 / np.maximum(np.asarray(costs, np.float64), 1)
-    scaled = np.asarray(counts, np.float64) * weights[:, None]
-    unit = np.maximum(scaled.max(0), 1e-300)
-    solution, _ = scipy.optimize.nnls(scaled / unit, costs * weights)
+    """Coefficients of the least errors relative to what they give.
+
+    Relative to what was measured, the luck of a run that CHEETAH's stores lasted for would count most.
+    """
+    counts, costs = np.asarray(counts, np.float64), np.asarray(costs, np.float64)
+    unit, expected = np.maximum(counts.max(0), 1), costs
+    for _ in range(4):
+        weights = 1 / np.maximum(expected, 1)
+        solution, _ = scipy.optimize.nnls(counts / unit * weights[:, None], costs * weights)
+        expected = counts / unit @ solution
     return (solution / unit).tolist()
 
 

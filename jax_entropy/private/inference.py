@@ -49,26 +49,27 @@ class PrivateModel:
         if self.shape.steps.cached and setting.protocol == "semi2k":
             multiplied = tuple(name for name in names if not name.endswith((".bias", ".epsilon", "positions")))
             cached = Stage("weights, once", None, lambda *arrays: tuple(map(_cached, arrays)), multiplied, multiplied)
-            self._run("open weights", [cached], multiplied)
+            self.run("open weights", [cached], multiplied)
 
     def prefill(self, num_tokens: int) -> None:
         """Reads `tokens` [num_tokens] → `logits` [1, V] after row `last`, and the caches."""
-        self._run(f"prefill {num_tokens}", prefill(self.shape, num_tokens), ("logits", *self._caches()), num_tokens)
+        self.run(f"prefill {num_tokens}", prefill(self.shape, num_tokens), ("logits", *self._caches()), num_tokens)
 
     def step(self) -> None:
         """Reads one of `tokens` at `position` → `logits`, and the caches with it."""
-        self._run("step", step(self.shape), ("logits", *self._caches()))
+        self.run("step", step(self.shape), ("logits", *self._caches()))
 
     def choose(self) -> None:
         """`logits` → `tokens`, the one-hot row of the largest, which stays inside."""
         stage = Stage("next token", None, last_logits, ("logits",), (TOKENS,))
         self.types["logits"] = jax.ShapeDtypeStruct((1, self.shape.vocab_size), jnp.float32)
-        self._run("choose", [stage], (TOKENS,))
+        self.run("choose", [stage], (TOKENS,))
 
     def _caches(self) -> tuple[str, ...]:
         return tuple(f"{layer}.{name}" for layer in range(self.shape.num_layers) for name in "kv")
 
-    def _run(self, name: str, stages: list[Stage], outputs: Sequence[str], num_tokens: int = 1) -> None:
+    def run(self, name: str, stages: list[Stage], outputs: Sequence[str], num_tokens: int = 1) -> None:
+        """Runs stages as one program, compiled when its name is new; what they write stays inside, as shares."""
         if name not in self.programs:
             inputs = external_inputs(stages)
             hlo = lower(compose(stages, inputs, outputs), abstract_inputs(self.shape, inputs, num_tokens, self.types))

@@ -262,6 +262,6 @@ def whole(exported: Export, tokens: list[int], setting: Setting) -> tuple[Accoun
         model.share_weights(exported.weights)
         model.put_tokens(tokens)
         for _ in range(2):
-            model._run("forward", forward(exported.shape, len(tokens)), ("logits",), len(tokens))
+            model.run("forward", forward(exported.shape, len(tokens)), ("logits",), len(tokens))
         logits = engine.get(["logits"], 0)["logits"]
     return model.accounts[-2][1], model.accounts[-1][1], logits

@@ -15,8 +15,8 @@ class Work(NamedTuple):
     """What one kind of operation is over all layers: equal parts, each of some products and some elementwise sizes.
 
     products: (rows, inner, columns). private: the right factors are the server's own weights. elements: numbers that go
-    through what costs linearly; squared, multiplied, scaled: through squares, products of two secrets, and those with the
-    server's numbers, for which CHEETAH fills ciphertexts. waits: what the rounds are proportional to.
+    through what costs linearly; squared, multiplied, scaled: through squares, products of two secrets, and those with
+    the server's numbers, for which CHEETAH fills ciphertexts. waits: what the rounds are proportional to.
     """
 
     parts: int
@@ -62,9 +62,7 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
         found["residual"] = Work(ffn, elements=(T * D,), scaled=T * D)
     for norm, kind in (("layer", "LayerNorm"), ("rms", "RMSNorm")):
         if norms := (L + ffn) * (config.norm == norm) + (config.final_norm == norm):
-            found[kind] = Work(
-                norms, elements=(T * D, T), squared=T * D, multiplied=T * D, scaled=T * D if plain else 0
-            )
+            found[kind] = Work(norms, elements=(T * D, T), multiplied=T * D, scaled=T * D if plain else 0)
     if tempered and not plain:
         found["temperature"] = Work(L, elements=(T * D,), scaled=T * D)
     names = {"gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "leaky_relu": "leaky ReLU"}
@@ -88,7 +86,7 @@ def linear(work: Work, plain: bool) -> list[float]:
 # CHEETAH's ciphertexts have 8192 slots. Bytes measured of those that go out encrypted (their random half as a seed) and
 # those that come back, in products of matrices and of elements, and of both ways of a product of two secrets.
 SLOTS = 8192
-MATRIX_SENT, MATRIX_BACK = 184_985, 254_300
+MATRIX_SENT, MATRIX_BACK, MATRIX_RESULT = 184_985, 254_300, 16.8
 SENT, BACK, BOTH = 643_800, 501_700, 1_789_750
 
 
@@ -122,6 +120,8 @@ def _matrix_bytes(shape: tuple[int, int, int], left: int, party: int) -> int:
     encrypts = left if rows < columns else 1 - left
     if party == encrypts:
         return MATRIX_SENT * min(rows, columns) * inner
+    if rows * columns == 1:  # the result is not packed: of one half of its ciphertext, what is needed
+        return round(MATRIX_BACK / 2 + MATRIX_RESULT * shape[0] * shape[2])
     return MATRIX_BACK * math.ceil(rows * columns / _tiles(shape)[1])
 
 

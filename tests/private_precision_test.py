@@ -25,14 +25,15 @@ def test_the_cheapest_is_the_smallest_of_those_that_are_good_enough():
     assert cheapest(rows, 0.0001, largest_logit=1.0) is None
 
 
-def test_more_squarings_and_pade_are_closer_and_dearer():
+def test_closer_exponentials_are_dearer():
+    """Scores of some units, so that the exponential's error is what shows."""
     need_engine()
     config = tiny("SM+ScFuFFN", vocab_size=13)
-    exported = export(config, scattered(config))
-    rows, largest = measure_precision(exported, [3, 12, 0, 7, 1, 1, 8, 2], Setting(), lambda line: None)
+    sharp = changed(scattered(config), "params/blocks/attention/query/kernel", lambda x: x * 8)
+    rows, largest = measure_precision(export(config, sharp), [3, 12, 0, 7, 1, 1, 8, 2], Setting(), lambda line: None)
     by_name = {(r.setting.fraction_bits, r.setting.exponent, r.setting.exponent_iterations): r for r in rows[:-2]}
     few, many, pade = by_name[22, "taylor", 8], by_name[22, "taylor", 10], rows[-1]
-    assert few.largest_error > many.largest_error > pade.largest_error > 0
+    assert few.mean_error > many.mean_error > pade.mean_error > 0
     assert few.account.bytes[0] < many.account.bytes[0] < pade.account.bytes[0]
     assert pade.largest_error < 0.001 * largest
 

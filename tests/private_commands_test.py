@@ -1,6 +1,7 @@
 """`jax-entropy private …` from the command line: texts, tables, files, and what is refused in a sentence."""
 
 import json
+import signal
 
 import pytest
 
@@ -8,7 +9,7 @@ from jax_entropy.cli import main
 from jax_entropy.private.export import export
 from jax_entropy.private.ledger import profile, whole
 from jax_entropy.private.stage import Steps
-from tests.private_helpers import make_workdir, need_engine
+from tests.private_helpers import make_workdir, need_engine, start
 from tests.tiny_model import scattered, tiny
 
 SMALL = ("--num_layers=1", "--num_heads=2", "--model_dim=16", "--vocab_size=32", "--context=8")
@@ -36,6 +37,21 @@ def test_generate_writes_what_the_plain_command_writes(workdir, tmp_path, capsys
     account = json.loads((tmp_path / "account.json").read_text())
     assert [program["name"] for program in account["programs"]][:2] == ["open weights", "prefill 8"]
     assert all(program["bytes"][0] > 0 and program["rounds"] > 0 for program in account["programs"][1:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_command_leaves_no_weights_behind(workdir, tmp_path, number):
+    need_engine()
+    (tmp_path / "temporary").mkdir()
+    process = start(
+        "generate", f"--workdir={workdir}", "--prompt=def f", "--tokens=20", cwd=tmp_path / "here",
+        TMPDIR=str(tmp_path / "temporary"),
+    )  # fmt: skip
+    while "sharing" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 128 + number
+    assert not list((tmp_path / "temporary").glob("jax_entropy_private_*"))
 
 
 def test_profile_of_a_workdir(workdir, tmp_path, capsys):
@@ -67,7 +83,15 @@ def test_the_ablation_has_a_row_for_each_step(capsys):
     need_engine()
     assert main(["private", "profile", "--architecture=SM", *SMALL, "--ablation"]) == 0
     table = capsys.readouterr().out
-    rows = ("plain", "plain + packed", "plain + denominator", "plain + temperature", "plain + merged", "plain + cached")
+    rows = (
+        "plain",
+        "plain, indices",
+        "plain + packed",
+        "plain + denominator",
+        "plain + temperature",
+        "plain + merged",
+        "plain + cached",
+    )
     assert all(row in table for row in (*rows, "all"))
     assert "erfc" not in table  # there is no GELU
 

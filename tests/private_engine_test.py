@@ -50,6 +50,12 @@ def test_a_folder_that_is_no_environment_is_said(tmp_path):
         Engine(Setting(), directory=tmp_path / "engine")
 
 
+def test_a_damaged_environment_is_said(tmp_path):
+    (tmp_path / "ready").touch()
+    with pytest.raises(UserError, match="is damaged; run: jax-entropy private setup --force"):
+        engine.check(tmp_path)
+
+
 def test_what_is_set_up_is_told():
     need_engine()
     assert engine.check()["engine"] == engine.REQUIREMENT.partition("==")[2]

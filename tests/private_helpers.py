@@ -80,13 +80,13 @@ def make_workdir(path: Path, architecture: str = "EReg(SM(t)+ScFuFFN)", **fields
     return path
 
 
-def start(*arguments: str, cwd: Path, **kwargs) -> subprocess.Popen:
+def start(*arguments: str, cwd: Path, **variables: str) -> subprocess.Popen:
     """`jax-entropy private …` as a process of its own in a folder of its own."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"} | variables
     cwd.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-m", "jax_entropy", "private", *arguments], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 

@@ -31,13 +31,12 @@ SHAPES = tuple(
         (1, 4, 32, 32, 96),
         (2, 2, 64, 32, 64),
         (1, 3, 48, 64, 128),
+        (1, 4, 128, 64, 160),
+        (1, 6, 96, 96, 300),
         (1, 1, 32, 16, 64),
         (1, 1, 48, 32, 96),
         (2, 1, 64, 64, 80),
-        (1, 4, 128, 64, 160),
-        (1, 6, 96, 96, 300),
-        (1, 8, 128, 128, 512),
-    )
+    )  # fmt: skip
 )
 
 
@@ -55,7 +54,9 @@ def _key(kind: str, config: ModelConfig, plain: bool) -> str:
         variant = f" {config.ffn != 'full'}"
     if kind == "scores" and plain:
         variant = f" {config.learnable_temperature}"
-    if kind in ("scores", "softmax", "mix") and config.num_heads == 1:  # the engine's compiler drops the axis
+    if (
+        kind in ("temperature", "scores", "softmax", "mix") and config.num_heads == 1
+    ):  # the engine's compiler drops the axis
         variant += " one head"
     return f"{kind}{variant} {'plain' if plain else 'optimised'}"
 

@@ -12,7 +12,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.private.engine import PROTOCOLS, Engine, Setting
 from jax_entropy.private.export import export
 from jax_entropy.private.fixed_point import check_range
-from jax_entropy.private.inference import CLIENT, generate
+from jax_entropy.private.inference import CLIENT, SERVER, generate
 from jax_entropy.private.program import forward
 from jax_entropy.private.stage import NO_STEPS, Steps
 from tests.private_helpers import greedy, need_engine, private_model
@@ -179,6 +179,19 @@ def test_two_rounds_of_a_product_are_two_rounds(semi2k):
         2 * 8 * 64 < count <= 3 * 8 * 64 for count in account.bytes
     )  # two factors and a truncation of 64 numbers
     np.testing.assert_allclose(semi2k.get(["c"], CLIENT)["c"], 2, atol=1e-4)
+
+
+def test_a_server_that_uses_that_it_knows_its_weights_sends_less():
+    from jax_entropy.private.export import lower
+
+    matrix, accounts = jax.ShapeDtypeStruct((64, 64), np.float32), {}
+    for colocated in (True, False):
+        with engine(Setting(protocol="cheetah", colocated=colocated)) as started:
+            started.load("product", lower(jax.numpy.matmul, [matrix, matrix]), ["secret"] * 2, {})
+            started.put(["x"], CLIENT, dict(x=np.eye(64, dtype=np.float32)))
+            started.put(["w"], SERVER, dict(w=np.eye(64, dtype=np.float32)), colocated=colocated)
+            accounts[colocated] = [started.run("product", ["x", "w"], ["y"]) for _ in range(3)][-1]
+    assert sum(accounts[True].bytes) < 0.6 * sum(accounts[False].bytes)
 
 
 def test_what_goes_on_at_the_same_time_is_not_counted_one_after_the_other():

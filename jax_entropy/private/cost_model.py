@@ -132,7 +132,8 @@ def write_costs(setting: Setting, coefficients: dict[str, Any]) -> None:
 
 
 def _name(setting: Setting) -> str:
-    return f"{setting.protocol} {setting.fraction_bits} bits {setting.exponent} {setting.exponent_iterations}"
+    weights = " shared weights" if setting.protocol == "cheetah" and not setting.colocated else ""
+    return f"{setting.protocol} {setting.fraction_bits} bits {setting.exponent} {setting.exponent_iterations}{weights}"
 
 
 def predict(

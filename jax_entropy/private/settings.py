@@ -18,6 +18,7 @@ SETTING = dict(
     fraction_bits=(engine.Setting().fraction_bits, "of the 64 bits of a number"),
     exponent=(engine.Setting().exponent, "taylor | pade: how the exponential is computed"),
     exponent_iterations=(engine.Setting().exponent_iterations, "squarings of taylor"),
+    colocated=(engine.Setting().colocated, "cheetah uses that the server knows its own weights; off, they are shares"),
 )
 PICTURES = (".png", ".svg", ".pdf")
 STEPS = dict(without=("", "steps to switch off, separated by commas; 'all' exports the model plainly"))
@@ -31,7 +32,7 @@ SAMPLING = dict(
 
 def read_setting(values: Any) -> engine.Setting:
     """The engine's setting of a command's flags."""
-    fields = ("protocol", "fraction_bits", "exponent", "exponent_iterations")
+    fields = engine.Setting._fields
     return engine.Setting(**{name: getattr(values, name) for name in fields}).check()
 
 

@@ -207,9 +207,9 @@ class Ablation(NamedTuple):
 def ablation(
     export_with: Callable[[Steps], Export], tokens: list[int], setting: Setting, notify: Callable[[str], None]
 ) -> list[Ablation]:
-    """The plain export, also with GELU through erfc and with tokens as secret indices, each step alone, and all of them.
+    """The plain export, with GELU through erfc and with tokens as secret indices too, each step alone, and all of them.
 
-    Indices are left out where they would be looked up among more than 2¹⁵ pairs of tokens and entries.
+    Indices are left out where there are more than 2¹⁵ pairs of tokens and entries to look among.
     """
     names = [f.name for f in dataclasses.fields(Steps) if f.name not in ("one_hot", "one_dot", "erf")]
     cases = {"plain": PLAIN, "plain, erfc": dataclasses.replace(PLAIN, erf=False)}

@@ -17,6 +17,7 @@ from jax_entropy.private.measure import calibrate, count_by_layers, random_varia
 from jax_entropy.private.stage import PLAIN, Steps
 from jax_entropy.private.work import Work, ciphertexts
 from tests.private_helpers import need_engine
+from tests.tiny_model import ARCHITECTURES
 
 # None of these sizes is among those of docs/benchmarks/private.md's calibration.
 HELD_OUT = dict(num_layers=3, num_heads=5, model_dim=80, context_length=48, vocab_size=150)
@@ -100,12 +101,22 @@ def test_blocks_counted_by_layers():
     assert counted.rounds == measured.rounds
 
 
+@pytest.mark.parametrize("protocol", ["semi2k", "aby3", "cheetah"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_predicted(name, protocol):
+    for heads in (1, 4):
+        config = architecture(name, num_layers=3, num_heads=heads, model_dim=64, context_length=32, vocab_size=100)
+        plain, optimised = (predict_total(config, 32, Setting(protocol=protocol), plain) for plain in (True, False))
+        assert min(plain.bytes) > min(optimised.bytes) > 1e5
+        assert plain.rounds >= optimised.rounds > 100
+
+
 def test_what_was_not_measured_is_said(monkeypatch, tmp_path):
     config = architecture("SM", **HELD_OUT)
     with pytest.raises(UserError, match="no coefficients for semi2k 20 bits"):
         predict(config, 48, Setting(fraction_bits=20))
     with pytest.raises(UserError, match="projections of SM was not measured"):
-        predict(config, 48, Setting(), costs={"embedding optimised": dict(bytes=[[0, 0]], rounds=[0])})
+        predict(config, 48, Setting(), costs={"embedding optimised": dict(bytes=[[0, 0, 0]], rounds=[0])})
     monkeypatch.setattr(cost_model, "_FILE", tmp_path / "costs.json")
     with pytest.raises(UserError, match="costs.json cannot be written; calibrate from a checkout"):
         calibrate(Setting(), print)

@@ -241,14 +241,11 @@ def print_costs(config: ModelConfig, console: Console) -> None:
     setting, table = engine.Setting(), Table("private, predicted", "MB sent", "rounds", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    try:
-        for plain in (True, False):
-            total = predict_total(config, config.context_length, setting, plain)
-            name = f"{setting.protocol}, {'plain export' if plain else 'optimised'}"
-            table.add_row(name, f"{total.bytes[0] / 1e6:,.1f}", f"{total.rounds:,}")
-        console.print(table)
-    except UserError as error:
-        console.print(f"private: {error}", markup=False)
+    for plain in (True, False):
+        total = predict_total(config, config.context_length, setting, plain)
+        name = f"{setting.protocol}, {'plain export' if plain else 'optimised'}"
+        table.add_row(name, f"{total.bytes[0] / 1e6:,.1f}", f"{total.rounds:,}")
+    console.print(table)
     try:
         papers = paper_cost(config)
         console.print(f"in the paper's system {papers.gigabytes:.2f} GB and {papers.minutes:.2f} minutes")

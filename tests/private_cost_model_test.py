@@ -15,7 +15,7 @@ from jax_entropy.private.fixed_point import random_tokens
 from jax_entropy.private.ledger import profile
 from jax_entropy.private.measure import calibrate, count_by_layers, random_variables
 from jax_entropy.private.stage import PLAIN, Steps
-from jax_entropy.private.work import Work, ciphertexts
+from jax_entropy.private.work import Work, ciphertext_memory, ciphertexts, work
 from tests.private_helpers import need_engine
 from tests.tiny_model import ARCHITECTURES
 
@@ -89,6 +89,13 @@ def test_ciphertexts_of_products():
                 sent, results = ciphertexts(product, party)
                 # a run may also fill the store of oblivious transfers
                 assert min(run[party] for run in runs) == pytest.approx(sent + truncation * results, rel=0.005)
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("EReg(SM(t)+ScFuFFN)", 8.5), ("SM+LN+G", 13.8)])
+def test_memory_of_a_block_of_gpt2_small(name, gigabytes):
+    """Beside the peaks measured in docs/benchmarks/private.md, of which 1.7 GB are any model's."""
+    config = architecture(name, num_layers=1, vocab_size=64, context_length=128)
+    assert 1.7 + ciphertext_memory(work(config, 128, plain=False)) / 1e9 == pytest.approx(gigabytes, rel=0.2)
 
 
 def test_blocks_counted_by_layers():

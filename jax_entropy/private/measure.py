@@ -20,6 +20,7 @@ from jax_entropy.private.fixed_point import check_range, random_tokens
 from jax_entropy.private.ledger import Network, Profile, ablation, add, on_network, profile, read_network, times
 from jax_entropy.private.paper_cost import paper_cost
 from jax_entropy.private.stage import PLAIN, Steps, export_name
+from jax_entropy.private.work import ciphertext_memory, work
 
 SIZE = dict(
     num_layers=(2, "blocks"), num_heads=(4, "heads in a block"), model_dim=(128, "width"),
@@ -44,7 +45,7 @@ def check_size(config: ModelConfig, num_tokens: int, setting: engine.Setting) ->
     """Raises UserError if the tokens do not fit into the context, or a run into the memory that is free.
 
     To be called before variables are made. Per party: weights as shares, masks and products, and a dozen arrays of the
-    largest of scores, hidden and one-hot.
+    largest of scores, hidden and one-hot; under CHEETAH, the polynomials of its products instead of arrays.
     """
     if not 1 <= num_tokens <= config.context_length:
         raise UserError(
@@ -54,9 +55,12 @@ def check_size(config: ModelConfig, num_tokens: int, setting: engine.Setting) ->
     matrices = (
         4 + 2 * config.hidden_dim / config.model_dim
     ) * config.model_dim**2 * L + 2 * config.vocab_size * config.model_dim
-    largest = max(N * T * T, T * config.hidden_dim, T * config.vocab_size)
-    copies = {"semi2k": 16, "aby3": 24, "cheetah": 600}[setting.protocol]
-    needed = setting.num_parties * 8 * (4 * matrices + copies * largest)
+    needed = setting.num_parties * 8 * 4 * matrices
+    if setting.protocol == "cheetah":
+        needed += 1.7e9 + ciphertext_memory(work(config, T, plain=False))
+    else:
+        copies = {"semi2k": 16, "aby3": 24}[setting.protocol]
+        needed += setting.num_parties * 8 * copies * max(N * T * T, T * config.hidden_dim, T * config.vocab_size)
     try:
         meminfo = Path("/proc/meminfo").read_text()
         free = 1024 * int(next(line.split()[1] for line in meminfo.splitlines() if line.startswith("MemAvailable")))

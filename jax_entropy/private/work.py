@@ -114,6 +114,22 @@ def ciphertexts(work: Work, party: int) -> list[float]:
     return [work.parts * count for count in counts]
 
 
+def ciphertext_memory(found: dict[str, Work]) -> float:
+    """Bytes that CHEETAH's two parties hold at their peak, roughly, beside what they hold of any model.
+
+    The largest product's factors and results as polynomials, and some 16 kB for each number of the largest nonlinear
+    operation.
+    """
+    polynomial = 3 * 8 * SLOTS  # three moduli
+    most = max((max((*of.elements, of.multiplied), default=0) for of in found.values()), default=0)
+    return max(map(_polynomials, {shape for of in found.values() for shape in of.products})) * polynomial + 16e3 * most
+
+
+def _polynomials(shape: tuple[int, int, int]) -> int:
+    rows, inner, columns = (math.ceil(size / tile) for size, tile in zip(shape, _tiles(shape), strict=True))
+    return rows * inner + inner * columns + rows * columns
+
+
 def _matrix_bytes(shape: tuple[int, int, int], left: int, party: int) -> int:
     """What a party sends in a product of one's left factor with the other's right one; the smaller is encrypted."""
     rows, inner, columns = (math.ceil(size / tile) for size, tile in zip(shape, _tiles(shape), strict=True))

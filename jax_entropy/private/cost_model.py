@@ -33,9 +33,11 @@ SHAPES = tuple(
         (1, 3, 48, 64, 128),
         (1, 4, 128, 64, 160),
         (1, 6, 96, 96, 300),
+        (1, 4, 256, 96, 128),
         (1, 1, 32, 16, 64),
         (1, 1, 48, 32, 96),
         (2, 1, 64, 64, 80),
+        (1, 1, 256, 96, 64),
     )  # fmt: skip
 )
 
@@ -61,9 +63,12 @@ def _key(kind: str, config: ModelConfig, plain: bool) -> str:
     return f"{kind}{variant} {'plain' if plain else 'optimised'}"
 
 
-def _byte_counts(of: Work, protocol: str, plain: bool) -> list[list[float]]:
-    """What the bytes of each party are proportional to; one list where the parties do the same or take turns."""
-    return [ciphertexts(of, party) for party in (0, 1)] if protocol == "cheetah" else [linear(of, plain)]
+def _byte_counts(of: Work, protocol: str, plain: bool) -> list[tuple[list[float], list[float]]]:
+    """What each party's bytes are proportional to: with coefficients of its own, and with those that both have.
+
+    A single pair where the parties do the same or take turns.
+    """
+    return [ciphertexts(of, party) for party in (0, 1)] if protocol == "cheetah" else [(linear(of, plain), [])]
 
 
 def _round_counts(of: Work) -> list[float]:
@@ -79,27 +84,26 @@ def fit(measured: Iterable[tuple[ModelConfig, Profile]]) -> dict[str, Any]:
             rows.setdefault(_key(kind, config, profile.plain), []).append((consists[kind], profile, account))
     coefficients = {}
     for key, found in rows.items():
-        counts = [_byte_counts(of, profile.setting.protocol, profile.plain) for of, profile, _ in found]
-        sent = np.array([account.bytes for *_, account in found], np.float64)
-        sent = sent if len(counts[0]) > 1 else sent.mean(1, keepdims=True)
+        counts, costs = [], []
+        for of, profile, account in found:
+            parties = _byte_counts(of, profile.setting.protocol, profile.plain)
+            costs += account.bytes if len(parties) > 1 else [np.mean(account.bytes)]
+            for party, (own, both) in enumerate(parties):
+                before, after = ([0] * len(own) * count for count in (party, len(parties) - party - 1))
+                counts.append([*before, *own, *after, *both])
+        solved, width = _solve(counts, costs), len(own)
         coefficients[key] = dict(
-            bytes=[_solve([row[party] for row in counts], sent[:, party]) for party in range(len(counts[0]))],
+            bytes=[solved[i * width : (i + 1) * width] + solved[len(parties) * width :] for i in range(len(parties))],
             rounds=_solve([_round_counts(of) for of, *_ in found], [account.rounds for *_, account in found]),
         )
     return coefficients
 
 
 def _solve(counts: list[list[float]], costs: Any) -> list[float]:
-    """Coefficients of the least errors relative to what they give.
-
-    Relative to what was measured, the luck of a run that CHEETAH's stores lasted for would count most.
-    """
-    counts, costs = np.asarray(counts, np.float64), np.asarray(costs, np.float64)
-    unit, expected = np.maximum(counts.max(0), 1), costs
-    for _ in range(4):
-        weights = 1 / np.maximum(expected, 1)
-        solution, _ = scipy.optimize.nnls(counts / unit * weights[:, None], costs * weights)
-        expected = counts / unit @ solution
+    """Coefficients of the least squares; what CHEETAH's stores add or save does not grow with the sizes."""
+    counts = np.asarray(counts, np.float64)
+    unit = np.maximum(counts.max(0), 1)
+    solution, _ = scipy.optimize.nnls(counts / unit, np.asarray(costs, np.float64))
     return (solution / unit).tolist()
 
 
@@ -148,7 +152,10 @@ def predict(
         if (key := _key(kind, config, plain)) not in costs:
             raise UserError(f"{kind} of {config} was not measured for the cost model under {setting.protocol}")
         counts = _byte_counts(of, setting.protocol, plain)
-        sent = [round(float(np.dot(*pair))) for pair in zip(costs[key]["bytes"], counts, strict=True)]
+        sent = [
+            round(float(np.dot(solved, own + both)))
+            for solved, (own, both) in zip(costs[key]["bytes"], counts, strict=True)
+        ]
         rounds = round(float(np.dot(costs[key]["rounds"], _round_counts(of))))
         each = tuple(sent if len(sent) > 1 else sent * setting.num_parties)
         predicted[kind] = Account(0.0, each, (0,) * setting.num_parties, rounds)

@@ -51,7 +51,12 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
         "projections": Work(L, projections, waits=(len(projections),)),
         "scores": Work(L, ((T, H, T),) * N, False, (N * T * T,) if plain else (), **divided, waits=(1, N)),
         "softmax": Work(
-            L, elements=(seen, N * compared, N * T), squared=seen, multiplied=seen if plain else 0, waits=(1, halvings)
+            L,
+            elements=(seen, N * compared, N * T),
+            squared=seen,
+            scaled=seen,
+            multiplied=seen if plain else 0,
+            waits=(1, halvings),
         ),
         "mix": Work(L, ((T, T, H),) * N, False, multiplied=0 if plain else T * D, waits=(1, N)),
         "output projection": Work(L, ((T, D, D),)),
@@ -90,28 +95,28 @@ MATRIX_SENT, MATRIX_BACK, MATRIX_RESULT = 184_985, 254_300, 16.8
 SENT, BACK, BOTH = 643_800, 501_700, 1_789_750
 
 
-def ciphertexts(work: Work, party: int) -> list[float]:
-    """Counts for CHEETAH, of the client (0) or the server (1): bytes of ciphertexts, results, and elements.
+def ciphertexts(work: Work, party: int) -> tuple[list[float], list[float]]:
+    """Counts for CHEETAH, of the client (0) or the server (1): numbers compared and truncated; bytes of ciphertexts.
 
     The server encrypts what is squared in one ciphertext, and what its own numbers scale. What is smaller than two
     ciphertexts is multiplied with random numbers of earlier products, 2 for each element, and then opened (16 bytes).
     """
     own, other = (SENT, BACK) if party else (BACK, SENT)
-    counts = []
+    numbers, sent = [], []
     if work.products:
         sides = (0,) if work.private else (0, 1)  # whose left factor it is
-        counts.append(sum(_matrix_bytes(shape, side, party) for shape in work.products for side in sides))
-        counts.append(sum(rows * columns for rows, _, columns in work.products))
-    counts += work.elements
+        numbers.append(sum(rows * columns for rows, _, columns in work.products))
+        sent.append(sum(_matrix_bytes(shape, side, party) for shape in work.products for side in sides))
+    numbers += work.elements
     if work.squared:
         halves = math.ceil(work.squared / 2 / SLOTS)
-        counts.append(own if work.squared <= SLOTS else halves * (own + other))
+        sent.append(own if work.squared <= SLOTS else halves * (own + other))
     if work.multiplied:
         m = work.multiplied
-        counts.append(math.ceil(m / 2 / SLOTS) * BOTH if m >= 2 * SLOTS else m * (2 / SLOTS * own + 16))
+        sent.append(math.ceil(m / 2 / SLOTS) * BOTH if m >= 2 * SLOTS else m * (2 / SLOTS * own + 16))
     if work.scaled:
-        counts.append(math.ceil(work.scaled / SLOTS) * own)
-    return [work.parts * count for count in counts]
+        sent.append(math.ceil(work.scaled / SLOTS) * own)
+    return [work.parts * count for count in numbers], [work.parts * count for count in sent]
 
 
 def ciphertext_memory(found: dict[str, Work]) -> float:

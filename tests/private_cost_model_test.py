@@ -50,7 +50,7 @@ def test_held_out_shapes(name, fields, steps):
 
 @pytest.mark.parametrize("name", ["SM+LN+R", "EReg(SM(t)+ScFuFFN)"])
 def test_held_out_shapes_of_three_parties(name):
-    """Three parties' messages cross in another order each time: the same run counts a few rounds more or less."""
+    """Its parties draw who plays which part in a truncation: the same run counts a few rounds more or less."""
     config, setting = architecture(name, **HELD_OUT), Setting(protocol="aby3")
     measured, total = measure(config, Steps(), setting).total(), predict_total(config, 48, setting)
     assert total.rounds == pytest.approx(measured.rounds, rel=0.02)

@@ -56,9 +56,8 @@ def _key(kind: str, config: ModelConfig, plain: bool) -> str:
         variant = f" {config.ffn != 'full'}"
     if kind == "scores" and plain:
         variant = f" {config.learnable_temperature}"
-    if (
-        kind in ("temperature", "scores", "softmax", "mix") and config.num_heads == 1
-    ):  # the engine's compiler drops the axis
+    differs = ("temperature", "scores", "mix", *(["softmax"] if plain else []))
+    if kind in differs and config.num_heads == 1:  # the engine's compiler drops the axis
         variant += " one head"
     return f"{kind}{variant} {'plain' if plain else 'optimised'}"
 

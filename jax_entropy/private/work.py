@@ -23,7 +23,7 @@ class Work(NamedTuple):
     products: tuple[tuple[int, int, int], ...] = ()
     private: bool = True
     elements: tuple[int, ...] = ()
-    squared: int = 0
+    squared: tuple[int, ...] = ()
     multiplied: int = 0
     scaled: int = 0
     waits: tuple[int, ...] = (1,)
@@ -44,7 +44,7 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
     compared, seen = tiles * b * (b - 1) + n * b * (n - 1), N * tiles * b * b
     tempered = config.learnable_temperature
     projections = ((T, D, D),) * 3 if plain else ((T, D, 3 * D),)
-    divided = dict(squared=N * T * T, multiplied=N * T * T) if tempered and plain else {}
+    divided = dict(squared=(N * T * T,), multiplied=N * T * T) if tempered and plain else {}
     matrices = ((T, D, D),) if one_matrix else ((T, D, F), (T, F, D))
     found = {
         "embedding": Work(1, ((T, V, D),)),
@@ -53,11 +53,10 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
         "softmax": Work(
             L,
             elements=(seen, N * compared, N * T),
-            squared=seen,
-            scaled=seen,
+            squared=(seen, N * T),
             multiplied=seen if plain else 0,
             waits=(1, halvings),
-        ),
+        ),  # fmt: skip
         "mix": Work(L, ((T, T, H),) * N, False, multiplied=0 if plain else T * D, waits=(1, N)),
         "output projection": Work(L, ((T, D, D),)),
         "vocabulary": Work(1, ((T, D, V),)),
@@ -72,7 +71,7 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
         found["temperature"] = Work(L, elements=(T * D,), scaled=T * D)
     names = {"gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "leaky_relu": "leaky ReLU"}
     if not linear and ffn:
-        found[names[config.activation]] = Work(ffn, elements=(T * F,), squared=T * F, multiplied=T * F, scaled=T * F)
+        found[names[config.activation]] = Work(ffn, elements=(T * F,), squared=(T * F,), multiplied=T * F, scaled=T * F)
     return found
 
 
@@ -108,9 +107,8 @@ def ciphertexts(work: Work, party: int) -> tuple[list[float], list[float]]:
         numbers.append(sum(rows * columns for rows, _, columns in work.products))
         sent.append(sum(_matrix_bytes(shape, side, party) for shape in work.products for side in sides))
     numbers += work.elements
-    if work.squared:
-        halves = math.ceil(work.squared / 2 / SLOTS)
-        sent.append(own if work.squared <= SLOTS else halves * (own + other))
+    for size in work.squared:
+        sent.append(own if size <= SLOTS else math.ceil(size / 2 / SLOTS) * (own + other))
     if work.multiplied:
         m = work.multiplied
         sent.append(math.ceil(m / 2 / SLOTS) * BOTH if m >= 2 * SLOTS else m * (2 / SLOTS * own + 16))

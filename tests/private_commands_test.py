@@ -130,6 +130,8 @@ def test_stages_add_up_to_the_whole_program():
     (["profile", "--architecture=SM", "--json=/tmp"], "--json=/tmp is a folder"),
     (["profile", "--architecture=SM", "--picture=x.bmp"], "--picture=x.bmp must end in .png or .svg or .pdf"),
     (["profile", "--architecture=SM", "--ablation", "--picture=x.png"], "--ablation draws no --picture"),
+    (["profile", "--architecture=SM", "--ablation", "--without=packed"], "goes without --without"),
+    (["profile", "--architecture=SM", f"--json={'x' * 300}"], "cannot be written: File name too long"),
     (["profile", "--architecture=SM", "--workdir=x"], "--workdir and --architecture exclude each other"),
     (["profile", "--architecture=SM", "--vocab_size=800000000"], "GB are free"),  # before there are any weights
     (["compare", "SM", "--without=packed"], "there is no flag --without"),

@@ -12,12 +12,14 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from jax_entropy.errors import UserError
 from jax_entropy.private.engine import environment_python
-from jax_entropy.private.link import fingerprint, make_keys, read_keys
+from jax_entropy.private.link import connect, fingerprint, make_keys, read_keys
+from jax_entropy.private.parties import _GREETING
 from tests.private_helpers import (
     free_ports,
     make_workdir,
@@ -143,6 +145,21 @@ def test_no_certificate_is_refused_by_the_server_which_goes_on(server, keys, tmp
     with socket.create_connection(("127.0.0.1", server.port)):
         asked = server.ask(tmp_path, keys, "--patience=20")  # waits until the silent one is given up
         out, err = asked.communicate(timeout=120)
+    assert out == plain_text(PROMPT) + "\n", err
+
+
+def test_nonsense_from_an_accepted_client_does_not_end_the_server(server, keys, tmp_path, plain_text):
+    files = read_keys(str(keys / "client"), str(keys / "server/certificate.pem"))
+    greeting = dict(greeting=_GREETING, jax=jax.__version__)
+    for message in (dict(), dict(port=1), greeting, greeting | dict(port=[3]), greeting | dict(port="9600")):
+        line = connect("127.0.0.1", server.port, files, patience=5, timeout=5)
+        line.send(message)
+        line.receive()
+        with contextlib.suppress(UserError):
+            line.send(dict(agreed=True))
+            line.receive(2)
+        line.close()
+    out, err = server.ask(tmp_path, keys).communicate(timeout=120)
     assert out == plain_text(PROMPT) + "\n", err
 
 

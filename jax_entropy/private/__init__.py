@@ -1,1 +1,1 @@
-"""What private execution costs: the census of a model's operations, and what is built on it."""
+"""What a model costs under encryption, and its execution under real secure computation."""

@@ -10,6 +10,7 @@ from typing import Any
 from jax_entropy.console import console
 from jax_entropy.errors import UserError
 from jax_entropy.private import engine
+from jax_entropy.private.ledger import read_network
 from jax_entropy.private.party_commands import ask, keys, serve
 from jax_entropy.private.settings import (
     SAMPLING,
@@ -100,10 +101,12 @@ def profile(parse: Any) -> None:
         config=given == ["config"], workdir=given == ["workdir"], **measure.MEASURE, **SETTING, **STEPS, **more
     )
     engine.environment_python()
-    setting, network, steps = read_setting(values), measure.read_network(values.network), read_steps(values.without)
+    setting, network, steps = read_setting(values), read_network(values.network), read_steps(values.without)
     check_outputs(values)
     if values.ablation and values.picture:
         raise UserError("--ablation draws no --picture")
+    if values.ablation and values.without:
+        raise UserError("--ablation measures every step, and goes without --without")
     config, variables = _model(values, given, setting)
     if values.ablation:
         rows = measure.print_ablation(config, variables, values.context, setting, console(), warn)
@@ -132,7 +135,7 @@ def _model(values: Any, given: list[str], setting: engine.Setting) -> tuple:
         loaded = load_run(values.workdir, warn, best=values.best)
         if not os.access(values.workdir, os.W_OK):
             raise UserError(f"--workdir={values.workdir} cannot be written, where the profile is left for `report`")
-        check_size(loaded.model.config, values.context, setting)
+        check_size(loaded.model.config, values.context, setting, values.ablation or values.without == "all")
         return loaded.model.config, loaded.variables
     if given == ["config"]:
         from jax_entropy.config import check, model_config
@@ -146,7 +149,7 @@ def _model(values: Any, given: list[str], setting: engine.Setting) -> tuple:
         config = architecture(values.architecture, context_length=values.context, **size)
     else:
         raise UserError("profile what? give --workdir, --config=file.py:ARCHITECTURE, or --architecture")
-    check_size(config, values.context, setting)
+    check_size(config, values.context, setting, values.ablation or values.without == "all")
     return config, random_variables(config)
 
 
@@ -158,7 +161,7 @@ def compare(parse: Any) -> None:
 
     values = parse.flags(**measure.MEASURE, **SETTING, **measure.SIZE)
     engine.environment_python()
-    setting, network = read_setting(values), measure.read_network(values.network)
+    setting, network = read_setting(values), read_network(values.network)
     check_outputs(values)
     profiles = measure.compare(names, values, setting, warn)
     measure.print_comparison(profiles, network, values.network, console())
@@ -183,7 +186,7 @@ def predict(parse: Any) -> None:
         raise UserError("predict what? give architectures, like: private predict SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
     size = {name: values[name].value for name in measure.SIZE}
     configs = [architecture(name, context_length=values.context, **size) for name in names]
-    setting, network = read_setting(values), measure.read_network(values.network)
+    setting, network = read_setting(values), read_network(values.network)
     check_outputs(values)
     rows = measure.print_predictions(configs, setting, network, values.network, console(), warn)
     write_json(values.json, dict(setting=setting._asdict(), num_tokens=values.context, rows=rows))
@@ -207,7 +210,7 @@ def precision(parse: Any) -> None:
     from jax_entropy.workdir import load_run
 
     loaded = load_run(values.workdir, warn, best=values.best)
-    check_size(loaded.model.config, values.context, setting)
+    check_size(loaded.model.config, values.context, setting, values.without == "all")
     exported = export(loaded.model.config, loaded.variables, steps)
     tokens = measuring.held_out_tokens(values.workdir, loaded, values.context, warn)
     rows, largest = measuring.measure_precision(exported, tokens, setting, warn)
@@ -216,7 +219,7 @@ def precision(parse: Any) -> None:
 
 
 def calibrate(parse: Any) -> None:
-    """Measures the coefficients that `predict` uses under a setting, in some minutes."""
+    """Measures the coefficients that `predict` uses under a setting: a quarter of an hour, an hour under cheetah."""
     from jax_entropy.private import measure
 
     measure.calibrate(read_setting(parse.flags(**SETTING)), warn)
@@ -247,8 +250,9 @@ WORDS = {
 def private(parse: Any) -> None:
     """A trained model under secure computation: `private setup`, `generate`, `profile`, `compare`, `serve`, `ask`, …"""
     word = parse.word({name: function.__doc__ for name, function in WORDS.items()})
-    ends = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in ends]  # engines are closed
+    # engines are closed when these end the command; nohup's choice is left alone
+    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in ends]
     try:
         WORDS[word](parse)
     finally:
@@ -259,10 +263,12 @@ def private(parse: Any) -> None:
 def spent(accounts: list, num_tokens: int, seconds: float, setting: engine.Setting) -> str:
     """What generating took, in two lines."""
     prefill = next(account for name, account in accounts if name.startswith("prefill"))
-    rest = [account for name, account in accounts if name in ("step", "choose")]
+    names = [name for name, _ in accounts]
+    first = names.index("step") if "step" in names else len(names)
+    rest = [account for name, account in accounts[first:] if name in ("step", "choose")]
     line = f"{num_tokens} tokens in {seconds:.1f} s under {setting.protocol}; the prompt {describe(prefill)}"
     if rest:
-        steps = sum(name == "step" for name, _ in accounts) or 1
+        steps = names.count("step")
         line += f"\na token {describe(engine.Account(*(_mean(values, steps) for values in zip(*rest))))}"
     return line
 

@@ -42,13 +42,6 @@ SHAPES = tuple(
 )
 
 
-def weights_opened_once(config: ModelConfig) -> int:
-    """Elements of the matrices of an optimised export; each is opened once, 8 bytes a party, under SEMI2K."""
-    D, F, V, L = config.model_dim, config.hidden_dim, config.vocab_size, config.num_layers
-    ffn = D * D if config.ffn == "fused" or config.activation == "identity" else 2 * D * F
-    return 2 * V * D + L * 4 * D * D + (L - config.ffn_free_layers) * ffn
-
-
 def _key(kind: str, config: ModelConfig, plain: bool) -> str:
     """Costs that differ in more than counts: what a kind does depends on the architecture."""
     variant = ""
@@ -130,7 +123,7 @@ def check_writable() -> None:
 
 def write_costs(setting: Setting, coefficients: dict[str, Any]) -> None:
     """Puts a setting's coefficients beside those of others."""
-    all_costs = json.loads(_FILE.read_text()) if _FILE.exists() else {}
+    all_costs = json.loads(_FILE.read_text())
     _FILE.write_text(json.dumps(all_costs | {_name(setting): coefficients}, indent=1, sort_keys=True) + "\n")
 
 

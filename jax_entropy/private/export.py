@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.layers import temperature
-from jax_entropy.private.stage import LAST, POSITION, TOKENS, Shape, Stage, Steps, compose, external_inputs
+from jax_entropy.private.stage import LAST, POSITION, TOKENS, Shape, Steps
 
 _FOLDABLE = 16.0  # products of β beyond this, or below its inverse, would cost precision in fixed point
 
@@ -238,14 +238,3 @@ def lower(function, inputs: list[jax.ShapeDtypeStruct]) -> bytes:
     """A serialized HLO module that the engine compiles."""
     lowered = jax.jit(function, keep_unused=True).trace(*inputs).lower(lowering_platforms=("cpu",))
     return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
-
-
-def weight_types(exported: Export) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in exported.weights.items()}
-
-
-def program_inputs(stages: list[Stage]) -> tuple[str, ...]:
-    return external_inputs(stages)
-
-
-__all__ = ["Export", "export", "lower", "one_hot", "compose"]

@@ -16,17 +16,14 @@ from jax_entropy.errors import UserError
 from jax_entropy.private.engine import Account, Engine, Setting
 from jax_entropy.private.export import Export, abstract_inputs, lower
 from jax_entropy.private.inference import PrivateModel, compiler_options
-from jax_entropy.private.program import forward, prefill, step
+from jax_entropy.private.program import forward
 from jax_entropy.private.stage import (
-    LAST,
     PLAIN,
-    POSITION,
     PUBLIC,
     TOKENS,
     Stage,
     Steps,
     export_name,
-    external_inputs,
     run_stage,
 )
 
@@ -129,34 +126,27 @@ def times(account: Account, factor: float) -> Account:
 
 
 def profile(
-    exported: Export, tokens: list[int], setting: Setting, *, program: str = "forward",
-    notify: Callable[[str], None] = lambda line: None,
-) -> Profile:  # fmt: skip
-    """Runs every stage of a program under the engine, twice, and accounts for it.
+    exported: Export, tokens: list[int], setting: Setting, *, notify: Callable[[str], None] = lambda line: None
+) -> Profile:
+    """Runs every stage of a forward pass under the engine, twice, and accounts for it.
 
     Args:
-      tokens: the prompt; of a step, the first is read at the last position.
-      program: "forward" (logits of every position), "prefill" (of the last one) or "step".
+      tokens: the prompt.
       notify: called with a line on the layer that begins.
     """
     shape = exported.shape
-    stages = {"forward": forward, "prefill": prefill}[program](shape, len(tokens)) if program != "step" else step(shape)
-    types = {name: value.shape for name, value in exported.weights.items()}
+    stages = forward(shape, len(tokens))
     with Engine(setting) as engine:
-        model = PrivateModel(engine, shape, types)
+        model = PrivateModel(engine, shape, {name: value.shape for name, value in exported.weights.items()})
         model.share_weights(exported.weights)
-        model.put_tokens(tokens if program != "step" else tokens[:1])
-        model.put_public(LAST, len(tokens) - 1)
-        model.put_public(POSITION, shape.context_length - 1)
-        past = [name for name in external_inputs(stages) if name.endswith(".past")]
-        if past:
-            cache = np.zeros((shape.context_length, shape.num_heads, shape.head_dim), np.float32)
-            engine.put(past, 1, dict.fromkeys(past, cache))
-        count = len(tokens) if program != "step" else 1
+        model.put_tokens(tokens)
         runs = [
             _run_stages(
-                model, stages, count, lambda layer, run=run: notify(f"layer {layer + 1} of {shape.num_layers}, {run}")
-            )
+                model,
+                stages,
+                len(tokens),
+                lambda layer, run=run: notify(f"{layer + 1} of {shape.num_layers} layers, {run}"),
+            )  # fmt: skip
             for run in ("cold", "warm")
         ]
         memory = engine.ask("peak_memory")
@@ -216,16 +206,16 @@ def ablation(
     cases["plain, indices"] = dataclasses.replace(PLAIN, one_hot=False)
     cases |= {f"plain + {name}": dataclasses.replace(PLAIN, **{name: True}) for name in names}
     cases["all"] = Steps()
-    expected, rows, done = None, [], {}
+    expected, rows, plain = None, [], None
     for name, steps in cases.items():
         exported = export_with(steps)
         if not steps.one_hot and len(tokens) * exported.shape.vocab_size > 1 << 15:
             continue
         if expected is None:
             expected = plain_logits(exported, tokens)
-        if name not in ("plain", "all") and _same(exported, done["plain"]):
+        if name not in ("plain", "all") and _same(exported, plain):
             continue  # this architecture has nothing for the step to do
-        done[name] = exported
+        plain = plain or exported
         notify(name)
         cold, warm, logits = whole(exported, tokens, setting)
         agreement = float((logits.argmax(-1) == expected.argmax(-1)).mean())

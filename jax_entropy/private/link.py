@@ -22,6 +22,10 @@ _WELCOME = b"jax_entropy\n"
 _LONGEST_MESSAGE = 1 << 26  # bytes; a tokenizer is the largest
 
 
+class BusyError(UserError):
+    """The other party has accepted a connection and not finished its handshake."""
+
+
 class Keys(NamedTuple):
     """Files of one party: its certificate and private key, and the one certificate that it accepts."""
 
@@ -149,6 +153,7 @@ class Line:
         except BaseException as error:
             connection.close()
             raise _refused(error, server) from None
+        connection.settimeout(timeout)
         self.connection = connection
 
     def fileno(self) -> int:
@@ -208,8 +213,9 @@ def _refused(error: BaseException, server: bool) -> BaseException:
             return UserError(f"the other party refuses this one's certificate ({reason})")
         return UserError(f"the other party does not speak TLS as expected ({reason})")
     if isinstance(error, TimeoutError):
-        return UserError(
-            f"the other party did not finish its handshake within {HANDSHAKE_SECONDS} s; do both use TLS, or neither?"
+        return BusyError(
+            f"the other party did not finish its handshake within {HANDSHAKE_SECONDS} s; it answers another client, or "
+            "only one of the two uses TLS"
         )
     return UserError("the other party is gone") if isinstance(error, OSError) else error
 
@@ -234,6 +240,9 @@ def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout
     while True:
         try:
             return Line(socket.create_connection((host, port), timeout=5), keys, server=False, timeout=timeout)
+        except BusyError:
+            if time.monotonic() > deadline:
+                raise
         except UserError:
             raise
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The commands that measure: `private profile` and `private compare`, their tables, JSON and picture."""
+"""What is measured and predicted, as tables: `private profile`, `compare`, `predict`, `calibrate`, and for `census`."""
 
 import dataclasses
 import time
@@ -17,7 +17,7 @@ from jax_entropy.private.cost_model import predict_total
 from jax_entropy.private.engine import Account
 from jax_entropy.private.export import export
 from jax_entropy.private.fixed_point import check_range, random_tokens
-from jax_entropy.private.ledger import Network, Profile, ablation, add, on_network, profile, read_network, times
+from jax_entropy.private.ledger import Network, Profile, ablation, add, on_network, profile, times
 from jax_entropy.private.paper_cost import paper_cost
 from jax_entropy.private.stage import PLAIN, Steps, export_name
 from jax_entropy.private.work import ciphertext_memory, work
@@ -30,7 +30,7 @@ MEASURE = dict(
     context=(32, "tokens read"),
     network=("wan", "lan | wan (the paper's) | like 100mbps,80ms"),
     json=("", "file for everything that was measured"),
-    picture=("", "file for the picture, .png or .svg"),
+    picture=("", "file for the picture, .png, .svg or .pdf"),
 )
 
 
@@ -41,7 +41,7 @@ def random_variables(config: ModelConfig) -> Any:
     return jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
-def check_size(config: ModelConfig, num_tokens: int, setting: engine.Setting) -> None:
+def check_size(config: ModelConfig, num_tokens: int, setting: engine.Setting, plain: bool) -> None:
     """Raises UserError if the tokens do not fit into the context, or a run into the memory that is free.
 
     To be called before variables are made. Per party: weights as shares, masks and products, and a dozen arrays of the
@@ -57,7 +57,7 @@ def check_size(config: ModelConfig, num_tokens: int, setting: engine.Setting) ->
     ) * config.model_dim**2 * L + 2 * config.vocab_size * config.model_dim
     needed = setting.num_parties * 8 * 4 * matrices
     if setting.protocol == "cheetah":
-        needed += 1.7e9 + ciphertext_memory(work(config, T, plain=False))
+        needed += 1.7e9 + ciphertext_memory(work(config, T, plain))
     else:
         copies = {"semi2k": 16, "aby3": 24}[setting.protocol]
         needed += setting.num_parties * 8 * copies * max(N * T * T, T * config.hidden_dim, T * config.vocab_size)
@@ -141,11 +141,10 @@ def compare(names: list[str], values: Any, setting: engine.Setting, warn) -> lis
     """Each architecture exported plainly and optimised."""
     if not names:
         raise UserError("compare what? give architectures, like: private compare SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
-    read_network(values.network)
     size = {name: values[name].value for name in SIZE} | dict(context_length=values.context)
     configs = [architecture(name, **size) for name in names]
     for config in configs:
-        check_size(config, values.context, setting)
+        check_size(config, values.context, setting, plain=True)
     profiles = []
     for config in configs:
         variables = random_variables(config)
@@ -162,6 +161,7 @@ def print_ablation(
 ) -> list:
     """The table of every step alone and of all together."""
     tokens = random_tokens(config.vocab_size, num_tokens)
+    check_range(export(config, variables, PLAIN), tokens, setting)
     rows = ablation(lambda steps: export(config, variables, steps), tokens, setting, warn)
     table = Table("steps", "MB warm", "MB cold", "rounds", "seconds", "logit error", "top-1", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
@@ -185,7 +185,7 @@ def count_by_layers(config: ModelConfig, setting: engine.Setting, plain: bool, n
     few = [min(2, count) for count in of_each]
     small = dataclasses.replace(config, num_layers=sum(few), ffn_free_layers=few[1])
     steps = PLAIN if plain else Steps()
-    check_size(small, config.context_length, setting)
+    check_size(small, config.context_length, setting, plain)
     measured = run_profile(small, random_variables(small), steps, config.context_length, setting, notify)
     sums = [add(e.warm for e in measured.entries if e.layer is None)]
     for count, layers in ((of_each[0], range(few[0])), (of_each[1], range(few[0], sum(few)))):

@@ -47,6 +47,8 @@ def serve(
             answered += 1
         except UserError as error:
             notify(f"the session with {peer} has ended: {error}")
+        except (KeyError, TypeError, ValueError) as error:  # what the client sent is not what it should be
+            notify(f"the session with {peer} has ended: the other party does not speak this protocol ({error!r})")
         finally:
             line.close()
 
@@ -67,7 +69,7 @@ def _answer(
     if not line.receive(timeout).get("agreed"):
         raise UserError("the client does not agree")
     link = _link(SERVER, line, hello, port, keys, timeout)
-    with Engine(setting, link, peer=line, timeout=timeout) as engine:
+    with Engine(setting, link, peer=line) as engine:
         model = PrivateModel(engine, exported.shape, types)
         model.share_weights(exported.weights)
         prompts = 0
@@ -103,10 +105,13 @@ def ask(
     line = connect(*server, keys, patience=patience, timeout=timeout)
     try:
         line.send(dict(greeting=_GREETING, jax=jax.__version__, port=port))
-        hello = line.receive(10)
+        hello = line.receive()
         if "error" in hello:
             raise UserError(f"{hello['error']}, and this is jax {jax.__version__}")
-        shape, setting = _shape(hello["shape"]), Setting(**hello["setting"]).check()
+        try:
+            shape, setting = _shape(hello["shape"]), Setting(**hello["setting"]).check()
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the other party does not speak this protocol ({error!r})") from None
         asked = questions(hello["tokenizer"], shape, setting)
         for number, question in enumerate(asked, 1):
             try:
@@ -115,7 +120,7 @@ def ask(
                 raise UserError(f"prompt {number}: {error}" if len(asked) > 1 else str(error)) from None
         line.send(dict(agreed=True))
         link = _link(CLIENT, line, hello, port, keys, timeout)
-        with Engine(setting, link, peer=line, timeout=timeout) as engine:
+        with Engine(setting, link, peer=line) as engine:
             model = PrivateModel(engine, shape, {name: tuple(dims) for name, dims in hello["types"].items()})
             model.share_weights(None)
             for question in asked:

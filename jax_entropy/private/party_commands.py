@@ -76,8 +76,8 @@ def serve(parse: Any) -> None:
     check_range(exported, random_tokens(exported.shape.vocab_size, exported.shape.context_length), setting)
     warn(dealer(setting.protocol))
     with link.listen(host, port) as door:
-        print(f"serves {exported.shape.architecture} on {host}:{port}", flush=True)
         try:
+            print(f"serves {exported.shape.architecture} on {host}:{port}", flush=True)
             run(
                 door, exported, Workdir(values.workdir).tokenizer.read_text(), setting, files,
                 sessions=values.sessions, timeout=values.timeout, notify=lambda line: print(line, flush=True),

@@ -53,17 +53,23 @@ class Clock:
         """This thread's clock after a message with a stamp came in, or before one (None) goes out."""
         link, thread = key.partition(":")[0], threading.get_native_id()
         if thread == self.main:
-            self.join(link)
+            self._join(link)
             self.link, self.events, self.rounds = link, self.events + 1, max(self.rounds, stamp or 0)
             return self.rounds
         beside = self.beside.setdefault(link, Beside())
         if beside.thread != thread:
-            beside.thread, beside.events, beside.rounds = thread, self.events, max(beside.rounds, self.rounds)
+            beside.thread, beside.events, beside.sends = thread, self.events, False
+            beside.rounds = max(beside.rounds, self.rounds)
         beside.rounds = max(beside.rounds, stamp or 0)
         beside.sends |= stamp is None
         return beside.rounds
 
-    def join(self, link=None):
+    def end(self):
+        """The main thread has waited for all others."""
+        with self.lock:
+            self._join(None)
+
+    def _join(self, link):
         """Before the main thread goes on at a link: takes over the clocks of those that it has waited for."""
         for name, beside in list(self.beside.items()):
             helps = name == link or name == self.link and not beside.sends  # receives for the main thread
@@ -84,7 +90,7 @@ class Mailbox:
     """Messages on their way to one party from one other, by key."""
 
     def __init__(self):
-        self.messages, self.arrived = {}, threading.Condition()
+        self.messages, self.arrived, self.closed = {}, threading.Condition(), False
 
     def put(self, key, message):
         with self.arrived:
@@ -93,9 +99,21 @@ class Mailbox:
 
     def take(self, key, timeout=3600):
         with self.arrived:
-            if not self.arrived.wait_for(lambda: key in self.messages, timeout):
-                raise RuntimeError("a party waited in vain for another")
+            if not self.arrived.wait_for(lambda: key in self.messages or self.closed, timeout):
+                raise Deserted("a party waited in vain for another")
+            if key not in self.messages:
+                raise Deserted("another party has failed")
             return self.messages.pop(key)
+
+    def close(self):
+        """Whoever waits here waits no longer."""
+        with self.arrived:
+            self.closed = True
+            self.arrived.notify_all()
+
+
+class Deserted(RuntimeError):
+    """A party cannot go on because another one did not."""
 
 
 class CountedChannel(libspu.link.IChannel):
@@ -174,7 +192,7 @@ class Machine:
             self.clocks = []
         else:
             self.clocks = [Clock(num_parties) for _ in self.ranks]
-            boxes = {(a, b): Mailbox() for a in self.ranks for b in self.ranks}
+            self.boxes = boxes = {(a, b): Mailbox() for a in self.ranks for b in self.ranks}
             channels = [
                 [None if a == b else CountedChannel(self.clocks[a], b, boxes[b, a], boxes[a, b]) for b in self.ranks]
                 for a in self.ranks
@@ -188,8 +206,21 @@ class Machine:
         """The results of function(i) for every party here, run at the same time."""
         if len(self.ranks) == 1:
             return [function(0)]
+
+        def guarded(i):
+            try:
+                return function(i)
+            except BaseException:
+                for box in self.boxes.values():
+                    box.close()
+                raise
+
         with ThreadPoolExecutor(len(self.ranks)) as pool:
-            return list(pool.map(function, range(len(self.ranks))))
+            futures = [pool.submit(guarded, i) for i in range(len(self.ranks))]
+        errors = [future.exception() for future in futures if future.exception()]
+        if errors:
+            raise next((error for error in errors if "another party has failed" not in str(error)), errors[0])
+        return [future.result() for future in futures]
 
     def load(self, name, file, visibility, options):
         """Compiles an HLO proto under a name."""
@@ -242,7 +273,7 @@ class Machine:
                 self.clocks[i].start(start_rounds)
             self.runtimes[i].run(executable)
             if self.clocks:
-                self.clocks[i].join()
+                self.clocks[i].end()
 
         self._together(run)
         return dict(

@@ -72,9 +72,13 @@ def check_outputs(values: Any) -> None:
         if not (text := values[name].value):
             continue
         path = Path(text)
-        if path.is_dir():
+        try:
+            is_folder, parent_there = path.is_dir(), path.resolve().parent.is_dir()
+        except OSError as error:
+            raise UserError(f"--{name}={text} cannot be written: {error.strerror}") from None
+        if is_folder:
             raise UserError(f"--{name}={text} is a folder; name a file in it")
-        if not path.resolve().parent.is_dir():
+        if not parent_there:
             raise UserError(f"--{name}={text}: there is no folder {path.resolve().parent}")
         if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
             raise UserError(f"--{name}={text} cannot be written")

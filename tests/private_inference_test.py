@@ -30,7 +30,7 @@ def engine(setting=Setting()):
         yield started
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def semi2k():
     with engine(PRECISE) as started:
         yield started
@@ -127,6 +127,12 @@ def test_weights_are_opened_once():
             sent[cached] = model.accounts[-1][1].bytes[0]
     weights = sum(value.size for name, value in export(config, scattered(config)).weights.items() if "kernel" in name)
     assert sent[False] - sent[True] > 0.9 * 8 * weights
+
+
+def test_an_engine_with_opened_weights_holds_one_model(semi2k):
+    private_model(semi2k, tiny("SM"))
+    with pytest.raises(RuntimeError, match="holds one model"):
+        private_model(semi2k, tiny("SM"))
 
 
 def test_what_is_drawn_among_revealed_logits_is_the_clients_choice(semi2k):

@@ -204,6 +204,7 @@ class Engine:
         timeout: float = 3600,
     ):
         self.setting, self.link, self.peer, self.timeout = setting.check(), link, peer, timeout
+        self.has_opened = False  # weights, once and for all
         python = environment_python(directory)
         self.folder = tempfile.TemporaryDirectory(prefix="jax_entropy_private_")
         self.log = Path(self.folder.name) / "log"

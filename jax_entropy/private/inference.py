@@ -47,6 +47,10 @@ class PrivateModel:
         colocated = setting.protocol == "cheetah" and setting.colocated
         self.engine.put(names, SERVER, weights, colocated=colocated)
         if self.shape.steps.cached and setting.protocol == "semi2k":
+            # the engine knows opened arrays by their addresses, which those of another model might be given again
+            if self.engine.has_opened:
+                raise RuntimeError("an engine with opened weights holds one model")
+            self.engine.has_opened = True
             multiplied = tuple(name for name in names if not name.endswith((".bias", ".epsilon", "positions")))
             cached = Stage("weights, once", None, lambda *arrays: tuple(map(_cached, arrays)), multiplied, multiplied)
             self.run("open weights", [cached], multiplied)

@@ -43,10 +43,12 @@ def test_generate_writes_what_the_plain_command_writes(workdir, tmp_path, capsys
 def test_a_terminated_command_leaves_no_weights_behind(workdir, tmp_path, number):
     need_engine()
     (tmp_path / "temporary").mkdir()
+    before = signal.signal(number, signal.SIG_DFL)  # where the tests themselves run under nohup
     process = start(
         "generate", f"--workdir={workdir}", "--prompt=def f", "--tokens=20", cwd=tmp_path / "here",
         TMPDIR=str(tmp_path / "temporary"),
     )  # fmt: skip
+    signal.signal(number, before)
     while "sharing" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(number)

@@ -110,24 +110,19 @@ def print_profile(measured: Profile, network: Network, network_name: str, consol
     console.print(f"peak memory of the engine, all parties: {measured.memory / 1e9:.2f} GB")
 
 
-def print_comparison(profiles: list[Profile], network: Network, network_name: str, console: Console) -> None:
-    """One line for each way to run each architecture, with ratios to the first."""
-    table = Table(
-        "architecture",
-        "export",
-        "MB sent",
-        "ratio",
-        "rounds",
-        "ratio",
-        f"s on {network_name}",
-        "ratio",
-        box=None,
-        pad_edge=False,
-    )
+def _table(*numbers: str) -> Table:
+    """A table of ways to run architectures, with columns of numbers."""
+    table = Table("architecture", "export", *numbers, box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     table.columns[0].overflow = "ignore"
     for column in table.columns[2:]:
         column.justify = "right"
+    return table
+
+
+def print_comparison(profiles: list[Profile], network: Network, network_name: str, console: Console) -> None:
+    """One line for each way to run each architecture, with ratios to the first."""
+    table = _table("MB sent", "ratio", "rounds", "ratio", f"s on {network_name}", "ratio")
     values = [(max(t.bytes) / 1e6, t.rounds, on_network(t, network)) for t in (p.total() for p in profiles)]
     for measured, row in zip(profiles, values, strict=True):
         cells = []
@@ -203,21 +198,8 @@ def print_predictions(
     if not known:
         engine.environment_python()
         warn(f"no coefficients for this setting of {setting.protocol}: two blocks are measured, and counted by layers")
-    headings = (
-        "architecture",
-        "export",
-        "MB sent",
-        "ratio",
-        "rounds",
-        "ratio",
-        f"s waiting on {network_name}",
-        "paper GB",
-    )
-    table = Table(*headings, box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
+    table = _table("MB sent", "ratio", "rounds", "ratio", f"s waiting on {network_name}", "paper GB")
     rows, first = [], None
-    for column in table.columns[2:]:
-        column.justify = "right"
     for config in configs:
         try:
             papers = f"{paper_cost(config).gigabytes:.2f}"

@@ -19,6 +19,7 @@ import numpy as np
 import spu
 import spu.libspu as libspu
 
+DESERTED = "another party has failed"
 SECRET, PUBLIC = libspu.Visibility.VIS_SECRET, libspu.Visibility.VIS_PUBLIC
 
 
@@ -100,9 +101,9 @@ class Mailbox:
     def take(self, key, timeout=3600):
         with self.arrived:
             if not self.arrived.wait_for(lambda: key in self.messages or self.closed, timeout):
-                raise Deserted("a party waited in vain for another")
+                raise RuntimeError("a party waited in vain for another")
             if key not in self.messages:
-                raise Deserted("another party has failed")
+                raise RuntimeError(DESERTED)
             return self.messages.pop(key)
 
     def close(self):
@@ -110,10 +111,6 @@ class Mailbox:
         with self.arrived:
             self.closed = True
             self.arrived.notify_all()
-
-
-class Deserted(RuntimeError):
-    """A party cannot go on because another one did not."""
 
 
 class CountedChannel(libspu.link.IChannel):
@@ -218,8 +215,8 @@ class Machine:
         with ThreadPoolExecutor(len(self.ranks)) as pool:
             futures = [pool.submit(guarded, i) for i in range(len(self.ranks))]
         errors = [future.exception() for future in futures if future.exception()]
-        if errors:
-            raise next((error for error in errors if "another party has failed" not in str(error)), errors[0])
+        if errors:  # the cause first; through the engine only the text of an error comes back
+            raise next((error for error in errors if DESERTED not in str(error)), errors[0])
         return [future.result() for future in futures]
 
     def load(self, name, file, visibility, options):

@@ -128,14 +128,19 @@ def ciphertext_memory(found: dict[str, Work]) -> float:
     return max(map(_polynomials, {shape for of in found.values() for shape in of.products})) * polynomial + 16e3 * most
 
 
+def _blocks(shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """How many tiles a product has along each size."""
+    return tuple(math.ceil(size / tile) for size, tile in zip(shape, _tiles(shape), strict=True))
+
+
 def _polynomials(shape: tuple[int, int, int]) -> int:
-    rows, inner, columns = (math.ceil(size / tile) for size, tile in zip(shape, _tiles(shape), strict=True))
+    rows, inner, columns = _blocks(shape)
     return rows * inner + inner * columns + rows * columns
 
 
 def _matrix_bytes(shape: tuple[int, int, int], left: int, party: int) -> int:
     """What a party sends in a product of one's left factor with the other's right one; the smaller is encrypted."""
-    rows, inner, columns = (math.ceil(size / tile) for size, tile in zip(shape, _tiles(shape), strict=True))
+    rows, inner, columns = _blocks(shape)
     encrypts = left if rows < columns else 1 - left
     if party == encrypts:
         return MATRIX_SENT * min(rows, columns) * inner

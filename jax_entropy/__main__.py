@@ -2,6 +2,6 @@
 
 import sys
 
-from jax_entropy.cli import main
+from jax_entropy.commands.main import main
 
 sys.exit(main())

@@ -13,8 +13,9 @@ import numpy as np
 from jax_entropy import data
 from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
+from jax_entropy.runs.load import Run, load_run
+from jax_entropy.runs.workdir import Workdir
 from jax_entropy.sharding import constrain
-from jax_entropy.workdir import Run, Workdir, load_run
 
 
 @functools.partial(jax.jit, static_argnums=0)

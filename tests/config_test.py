@@ -14,7 +14,8 @@ from jax_entropy.config import (
     to_json,
 )
 from jax_entropy.errors import UserError
-from tests.tiny_config import REPOSITORY, get_config
+from tests import REPOSITORY
+from tests.tiny_config import get_config
 
 ARCHITECTURE = "EReg(SM(t)+ScFuFFN)"
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -14,8 +13,8 @@ from ml_collections import ConfigDict
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.config import default_config, flatten
 from jax_entropy.entropy import max_entropy
+from tests import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted(path for path in (*REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "README.md") if path.exists())
 
 

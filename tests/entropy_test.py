@@ -2,7 +2,6 @@
 
 import functools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,9 @@ from jax_entropy.entropy import (
     row_entropy,
 )
 from jax_entropy.errors import UserError
+from tests import GOLDEN
 from tests.tiny_model import assert_gradients, jit
 
-GOLDEN = Path(__file__).parent / "golden"
 SOME_NATS = st.one_of(st.just(0.0), st.floats(2**-20, 6, width=32))
 REDUCTIONS, SHAPES = ("row_sum", "row_mean", "head_mean"), ("deadzone", "hinge")
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+from tests import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
 LOCAL, TPU_VM, GKE, SLURM = (LAUNCH / name for name in ("local.sh", "tpu_vm.sh", "gke_jobset.sh", "slurm.sbatch"))
 FLAGS = ["--config=configs/quickstart.py:EReg(SM(t)+ScFuFFN)", "--workdir=runs/it's here"]
 SLICE = ["--name=ereg", "--zone=us-west4-a"]
@@ -297,7 +299,7 @@ def test_tpu_vm_waits_for_a_queued_resource(tmp_path, environment, states, code)
 
 
 def test_gke_prints_a_job_set_that_reads_back_as_given(tmp_path, environment):
-    flags = [FLAGS[0], "--workdir=/runs/it's \"here\" & \\there: {x} #1", "--config.data.files=@NAME@"]
+    flags = [FLAGS[0], '--workdir=/runs/it\'s "here" & \\there: {x} #1', "--config.data.files=@NAME@"]
     options = ["--name=ereg", "--image=europe/me:1", "--claim=runs", "--topology=2x2x4", "--accelerator=tpu-v5p-slice"]
     printed = run(GKE, "--dry-run", *options, "--", *flags)
     assert printed.returncode == 0, printed.stderr
@@ -316,7 +318,7 @@ def test_gke_prints_a_job_set_that_reads_back_as_given(tmp_path, environment):
     assert container["args"] == ["jax-entropy", "train", "--distributed", *flags]
     assert container["resources"] == {"limits": {"google.com/tpu": 4}} and container["image"] == "europe/me:1"
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "runs"
-    executable(tmp_path / "bin/kubectl", "#!/usr/bin/env bash\necho \"$*\"\ncat\n")
+    executable(tmp_path / "bin/kubectl", '#!/usr/bin/env bash\necho "$*"\ncat\n')
     applied = run(GKE, *options, "--", *flags, env=environment)
     assert applied.stdout.splitlines() == ["apply -f -", *text]
 

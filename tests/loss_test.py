@@ -13,7 +13,7 @@ from jax_entropy import loss as loss_module
 from jax_entropy.config import default_config
 from jax_entropy.loss import cross_entropy, loss_fn, token_losses
 from jax_entropy.model import Transformer
-from jax_entropy.plan_hlo import Program
+from jax_entropy.plan.hlo import Program
 from jax_entropy.sharding import batch_sharding, make_mesh, path_name
 from jax_entropy.state import penalty_schedule
 from tests import reference_model as reference

@@ -1,14 +1,15 @@
 """The Colab notebook: paired with its script, and executed."""
 
 import re
-from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-COLAB = Path(__file__).parents[1] / "docs" / "colab"
+from tests import REPOSITORY
+
+COLAB = REPOSITORY / "docs" / "colab"
 
 
 def sources(notebook):

@@ -5,7 +5,6 @@ starts and so are not part of our `bias="qk"`; the files hold random ones, so th
 """
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ import pytest
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer
+from tests import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 ACTIVATIONS = {"gelu": "G", "relu": "R", "leaky_relu": "LR(0.03)", "learnable_lrelu": "LR(layer)"}
 UNTRAINED = ("attn.v_attn.bias", "attn.c_proj.bias", "mlp.c_fc.bias", "mlp.c_proj.bias")
 

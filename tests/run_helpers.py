@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 
-from tests.tiny_config import REPOSITORY
+from tests import REPOSITORY
 
 
 def command(workdir, corpus_directory, *overrides, architecture="EReg(SM(t)+ScFuFFN)"):
@@ -42,7 +42,7 @@ def lines(workdir, kind="train"):
 
 
 def parameters(workdir, notify=print):
-    from jax_entropy.workdir import load_run
+    from jax_entropy.runs.load import load_run
 
     return jax.tree.map(np.asarray, load_run(workdir, notify).variables)
 

@@ -129,8 +129,7 @@ def test_a_signal_during_a_pause_ends_it(tmp_path, supervised):
 def test_a_signal_is_passed_on_once(tmp_path):
     """A run obeys a second one at once, without saving."""
     script = (
-        "import signal, time; n = []; signal.signal(signal.SIGTERM, lambda *_: n.append(1)); "
-        "print('ready', flush=True)"
+        "import signal, time; n = []; signal.signal(signal.SIGTERM, lambda *_: n.append(1)); print('ready', flush=True)"
     )
     script += "; end = time.monotonic() + 1\nwhile time.monotonic() < end: time.sleep(0.05)\nprint(len(n))"
     process = subprocess.Popen([*SUPERVISE, "--", sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

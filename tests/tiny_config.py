@@ -5,8 +5,6 @@ from pathlib import Path
 
 from jax_entropy.config import default_config
 
-REPOSITORY = Path(__file__).parents[1]
-
 
 def get_config(architecture: str = "EReg(SM(t)+ScFuFFN)"):
     config = default_config(architecture)

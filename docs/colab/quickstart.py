@@ -47,7 +47,7 @@ import jax_entropy as je
 from jax_entropy import report
 from jax_entropy.config import default_config
 from jax_entropy.generate import generate
-from jax_entropy.train import train
+from jax_entropy.training.train import train
 
 RUNS = Path(tempfile.mkdtemp())
 print(jax.devices())

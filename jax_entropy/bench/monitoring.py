@@ -9,8 +9,8 @@ import jax
 from ml_collections import ConfigDict
 
 from jax_entropy.bench import started
-from jax_entropy.train import train
-from jax_entropy.workdir import Workdir
+from jax_entropy.runs.workdir import Workdir
+from jax_entropy.training.train import train
 
 _LINES = 5
 

@@ -8,7 +8,7 @@ from matplotlib.ticker import PercentFormatter
 
 from jax_entropy.errors import UserError
 from jax_entropy.report.drawing import named_lines, nats, paper_style, quarter_bars, step_axis, titled
-from jax_entropy.report.run import Run
+from jax_entropy.report.history import Run
 
 
 @paper_style

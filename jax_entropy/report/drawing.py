@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy.optimize import isotonic_regression
 
-from jax_entropy.report.run import Run
+from jax_entropy.report.history import Run
 
 # Dark is low and light is high in every one of them, so that nothing is lost in grey print.
 HEAT_MAP = matplotlib.colormaps["viridis"].with_extremes(bad="none")

@@ -30,7 +30,7 @@ from jax_entropy.report.drawing import (
     quarter_bars,
     step_axis,
 )
-from jax_entropy.report.run import Run
+from jax_entropy.report.history import Run
 
 
 @paper_style

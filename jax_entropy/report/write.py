@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from jax_entropy.errors import UserError
 from jax_entropy.report.comparison import comparison
 from jax_entropy.report.figures import FIGURES
-from jax_entropy.report.html import page
-from jax_entropy.report.run import load_run
+from jax_entropy.report.history import load_run
+from jax_entropy.report.page import page
 
 
 def write_report(workdir: str | Path, notify: Callable[[str], None] = print) -> list[Path]:

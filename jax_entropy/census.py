@@ -1,0 +1,88 @@
+"""Counts what a forward pass over T tokens computes: FLOPs of the linear layers and every nonlinear operation.
+
+Counted as in Tables 3, 4, 7 and 8 of the paper, and what these leave out (the final normalisation) in rows of its own.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.model import Transformer
+
+_NORMS = {"layer": "LayerNorm", "rms": "RMSNorm"}
+_ACTIVATIONS = {"gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "leaky_relu": "leaky ReLU"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """`count` times one nonlinear operation on a matrix of `rows` × `columns`; `str` is the paper's 144×R^{128×128}."""
+
+    name: str
+    count: int
+    rows: int
+    columns: int
+
+    @property
+    def elements(self) -> int:
+        """Numbers that go through it in one forward pass."""
+        return self.count * self.rows * self.columns
+
+    def __str__(self) -> str:
+        return f"{self.count}×R^{{{self.rows}×{self.columns}}}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """FLOPs, parameters and nonlinear operations of a model.
+
+    FLOPs are two a multiply-add, without embedding and vocabulary. Temperatures, α, β and reparametrisations are
+    constants at execution, and thresholds belong to training: none is an operation.
+    """
+
+    config: ModelConfig
+    ffn_flops: int
+    attention_flops: int
+    parameters: int
+    operations: tuple[Operation, ...]  # inside the blocks, as the paper counts
+    final_operations: tuple[Operation, ...]  # after the last block, which the paper does not count
+
+    @property
+    def blocks_flops(self) -> int:
+        """FLOPs of all blocks, as the paper counts."""
+        return self.ffn_flops + self.attention_flops
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of a forward pass: the blocks and the vocabulary."""
+        return self.blocks_flops + 2 * self.config.context_length * self.config.model_dim * self.config.vocab_size
+
+
+def census(config: ModelConfig) -> Census:
+    """Counts the operations of a forward pass over `config.context_length` tokens."""
+    T, D, F, L, N = config.context_length, config.model_dim, config.hidden_dim, config.num_layers, config.num_heads
+    with_ffn = L - config.ffn_free_layers
+    matrices = D * D if config.ffn == "fused" else 2 * D * F
+    operations = [Operation("softmax", L * N, T, T)]
+    if config.norm != "none":
+        operations.append(Operation(_NORMS[config.norm], L + with_ffn, T, D))
+    if config.activation != "identity" and with_ffn:
+        operations.append(Operation(_ACTIVATIONS[config.activation], with_ffn, T, F))
+    final = [] if config.final_norm == "none" else [Operation(_NORMS[config.final_norm], 1, T, D)]
+    return Census(
+        config=config,
+        ffn_flops=2 * T * matrices * with_ffn,
+        # The tables' 3: all pairs of tokens would be 4, those under the causal mask 2.
+        attention_flops=L * (8 * T * D**2 + 3 * T**2 * D),
+        parameters=_count_parameters(config),
+        operations=tuple(operations),
+        final_operations=tuple(final),
+    )
+
+
+def _count_parameters(config: ModelConfig) -> int:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,39 @@
+"""The accelerators that a run can be planned for, and their published rates.
+
+Rates: Google's pages on TPU v5e, v5p and v6e, NVIDIA's H100 SXM data sheet; of each chip, in one direction.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip can do at most: FLOP/s of bfloat16 products, bytes of memory, bytes/s of memory and of the network.
+
+    `link` is what one collective can use: on a TPU the two links of one axis of the torus.
+    """
+
+    name: str
+    flops: float
+    memory: int
+    bandwidth: float
+    link: float
+    kind: str  # as JAX names the device, or how that begins
+    platform: str = "tpu"
+
+
+# The memory of a TPU is what its compiler says is available; of a GPU, the 75 % that JAX takes unless told otherwise.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 197e12, int(15.75 * 2**30), 819e9, 100e9, "TPU v5 lite"),
+        Chip("v5p", 459e12, int(95.74 * 2**30), 2765e9, 200e9, "TPU v5"),
+        Chip("v6e", 918e12, int(31.25 * 2**30), 1638e9, 200e9, "TPU v6 lite"),
+        Chip("h100", 989e12, int(0.75 * 79.1 * 2**30), 3350e9, 450e9, "NVIDIA H100", "gpu"),
+    )
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of bfloat16 products of a device as JAX names it, None if it is not one of `CHIPS`."""
+    return next((chip.flops for chip in CHIPS.values() if device_kind.startswith(chip.kind)), None)

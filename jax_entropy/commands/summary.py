@@ -1,0 +1,54 @@
+"""What a person sees when training ends: held-out quality, entropies of every head, samples, and where things are."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from jax_entropy.entropy import max_entropy
+from jax_entropy.generate import generate
+from jax_entropy.report import print_head_entropy, write_report
+from jax_entropy.runs.workdir import Workdir
+from jax_entropy.training.train import Result
+
+_SAMPLES = 3
+_SAMPLE_TOKENS = 48
+
+
+def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
+    """Held-out perplexity and the entropies of every head, as `evaluate` returns them."""
+    console.print(
+        f"\nstep {evaluation['step']}, held out: perplexity {evaluation['validation_perplexity']:.3f}, "
+        f"{evaluation['bits_per_byte']:.4f} bits per byte, {evaluation['tokens']:,} tokens\n"
+    )
+    print_head_entropy(evaluation["head_entropy"], max_entropy(evaluation["context_length"], "causal"), console)
+
+
+def conclude(config: ConfigDict, path: str, result: Result, command: str, console: Console) -> None:
+    """Prints the end of a run and writes its report; `command` is what goes on with a stopped one."""
+    workdir = Workdir(path)
+    if result.step < config.train.num_steps:
+        console.print(f"stopped and saved at step {result.step} of {config.train.num_steps}; to go on:\n  {command}")
+        return
+    if result.start == result.step:
+        console.print(f"the run in {workdir.path} is complete ({result.step} steps); nothing to train")
+    if result.evaluation:
+        print_evaluation(result.evaluation, console)
+    prompt = "def" if config.data.source in ("stdlib", "codeparrot") else "The"
+    tokens = min(_SAMPLE_TOKENS, config.model.context_length // 2)
+    variables = jax.device_get(result.variables)
+    for seed in range(_SAMPLES):
+        text = generate(
+            result.model, variables, result.corpus.tokenizer, prompt, num_tokens=tokens, temperature=0.8, top_k=40,
+            seed=seed,
+        )  # fmt: skip
+        console.rule(f"sample {seed + 1}", style="dim")
+        console.print(prompt + text, markup=False, highlight=False)
+    console.rule(style="dim")
+    write_report(workdir.path, notify=lambda line: None)
+    console.print(
+        f"figures     {workdir.figures}\nreport      {workdir.path / 'report.html'}\nmetrics     {workdir.metrics}\n"
+        f"checkpoint  {workdir.checkpoints / str(result.step)}",
+        highlight=False,
+    )

@@ -1,0 +1,252 @@
+"""What a run will need on a pod, before one is rented: the real training step, compiled without the hardware.
+
+Memory is the compiler's; network and memory traffic are read off the compiled program; FLOPs are counted by `census`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from jax_entropy.census import census
+from jax_entropy.chips import Chip
+from jax_entropy.config import check, model_config
+from jax_entropy.data.tokenizer import load_tokenizer
+from jax_entropy.errors import UserError
+from jax_entropy.model import Transformer
+from jax_entropy.plan.hlo import Collective, Program
+from jax_entropy.plan.topology import devices_of, kept_stderr
+from jax_entropy.sharding import AXES, batch_sharding, config_mesh, tree_sharding
+from jax_entropy.state import init_state, jit_train_step
+
+_REMATERIALIZED = "nvoluntary full rematerialization"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One mesh on one topology; bytes, FLOPs and seconds are of one device and one step."""
+
+    topology: str
+    chip: Chip
+    mesh: tuple[int, ...]  # data, fsdp, tensor
+    remat: bool
+    tokens: int  # in a step, over all devices
+    num_steps: int
+    flops: float  # of the model: forward once, backward twice
+    executed_flops: float  # with what remat computes again
+    arguments: int  # parameters, optimiser state and the batch
+    temporaries: int | None  # None: the compiler stopped before it knew
+    peak: float  # what the compiler needs
+    collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+    traffic: float = 0.0
+    compile_seconds: float = 0.0
+    warnings: int = 0  # arrays that XLA says it gathers whole to lay them out anew
+    program: Program | None = None
+
+    @property
+    def num_devices(self) -> int:
+        """Chips in the topology."""
+        return math.prod(self.mesh)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the chip's memory."""
+        return self.peak <= self.chip.memory
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Seconds a step by what takes them, at published rates."""
+        sent = sum(collective.sent for collective in self.collectives.values())
+        return dict(
+            compute=self.executed_flops / self.chip.flops,
+            memory=self.traffic / self.chip.bandwidth,
+            network=sent / self.chip.link,
+        )
+
+    def seconds(self, efficiency: float) -> float:
+        """Time of a step: the largest term at a share of the published rates; the others are taken to overlap."""
+        return max(self.terms.values()) / efficiency
+
+
+def plan(config: ConfigDict, topology: str) -> Plan:
+    """Compiles a config's training step for a topology ("v5e:16x16", "h100:8") and says what it takes.
+
+    Raises UserError for a topology, mesh, batch or parameter that cannot work, before anything is compiled.
+    """
+    check(config)
+    chip, devices = devices_of(topology)
+    mesh = config_mesh(config, devices)
+    model = Transformer(model_config(config, _vocab_size(config)))
+    state = jax.eval_shape(functools.partial(init_state, config, model))
+    state_sharding, tokens_sharding = tree_sharding(state, mesh, config.mesh.rules), batch_sharding(mesh)
+    sequences = config.train.batch_size * config.optimizer.accumulate
+    tokens = jax.ShapeDtypeStruct((sequences, config.model.context_length + 1), jnp.int32)
+    placed = jax.tree.leaves(((state, tokens), (state_sharding, tokens_sharding)))
+    half = len(placed) // 2
+    arguments = sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(placed[:half], placed[half:], strict=True)
+    )
+    counted = census(model.config)
+    again = counted.blocks_flops if config.model.remat else 0
+    common = dict(
+        topology=topology, chip=chip, mesh=tuple(mesh.shape.values()), remat=config.model.remat,
+        tokens=sequences * config.model.context_length, num_steps=config.train.num_steps,
+        flops=3 * counted.forward_flops * sequences / len(devices), arguments=arguments,
+        executed_flops=(3 * counted.forward_flops + again) * sequences / len(devices),
+    )  # fmt: skip
+    train_step = jit_train_step(config, model, mesh, state_sharding)
+    begin = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = train_step.lower(state, tokens, True)  # a step that logs: the larger of the two
+    try:
+        with kept_stderr() as said:
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)([KMG])\) exceeds available", str(error), re.S)
+        if not needed:
+            raise
+        peak = float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]]
+        return Plan(**common, temporaries=None, peak=peak, compile_seconds=time.perf_counter() - begin)
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Plan(
+        **common | dict(arguments=memory.argument_size_in_bytes),
+        temporaries=memory.temp_size_in_bytes,
+        peak=kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        collectives=program.collectives(),
+        traffic=program.traffic(),
+        compile_seconds=time.perf_counter() - begin,
+        warnings=said().count(_REMATERIALIZED),
+        program=program,
+    )
+
+
+def set_mesh(config: ConfigDict, sizes: str) -> None:
+    """Sets config.mesh from "DATA,FSDP,TENSOR". Raises UserError if that is not three whole numbers."""
+    if not re.fullmatch(r"-?\d{1,6},-?\d{1,6},-?\d{1,6}", sizes):
+        raise UserError(f"--mesh={sizes!r} must be three whole numbers, DATA,FSDP,TENSOR")
+    config.mesh.update(dict(zip(AXES, map(int, sizes.split(",")))))
+
+
+def search(config: ConfigDict, topology: str, notify: Callable[[str], None]) -> list[Plan]:
+    """Plans of all meshes that batch and heads allow, the fastest first; those that do not fit are left out.
+
+    Remat is tried where a mesh does not fit without: it only computes more.
+    """
+    check(config)
+    _, devices = devices_of(topology)
+    plans = []
+    for mesh in _meshes(config, devices):
+        for remat in (False, True):
+            trial = config.copy_and_resolve_references()
+            trial.model.remat = remat
+            trial.mesh.update(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])
+            tried = plan(trial, topology)
+            verdict = f"{max(tried.terms.values()) * 1e3:.1f} ms at published rates" if tried.fits else "does not fit"
+            notify(f"{'×'.join(map(str, mesh))}{', remat' if remat else ''}: {_gib(tried.peak)}, {verdict}")
+            if tried.fits:
+                plans.append(dataclasses.replace(tried, program=None))  # it is large
+                break
+    if not plans:
+        raise UserError(f"nothing fits on {topology}; lower config.train.batch_size or take more chips")
+    return sorted(plans, key=lambda plan: max(plan.terms.values()))
+
+
+def _meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[tuple[int, int, int]]:
+    """Meshes that can work, without a compile: `tensor` up to 8, `fsdp` none, a quarter or all of the rest."""
+    found, refused = [], None
+    for tensor in (t for t in (1, 2, 4, 8) if len(devices) % t == 0):
+        rest = len(devices) // tensor
+        for fsdp in sorted({1, rest // 4, rest} - {0}):
+            trial = config.copy_and_resolve_references()
+            trial.mesh.update(data=-1, fsdp=fsdp, tensor=tensor)
+            try:
+                mesh = config_mesh(trial, devices)
+                model = Transformer(model_config(trial, _vocab_size(trial)))
+                state = jax.eval_shape(functools.partial(init_state, trial, model))
+                tree_sharding(state, mesh, trial.mesh.rules)
+                found.append(tuple(mesh.shape.values()))
+            except UserError as error:
+                refused = refused or error
+    if not found:
+        raise refused
+    yield from found
+
+
+def _vocab_size(config: ConfigDict) -> int:
+    """The config's vocabulary, or its tokenizer's, or that of the one that would be trained."""
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    return load_tokenizer(config.data.tokenizer).vocab_size if config.data.tokenizer else config.data.vocab_size
+
+
+def print_plan(plan: Plan, efficiency: float, console: Console) -> None:
+    """Prints whether a plan fits, where its time goes, and what the run costs in hours."""
+    chip, mesh = plan.chip, "×".join(map(str, plan.mesh))
+    say = functools.partial(console.print, markup=False)
+    say(f"{plan.topology}: {plan.num_devices} chips, mesh {mesh} (data×fsdp×tensor){', remat' if plan.remat else ''}")
+    left = chip.memory - plan.peak
+    parts = f"arguments {_gib(plan.arguments)}"
+    if plan.temporaries is not None:
+        parts += f", temporaries {_gib(plan.temporaries)}"
+    verdict = f"fits, {_gib(left)} are left" if plan.fits else f"does not fit, {_gib(-left)} too much"
+    say(f"memory of a chip: {verdict}: peak {_gib(plan.peak)} of {_gib(chip.memory)} ({parts})")
+    if plan.temporaries is None:
+        return
+    say(
+        f"a step: {plan.tokens:,} tokens, {plan.flops * plan.num_devices / 1e12:.1f} TFLOPs (forward and backward), "
+        f"{plan.executed_flops / 1e12:.2f} TFLOPs on each chip; compiled in {plan.compile_seconds:.0f} s"
+    )
+    if plan.warnings:
+        say(f"XLA gathers {plan.warnings} arrays whole to lay them out anew; see config.mesh.rules")
+    table = Table("collective", "calls a step", "sent by a chip", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, collective in sorted(plan.collectives.items()):
+        table.add_row(kind, f"{collective.calls:,.0f}", f"{collective.sent / 2**20:,.1f} MiB")
+    if plan.collectives:
+        console.print(table)
+    rates = dict(
+        compute=f"{chip.flops / 1e12:.0f} TFLOP/s of bfloat16",
+        memory=f"{plan.traffic / 2**30:,.1f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s",
+        network=f"{chip.link / 1e9:.0f} GB/s each way",
+    )
+    for name, seconds in plan.terms.items():
+        say(f"  {name:8}{seconds / efficiency * 1e3:9.1f} ms  at {efficiency:.0%} of the published {rates[name]}")
+    seconds = plan.seconds(efficiency)
+    hours = seconds * plan.num_steps / 3600
+    say(
+        f"a step takes the largest, {seconds * 1e3:.1f} ms: {plan.tokens / seconds:,.0f} tokens/s, "
+        f"{plan.flops / seconds / chip.flops:.0%} MFU; {plan.tokens * plan.num_steps / 1e9:.2f} B tokens in "
+        f"{plan.num_steps:,} steps: {hours:.3g} hours, {hours * plan.num_devices:,.1f} chip-hours"
+    )
+
+
+def print_search(plans: Sequence[Plan], efficiency: float, console: Console) -> None:
+    """Prints the plans of a search, the fastest first; terms and step in milliseconds."""
+    columns = ("mesh", "remat", "peak", "compute", "memory", "network", "step", "tokens/s", "chip-hours")
+    table = Table(box=None, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i > 1 else "left", no_wrap=True)
+    for plan in plans:
+        seconds = plan.seconds(efficiency)
+        terms = (f"{term / efficiency * 1e3:.1f}" for term in (*plan.terms.values(), max(plan.terms.values())))
+        table.add_row(
+            "×".join(map(str, plan.mesh)), "yes" if plan.remat else "no", _gib(plan.peak), *terms,
+            f"{plan.tokens / seconds:,.0f}", f"{seconds * plan.num_steps / 3600 * plan.num_devices:,.1f}",
+        )  # fmt: skip
+    console.print(table, crop=False)
+    console.print(f"times in ms, at {efficiency:.0%} of the published rates", markup=False)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

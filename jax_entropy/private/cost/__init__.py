@@ -1,0 +1,1 @@
+"""Bytes, rounds and seconds of private execution: measured, predicted, and the paper's."""

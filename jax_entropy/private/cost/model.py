@@ -1,0 +1,159 @@
+"""Bytes and rounds of a forward pass predicted from its shape, by coefficients fitted to measured small ones.
+
+Each kind of operation has a few counts that its cost is proportional to; coefficients are data, in costs.json.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.errors import UserError
+from jax_entropy.private.cost.profile import Profile, add
+from jax_entropy.private.cost.work import Work, ciphertexts, linear, work
+from jax_entropy.private.engine.engine import Account, Setting
+
+_FILE = Path(__file__).with_name("costs.json")
+# What is measured for the coefficients, every architecture on every shape, plain and optimised.
+ARCHITECTURES = (
+    ("SM+LN+G", {}), ("SM+LN+G", dict(activation="gelu_tanh")), ("SM+R", {}), ("EReg(SM(t)+ScFuFFN)", {}),
+    ("SM+RN+LR(0.01)", dict(final_norm="rms")),
+)  # fmt: skip
+SHAPES = tuple(
+    dict(num_layers=L, num_heads=N, model_dim=D, context_length=T, vocab_size=V)
+    for L, N, D, T, V in (
+        (1, 2, 32, 16, 64),
+        (1, 4, 32, 32, 96),
+        (2, 2, 64, 32, 64),
+        (1, 3, 48, 64, 128),
+        (1, 4, 128, 64, 160),
+        (1, 6, 96, 96, 300),
+        (1, 4, 256, 96, 128),
+        (1, 1, 32, 16, 64),
+        (1, 1, 48, 32, 96),
+        (2, 1, 64, 64, 80),
+        (1, 1, 256, 96, 64),
+    )  # fmt: skip
+)
+
+
+def _key(kind: str, config: ModelConfig, plain: bool) -> str:
+    """Costs that differ in more than counts: what a kind does depends on the architecture."""
+    variant = ""
+    if kind == "residual":
+        variant = f" {config.ffn != 'full'}"
+    if kind == "scores" and plain:
+        variant = f" {config.learnable_temperature}"
+    differs = ("temperature", "scores", "mix", *(["softmax"] if plain else []))
+    if kind in differs and config.num_heads == 1:  # the engine's compiler drops the axis
+        variant += " one head"
+    return f"{kind}{variant} {'plain' if plain else 'optimised'}"
+
+
+def _byte_counts(of: Work, protocol: str, plain: bool) -> list[tuple[list[float], list[float]]]:
+    """What each party's bytes are proportional to: with coefficients of its own, and with those that both have.
+
+    A single pair where the parties do the same or take turns.
+    """
+    return [ciphertexts(of, party) for party in (0, 1)] if protocol == "cheetah" else [(linear(of, plain), [])]
+
+
+def _round_counts(of: Work) -> list[float]:
+    return [of.parts * waits for waits in of.waits]
+
+
+def fit(measured: Iterable[tuple[ModelConfig, Profile]]) -> dict[str, Any]:
+    """Coefficients by kind from warm profiles of one setting, by least squares without negative ones."""
+    rows: dict[str, list[tuple[Work, Profile, Account]]] = {}
+    for config, profile in measured:
+        consists = work(config, profile.num_tokens, profile.plain)
+        for kind, account in profile.by_kind().items():
+            rows.setdefault(_key(kind, config, profile.plain), []).append((consists[kind], profile, account))
+    coefficients = {}
+    for key, found in rows.items():
+        counts, costs = [], []
+        for of, profile, account in found:
+            parties = _byte_counts(of, profile.setting.protocol, profile.plain)
+            costs += account.bytes if len(parties) > 1 else [np.mean(account.bytes)]
+            for party, (own, both) in enumerate(parties):
+                before, after = ([0] * len(own) * count for count in (party, len(parties) - party - 1))
+                counts.append([*before, *own, *after, *both])
+        solved, width = _solve(counts, costs), len(own)
+        coefficients[key] = dict(
+            bytes=[solved[i * width : (i + 1) * width] + solved[len(parties) * width :] for i in range(len(parties))],
+            rounds=_solve([_round_counts(of) for of, *_ in found], [account.rounds for *_, account in found]),
+        )
+    return coefficients
+
+
+def _solve(counts: list[list[float]], costs: Any) -> list[float]:
+    """Coefficients of the least squares; what CHEETAH's stores add or save does not grow with the sizes."""
+    counts = np.asarray(counts, np.float64)
+    unit = np.maximum(counts.max(0), 1)
+    solution, _ = scipy.optimize.nnls(counts / unit, np.asarray(costs, np.float64))
+    return (solution / unit).tolist()
+
+
+def is_known(setting: Setting) -> bool:
+    """Whether coefficients of a setting came with the package."""
+    return _name(setting) in json.loads(_FILE.read_text())
+
+
+def read_costs(setting: Setting) -> dict[str, Any]:
+    """The coefficients that came with the package. Raises UserError for a setting that was not measured."""
+    all_costs = json.loads(_FILE.read_text())
+    if (name := _name(setting)) not in all_costs:
+        raise UserError(
+            f"no coefficients for {name}; measured were {', '.join(all_costs)}, and `jax-entropy private profile` "
+            "measures any model"
+        )
+    return all_costs[name]
+
+
+def check_writable() -> None:
+    """Raises UserError if coefficients cannot be written into the package."""
+    if not os.access(_FILE, os.W_OK):
+        raise UserError(f"the coefficients in {_FILE} cannot be written; calibrate from a checkout of the source")
+
+
+def write_costs(setting: Setting, coefficients: dict[str, Any]) -> None:
+    """Puts a setting's coefficients beside those of others."""
+    all_costs = json.loads(_FILE.read_text())
+    _FILE.write_text(json.dumps(all_costs | {_name(setting): coefficients}, indent=1, sort_keys=True) + "\n")
+
+
+def _name(setting: Setting) -> str:
+    weights = " shared weights" if setting.protocol == "cheetah" and not setting.colocated else ""
+    return f"{setting.protocol} {setting.fraction_bits} bits {setting.exponent} {setting.exponent_iterations}{weights}"
+
+
+def predict(
+    config: ModelConfig, num_tokens: int, setting: Setting, plain: bool = False, costs: dict[str, Any] | None = None
+) -> dict[str, Account]:
+    """Bytes of each party (the mean of ABY3's, which take turns) and rounds of a warm forward pass, by kind.
+
+    Seconds are not predicted (0). Raises UserError for a kind of operation, or a setting, that was not measured.
+    """
+    costs, predicted = read_costs(setting) if costs is None else costs, {}
+    for kind, of in work(config, num_tokens, plain).items():
+        if (key := _key(kind, config, plain)) not in costs:
+            raise UserError(f"{kind} of {config} was not measured for the cost model under {setting.protocol}")
+        counts = _byte_counts(of, setting.protocol, plain)
+        sent = [
+            round(float(np.dot(solved, own + both)))
+            for solved, (own, both) in zip(costs[key]["bytes"], counts, strict=True)
+        ]
+        rounds = round(float(np.dot(costs[key]["rounds"], _round_counts(of))))
+        each = tuple(sent if len(sent) > 1 else sent * setting.num_parties)
+        predicted[kind] = Account(0.0, each, (0,) * setting.num_parties, rounds)
+    return predicted
+
+
+def predict_total(config: ModelConfig, num_tokens: int, setting: Setting, plain: bool = False) -> Account:
+    """The sum over kinds."""
+    return add(predict(config, num_tokens, setting, plain).values())

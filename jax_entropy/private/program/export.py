@@ -1,0 +1,240 @@
+"""From a trained model to what is executed privately: flat numpy weights with everything folded that is free, and HLO.
+
+The exported program equals the model in float32 arithmetic for every architecture and every set of steps.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.layers import temperature
+from jax_entropy.private.program.stage import LAST, POSITION, TOKENS, Shape, Steps
+
+_FOLDABLE = 16.0  # products of β beyond this, or below its inverse, would cost precision in fixed point
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A model as it is executed: its shape, which both parties know, and its weights by name, float32."""
+
+    shape: Shape
+    weights: dict[str, np.ndarray]
+
+
+def export(config: ModelConfig, variables: Any, steps: Steps = Steps()) -> Export:
+    """The exported form of a model.
+
+    Args:
+      config: of the model; its dtype and its attention implementation do not matter here.
+      variables: of `Transformer(config)`.
+      steps: what makes it cheaper at equal function.
+    """
+    layers = [_layer(config, variables, layer) for layer in range(config.num_layers)]
+    params = variables["params"]
+    model = {name: np.asarray(params[name], np.float64) for name in ("token_embedding", "position_embedding")}
+    head = model["token_embedding"] if config.tied_head else np.asarray(params["head"], np.float64)
+    weights = {"embedding": model["token_embedding"] * config.embedding_scale, "positions": model["position_embedding"]}
+    weights["head.kernel"] = head.T
+    if config.final_norm != "none":
+        weights |= {f"final_norm.{k}": np.asarray(v, np.float64) for k, v in params["final_norm"].items()}
+    for layer in layers:
+        _heads(layer, config, steps)
+        if steps.merged and config.activation == "identity" and "up.kernel" in layer:
+            _merge(layer)
+    if steps.folded:
+        _fold(config, layers, weights)
+    for number, layer in enumerate(layers):
+        if steps.qkv:
+            _join(layer)
+        weights |= {f"{number}.{name}": value for name, value in layer.items()}
+    weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
+    shape = Shape(
+        architecture=str(config),
+        steps=steps,
+        **{name: getattr(config, name) for name in ("num_layers", "num_heads", "model_dim", "context_length")},
+        vocab_size=config.vocab_size,
+        norm=config.norm,
+        final_norm=config.final_norm,
+        epsilon=None if any(name.endswith(".epsilon") for name in weights) else config.norm_epsilon,
+        activation=config.activation,
+        negative_slope=None if any(name.endswith(".slope") for name in weights) else config.negative_slope,
+        ffn_layers=config.num_layers - config.ffn_free_layers,
+        one_matrix=any(name.endswith(".fused.kernel") for name in weights),
+        weights=tuple(weights),
+    )
+    return Export(shape, weights)
+
+
+def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndarray]:
+    """One block's parameters by short names, kernels as effective matrices [in, out], float64."""
+    shallow = config.num_layers - config.ffn_free_layers
+    stack, index = ("blocks", layer) if layer < shallow else ("blocks_without_ffn", layer - shallow)
+    read = lambda tree: {  # noqa: E731
+        "/".join(path): np.asarray(leaf[index], np.float64) for path, leaf in flatten_dict(dict(tree)).items()
+    }
+    params = read(variables["params"][stack])
+    vectors = {
+        "/".join(path[:-1]): tuple(np.asarray(vector[index], np.float64) for vector in pair)
+        for path, pair in flatten_dict(dict(variables.get("spectral", {}).get(stack, {}))).items()
+    }
+    names = {"attention/query": "q", "attention/key": "k", "attention/value": "v", "attention/out": "out"}
+    names |= {f"ffn/{name}": name for name in ("up", "down", "fused")}
+    block = {}
+    for path, name in names.items():
+        if f"{path}/kernel" in params:
+            kernel = params[f"{path}/kernel"]
+            inputs = config.model_dim if name != "down" else config.hidden_dim
+            block[f"{name}.kernel"] = _effective(
+                kernel.reshape(inputs, -1), params.get(f"{path}/gain"), vectors.get(path)
+            )
+        if f"{path}/bias" in params:
+            block[f"{name}.bias"] = params[f"{path}/bias"].reshape(-1)
+    for name in ("norm1", "norm2"):
+        block |= {
+            f"{name}.{part}": params[f"{name}/{part}"] for part in ("scale", "bias") if f"{name}/{part}" in params
+        }
+    block |= {name: params[name].reshape(1) for name in ("alpha", "beta") if name in params}
+    if config.activation == "leaky_relu" and layer < shallow and config.slope != "fixed":
+        slope = params["ffn/negative_slope"] if config.slope == "layer" else variables["params"]["negative_slope"]
+        block["slope"] = np.asarray(slope, np.float64).reshape(1)
+    if config.learnable_temperature:
+        block["temperature"] = np.asarray(
+            temperature(jnp.asarray(params["attention/temperature"], jnp.float32), config), np.float64
+        )
+    return block
+
+
+def _effective(matrix: np.ndarray, gain: np.ndarray | None, vectors: tuple | None) -> np.ndarray:
+    """The matrix that a reparametrised layer multiplies with."""
+    if gain is not None:
+        return matrix * (gain.reshape(-1) / np.linalg.norm(matrix, axis=0))[None]
+    return matrix / (vectors[0] @ matrix @ vectors[1]) if vectors else matrix
+
+
+def _heads(layer: dict[str, np.ndarray], config: ModelConfig, steps: Steps) -> None:
+    """1/(t·√H) into the queries: into their kernel what is the same for all positions, beside it what is not."""
+    if not steps.temperature:
+        return
+    root = np.sqrt(config.head_dim)
+    if "temperature" in layer:
+        layer["inverse_temperature"] = 1 / (layer.pop("temperature") * root)
+        return
+    layer["q.kernel"] = layer["q.kernel"] / root
+    if "q.bias" in layer:
+        layer["q.bias"] = layer["q.bias"] / root
+
+
+def _merge(layer: dict[str, np.ndarray]) -> None:
+    """Two matrices with nothing between them as one."""
+    up, down = layer.pop("up.kernel"), layer.pop("down.kernel")
+    layer["fused.kernel"] = up @ down
+    bias = (
+        layer.pop("up.bias", 0) @ down + layer.pop("down.bias", 0)
+        if "up.bias" in layer
+        else layer.pop("down.bias", None)
+    )
+    if bias is not None:
+        layer["fused.bias"] = bias
+
+
+def _fold(config: ModelConfig, layers: list[dict[str, np.ndarray]], model: dict[str, np.ndarray]) -> None:
+    """Scales and biases of norms, α, β and biases into the matrices beside them.
+
+    The residual stream is kept divided by the product of the β before it, so that no β is multiplied at run time;
+    behind a norm only its epsilon notices. With norms, the stream is also brought to the size of 1, which fixed point
+    represents best.
+    """
+    products = np.cumprod([1.0, *(float(layer["beta"][0]) for layer in layers if "beta" in layer)])
+    foldable = bool(np.all((np.abs(products) <= _FOLDABLE) & (np.abs(products) >= 1 / _FOLDABLE)))
+    size = float(np.sqrt(np.mean(model["embedding"] ** 2 + np.mean(model["positions"] ** 2)))) or 1.0
+    scale = start = size if config.norm != "none" else 1.0
+    for name in ("embedding", "positions"):
+        model[name] = model[name] / start
+    secret_epsilon = foldable and any("beta" in layer for layer in layers)
+    for layer in layers:
+        _fold_reading(layer, config, "norm1", ("q", "k", "v"), scale, secret_epsilon)
+        if "k.bias" in layer:  # the same for all keys: the softmax does not notice
+            del layer["k.bias"]
+        if (bias := layer.pop("v.bias", None)) is not None:  # weights of attention sum to 1
+            layer["out.bias"] = layer.get("out.bias", 0) + bias @ layer["out.kernel"]
+        _scale(layer, "out", 1 / scale)
+        readers = [name for name in ("up", "fused") if f"{name}.kernel" in layer]
+        if not readers:
+            continue
+        _fold_reading(layer, config, "norm2", readers, scale, secret_epsilon)
+        writer = "down" if "down.kernel" in layer else "fused"
+        if "alpha" in layer:
+            _scale(layer, writer, 1 / float(layer.pop("alpha")[0]))
+        if "beta" in layer and foldable:
+            scale *= float(layer.pop("beta")[0])
+        _scale(layer, writer, 1 / scale)
+    _fold_reading(model, config, "final_norm", ("head",), scale, secret_epsilon)
+
+
+def _scale(weights: dict[str, np.ndarray], name: str, factor: float) -> None:
+    for part in ("kernel", "bias"):
+        if f"{name}.{part}" in weights:
+            weights[f"{name}.{part}"] = weights[f"{name}.{part}"] * factor
+
+
+def _fold_reading(
+    weights: dict[str, np.ndarray], config: ModelConfig, norm: str, readers, scale: float, secret_epsilon: bool
+) -> None:
+    """Lets matrices that read the stream through a norm, or directly, do what the norm's scale and bias did."""
+    kind = config.final_norm if norm == "final_norm" else config.norm
+    if kind == "none":
+        for reader in readers:
+            weights[f"{reader}.kernel"] = weights[f"{reader}.kernel"] * scale
+        return
+    gain, bias = weights.pop(f"{norm}.scale") * np.sign(scale), weights.pop(f"{norm}.bias", None)
+    for reader in readers:
+        kernel = weights[f"{reader}.kernel"]
+        if bias is not None:
+            weights[f"{reader}.bias"] = weights.get(f"{reader}.bias", 0) + bias @ kernel
+        weights[f"{reader}.kernel"] = gain[:, None] * kernel
+    # the norm of a smaller stream has a larger epsilon
+    if scale != 1:
+        weights[f"{norm}.epsilon"] = np.array([config.norm_epsilon / scale**2])
+
+
+def _join(layer: dict[str, np.ndarray]) -> None:
+    """Queries, keys and values as one matrix."""
+    width = layer["q.kernel"].shape[1]
+    biases = [layer.pop(f"{name}.bias", None) for name in "qkv"]
+    layer["qkv.kernel"] = np.concatenate([layer.pop(f"{name}.kernel") for name in "qkv"], axis=1)
+    if any(bias is not None for bias in biases):
+        layer["qkv.bias"] = np.concatenate([np.zeros(width) if bias is None else bias for bias in biases])
+
+
+def one_hot(tokens_T, vocab_size: int) -> np.ndarray:
+    """Rows [T, V] that are 1 at their token."""
+    return np.eye(vocab_size, dtype=np.float32)[np.asarray(tokens_T)]
+
+
+def abstract_inputs(
+    exported: Shape, names, num_tokens: int, known: dict[str, jax.ShapeDtypeStruct]
+) -> list[jax.ShapeDtypeStruct]:
+    """Types of a program's inputs: weights and stage outputs from `known`, the rest from their names."""
+    S, N, H = exported.context_length, exported.num_heads, exported.head_dim
+    f32, i32 = jnp.float32, jnp.int32
+    tokens = ((num_tokens, exported.vocab_size), f32) if exported.steps.one_hot else ((num_tokens,), i32)
+    special = {TOKENS: tokens, LAST: ((), i32), POSITION: ((), i32)}
+
+    def one(name):
+        if name in known:
+            return known[name]
+        shape, dtype = special.get(name, ((S, N, H), f32))
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return [one(name) for name in names]
+
+
+def lower(function, inputs: list[jax.ShapeDtypeStruct]) -> bytes:
+    """A serialized HLO module that the engine compiles."""
+    lowered = jax.jit(function, keep_unused=True).trace(*inputs).lower(lowering_platforms=("cpu",))
+    return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()

@@ -1,0 +1,1 @@
+"""Text under secure computation, in one process or between parties."""

@@ -1,0 +1,198 @@
+"""Text under secure computation: weights shared once, a prompt read at once, then token after token.
+
+The same code runs all parties in one process, or one of a link: party 0 has the prompt, party 1 the model.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_entropy.errors import UserError, nearest
+from jax_entropy.generate import check_sampling
+from jax_entropy.generate import choose as choose_token
+from jax_entropy.private.engine.engine import Account, Engine
+from jax_entropy.private.program.export import abstract_inputs, lower, one_hot
+from jax_entropy.private.program.forward import last_logits, prefill, step
+from jax_entropy.private.program.stage import LAST, POSITION, PUBLIC, TOKENS, Shape, Stage, compose, external_inputs
+
+CLIENT, SERVER = 0, 1
+REVEALED = ("logits", "token")
+# An option of the engine's compiler that divides before it broadcasts; part of the step `denominator`.
+COMPILER = "enable_optimize_denominator_with_broadcast"
+
+
+def compiler_options(shape: Shape) -> dict[str, bool]:
+    return {COMPILER: shape.steps.denominator}
+
+
+class PrivateModel:
+    """A model inside an engine: its weights as shares, its programs compiled when they are first needed."""
+
+    def __init__(self, engine: Engine, shape: Shape, types: dict[str, tuple[int, ...]]):
+        """types: the shape of every weight, which both parties know."""
+        self.engine, self.shape = engine, shape
+        self.types = {name: jax.ShapeDtypeStruct(dims, jnp.float32) for name, dims in types.items()}
+        self.programs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        self.accounts: list[tuple[str, Account]] = []
+
+    @property
+    def role(self) -> int | None:
+        return None if self.engine.link is None else self.engine.link.rank
+
+    def share_weights(self, weights: dict[str, np.ndarray] | None) -> None:
+        """Shares the server's weights with all parties, and opens them once, masked, where that saves traffic."""
+        names, setting = list(self.shape.weights), self.engine.setting
+        colocated = setting.protocol == "cheetah" and setting.colocated
+        self.engine.put(names, SERVER, weights, colocated=colocated)
+        if self.shape.steps.cached and setting.protocol == "semi2k":
+            # the engine knows opened arrays by their addresses, which those of another model might be given again
+            if self.engine.has_opened:
+                raise RuntimeError("an engine with opened weights holds one model")
+            self.engine.has_opened = True
+            multiplied = tuple(name for name in names if not name.endswith((".bias", ".epsilon", "positions")))
+            cached = Stage("weights, once", None, lambda *arrays: tuple(map(_cached, arrays)), multiplied, multiplied)
+            self.run("open weights", [cached], multiplied)
+
+    def prefill(self, num_tokens: int) -> None:
+        """Reads `tokens` [num_tokens] → `logits` [1, V] after row `last`, and the caches."""
+        self.run(f"prefill {num_tokens}", prefill(self.shape, num_tokens), ("logits", *self._caches()), num_tokens)
+
+    def step(self) -> None:
+        """Reads one of `tokens` at `position` → `logits`, and the caches with it."""
+        self.run("step", step(self.shape), ("logits", *self._caches()))
+
+    def choose(self) -> None:
+        """`logits` → `tokens`, the one-hot row of the largest, which stays inside."""
+        stage = Stage("next token", None, last_logits, ("logits",), (TOKENS,))
+        self.types["logits"] = jax.ShapeDtypeStruct((1, self.shape.vocab_size), jnp.float32)
+        self.run("choose", [stage], (TOKENS,))
+
+    def _caches(self) -> tuple[str, ...]:
+        return tuple(f"{layer}.{name}" for layer in range(self.shape.num_layers) for name in "kv")
+
+    def run(self, name: str, stages: list[Stage], outputs: Sequence[str], num_tokens: int = 1) -> None:
+        """Runs stages as one program, compiled when its name is new; what they write stays inside, as shares."""
+        if name not in self.programs:
+            inputs = external_inputs(stages)
+            hlo = lower(compose(stages, inputs, outputs), abstract_inputs(self.shape, inputs, num_tokens, self.types))
+            visibility = ["public" if value in PUBLIC else "secret" for value in inputs]
+            self.engine.load(name, hlo, visibility, compiler_options(self.shape))
+            self.programs[name] = tuple(value.removesuffix(".past") for value in inputs), tuple(outputs)
+        self.accounts.append((name, self.engine.run(name, *self.programs[name])))
+
+    def put_public(self, name: str, value: int | None) -> None:
+        self.engine.put([name], CLIENT, None if value is None else {name: np.int32(value)}, public=True)
+
+    def put_tokens(self, tokens: Sequence[int] | None) -> None:
+        """Shares the client's tokens."""
+        if tokens is not None:
+            tokens = (
+                one_hot(tokens, self.shape.vocab_size) if self.shape.steps.one_hot else np.asarray(tokens, np.int32)
+            )
+        self.engine.put([TOKENS], CLIENT, None if tokens is None else {TOKENS: tokens})
+
+    def tell(self, message: dict | None) -> dict:
+        """A message from the client to the server; each gets it back."""
+        if self.role == CLIENT:
+            self.engine.peer.send(message)
+        return self.engine.peer.receive() if self.role == SERVER else message
+
+
+def _cached(array: jax.Array) -> jax.Array:
+    return jax.ffi.ffi_call(
+        "spu.make_cached_var", jax.ShapeDtypeStruct(array.shape, array.dtype), has_side_effect=True
+    )(array)
+
+
+def padded_length(num_tokens: int, context_length: int) -> int:
+    """The length of the program that reads a prompt: powers of two from 8, so that few programs serve all prompts."""
+    return min(max(8, 1 << (num_tokens - 1).bit_length()), context_length)
+
+
+def generate(
+    model: PrivateModel,
+    prompt: Sequence[int] | None,
+    num_tokens: int = 0,
+    *,
+    choose: Callable[[np.ndarray], int] = np.argmax,
+    end_of_text: int | None = None,
+    reveal: str = "logits",
+    notify: Callable[[int], None] = lambda token: None,
+) -> list[int]:
+    """The tokens after a prompt; the server of a link calls it without one and gets none.
+
+    Args:
+      choose: logits [V] → token; the client's, greedy by default.
+      reveal: what the client learns: "logits" of every new token, among which it chooses, or only the "token", the
+        largest logit's.
+      notify: called with each token as it comes.
+    Raises:
+      UserError: a prompt that is empty or does not fit, or a `reveal` that is not known.
+    """
+    if model.role != SERVER:
+        check_request(model.shape, prompt, num_tokens, reveal)
+    message = None if prompt is None else dict(length=len(prompt), reveal=reveal)
+    message = model.tell(message)
+    length, reveal = message["length"], message["reveal"]
+    padded = padded_length(length, model.shape.context_length)
+    model.put_tokens(None if prompt is None else [*prompt, *[0] * (padded - length)])
+    model.put_public(LAST, None if prompt is None else length - 1)
+    model.prefill(padded)
+    new, position = [], length
+    while True:
+        token = _next_token(model, choose, reveal)
+        done = None
+        if model.role != SERVER:
+            ended = token == end_of_text
+            if not ended:
+                new.append(token)
+                notify(token)
+            done = ended or len(new) == num_tokens
+        if model.tell(None if done is None else dict(done=done))["done"]:
+            return new
+        if reveal == "logits":
+            model.put_tokens(None if token is None else [token])
+        model.put_public(POSITION, None if prompt is None else position)
+        model.step()
+        position += 1
+
+
+def sampler(num_tokens: int, temperature: float, top_k: int, seed: int) -> Callable[[np.ndarray], int]:
+    """The `choose` of a text of `num_tokens`, with the random numbers of `jax_entropy.generate`; temperature 0: greedy.
+
+    Raises UserError for options out of range.
+    """
+    check_sampling(num_tokens, temperature, top_k, seed)
+    keys = iter(jax.random.split(jax.random.key(seed), num_tokens))
+    return lambda logits_V: int(choose_token(jnp.asarray(logits_V), next(keys), temperature, min(top_k, logits_V.size)))
+
+
+def _next_token(model: PrivateModel, choose: Callable[[np.ndarray], int], reveal: str) -> int | None:
+    if reveal == "token":
+        model.choose()
+    name = "logits" if reveal == "logits" else TOKENS
+    revealed = model.engine.get([name], CLIENT)
+    if revealed is None:
+        return None
+    row_V = revealed[name][0]
+    return int(choose(row_V) if reveal == "logits" else np.argmax(row_V))
+
+
+def check_request(shape: Shape, prompt: Sequence[int], num_tokens: int, reveal: str) -> None:
+    """Raises UserError for what `generate` cannot do, before anything is shared."""
+    if reveal not in REVEALED:
+        raise UserError(f"--reveal={reveal!r} is not known{nearest(reveal, REVEALED)}")
+    if reveal == "token" and not shape.steps.one_hot:
+        raise UserError("--reveal=token needs the step one_hot: the token stays inside as a one-hot row")
+    if not len(prompt):
+        raise UserError("the prompt is empty; give at least one character")
+    if num_tokens < 1:
+        raise UserError(f"--tokens={num_tokens} must be at least 1")
+    room = shape.context_length - len(prompt)
+    if num_tokens > room:
+        raise UserError(
+            f"the prompt's {len(prompt)} tokens and {num_tokens} new ones do not fit into the context of "
+            f"{shape.context_length}; " + (f"ask for at most --tokens={room}" if room > 0 else "shorten the prompt")
+        )

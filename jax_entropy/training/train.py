@@ -1,0 +1,143 @@
+"""Training a run from its config to its report; started again, it goes on where its last checkpoint left it.
+
+Every process of a pod runs this same function.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jax_entropy import data
+from jax_entropy.config import check, model_config
+from jax_entropy.errors import UserError
+from jax_entropy.model import Transformer
+from jax_entropy.runs.checkpoint import Checkpointer
+from jax_entropy.runs.workdir import Workdir
+from jax_entropy.sharding import config_mesh, tree_sharding
+from jax_entropy.state import init_state
+from jax_entropy.training.loop import Loop, Start
+
+
+class Result(NamedTuple):
+    """How training ended: steps done, the step it went on from, and the last evaluation, None if there was none yet."""
+
+    step: int
+    start: int
+    model: Transformer
+    variables: Any
+    corpus: data.Corpus
+    evaluation: dict[str, Any] | None
+
+
+def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print, *, profile: int = 0) -> Result:
+    """Trains the run of `config` in the workdir `path`.
+
+    Args:
+      notify: is told, one line at a time, how training goes; on process 0 only.
+      profile: steps to trace into the workdir's folder `profile`, 0: none.
+    Raises:
+      UserError: for a config, workdir, corpus or checkpoint that cannot work, for a workdir in use, and when the loss
+        is no longer one to train on.
+    """
+    check(config)
+    if profile < 0:
+        raise UserError(f"--profile={profile} must not be negative")
+    mesh = config_mesh(config)
+    workdir = Workdir(path)
+    if jax.process_index() > 0:
+        return _train(config, mesh, workdir, lambda line: None, profile)
+    with workdir.held(config, notify):
+        result = _train(config, mesh, workdir, notify, profile)
+        complete = result.step == config.train.num_steps
+        workdir.write_status("complete" if complete else "stopped", result.step, config.train.num_steps)
+        return result
+
+
+def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[str], None], profile: int) -> Result:
+    # traced, not run: what cannot work is found before the corpus is prepared
+    rehearsal = Transformer(model_config(config, config.model.vocab_size or 1))
+    jax.eval_shape(functools.partial(init_state, config, rehearsal))
+    corpus = _corpus(config)
+    model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
+    notify(f"{config.architecture}: {_describe(config, model, corpus, mesh)}")
+
+    state_sharding, state_shape = _abstract_state(config, model, mesh)
+    iterator = _iterator(config, corpus)
+    if jax.process_index() == 0:
+        workdir.claim(config, corpus.tokenizer)
+
+    with Checkpointer(workdir.checkpoints, keep=config.train.keep, notify=notify) as checkpointer:
+
+        def restore(iterator) -> Start:
+            step = checkpointer.latest_step()
+            if step is None:
+                with jax.set_mesh(mesh):
+                    initial = jax.jit(functools.partial(init_state, config, model), out_shardings=state_sharding)()
+                return Start(0, initial, None)
+            abstract = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, state_sharding
+            )
+            # an imported model, of step 0, has not read any data
+            state, meta = checkpointer.restore(step, abstract, iterator if step else None)
+            if step and meta["corpus"] != corpus.fingerprint:
+                raise UserError(
+                    f"the corpus of {config.data.source} has changed since {workdir.path} was started "
+                    f"({meta['corpus']} then, {corpus.fingerprint} now); restore it or start in another --workdir"
+                )
+            return Start(step, state, meta["guard"])
+
+        start = restore(iterator)
+        if start.step:
+            notify(f"resumed at step {start.step} of {config.train.num_steps}")
+        # going back leaves the data where it is
+        again = functools.partial(restore, None)
+        loop = Loop(config, workdir, corpus, model, mesh, state_sharding, checkpointer, again, notify, profile)
+        step, state = loop.run(start, iterator)
+
+    variables = state.variables
+    if jax.process_count() > 1:
+        variables = multihost_utils.process_allgather(variables, tiled=True)
+    return Result(step, start.step, model, variables, corpus, loop.evaluation)
+
+
+def _corpus(config: ConfigDict) -> data.Corpus:
+    """The prepared corpus; where processes share a disk, the first prepares it and the others find it."""
+    if jax.process_count() > 1 and jax.process_index() > 0:
+        multihost_utils.sync_global_devices("corpus prepared")
+        return data.prepare(config.data, config.model.context_length)
+    corpus = data.prepare(config.data, config.model.context_length)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("corpus prepared")
+    return corpus
+
+
+def _iterator(config: ConfigDict, corpus: data.Corpus):
+    return data.train_iterator(
+        corpus,
+        batch_size=config.train.batch_size * config.optimizer.accumulate,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+    )
+
+
+def _abstract_state(config: ConfigDict, model: Transformer, mesh: Mesh):
+    shape = jax.eval_shape(functools.partial(init_state, config, model))
+    return tree_sharding(shape, mesh, config.mesh.rules), shape
+
+
+def _describe(config: ConfigDict, model: Transformer, corpus: data.Corpus, mesh: Mesh) -> str:
+    size = jax.eval_shape(functools.partial(init_state, config, model)).params
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(size))
+    return (
+        f"{count / 1e6:.2f} M parameters, {corpus.num_train_chunks:,} chunks of {corpus.context_length} tokens from "
+        f"{config.data.source}, {'×'.join(map(str, mesh.shape.values()))} devices (data×fsdp×tensor)"
+    )

@@ -1,0 +1,160 @@
+"""What a user may get wrong, as a table: each ends in one sentence that names it and exit code 2, with no traceback.
+
+Cases that need files of their own are in the tests of their modules; cli_test.py has those that need a trained run.
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_entropy.architecture import EXAMPLES, ModelConfig, architecture
+from jax_entropy.commands.main import main
+from jax_entropy.config import check, default_config, flatten
+from jax_entropy.errors import UserError
+from tests import REPOSITORY
+
+TINY = f"--config={REPOSITORY}/tests/tiny_config.py"
+
+FIELDS = """
+seed=x seed=-1 model.num_layers=0 model.num_layers=-2 model.num_heads=0 model.num_heads=3 model.model_dim=0
+model.model_dim=33 model.ffn_dim=0 model.context_length=0 model.context_length=-5 model.vocab_size=0
+model.activation=swish model.temperature_init=0.0 model.temperature_init=-1.0 model.temperature_init=nan
+model.temperature_parameter=exp model.final_norm=batch model.bias=some model.tied_head=maybe
+model.embedding_dropout=1.0 model.embedding_dropout=-0.1 model.init_std=-0.1 model.init_std=nan
+model.residual_init_std=-1.0 model.norm_epsilon=-1e-5 model.attention= model.attention=gpu model.scan_unroll=0
+model.remat=2 data.source= data.vocab_size=0 data.vocab_size=10 data.validation_fraction=0.0
+data.validation_fraction=1.0 data.validation_fraction=nan data.max_documents=-1 data.num_threads=0 data.prefetch=0
+train.num_steps=1.5 train.num_steps=-1 train.batch_size=0 train.batch_size=12 train.dtype=fp8 train.log_every=0
+train.evaluate_every=-1 train.evaluate_chunks=-1 train.checkpoint_every=0 train.keep=0 train.wandb=perhaps
+optimizer.learning_rate=0.0 optimizer.learning_rate=nan optimizer.learning_rate=inf optimizer.end_learning_rate=-1.0
+optimizer.schedule= optimizer.warmup=-0.5 optimizer.warmup=nan optimizer.warmup=1000.0 optimizer.beta1=1.0
+optimizer.beta2=-0.1 optimizer.weight_decay=-0.1 optimizer.clip_norm=-1.0 optimizer.clip_norm=nan
+optimizer.accumulate=0 penalty.weight=-1.0 penalty.weight=nan penalty.warmup=2.0 penalty.tolerance=-0.2
+penalty.reduction=sum penalty.shape=square penalty.threshold_init=nan guard.limit=-1 guard.zscore=-3.0 guard.window=0
+guard.learning_rate_factor=0.0 guard.learning_rate_factor=1.5 optimizer.lr=1.0 model.layers=3 penalty.lambda=1.0
+nothing=3
+""".split()
+
+MESHES = ["mesh.data=0", "mesh.data=-2", "mesh.data=16", "mesh.fsdp=-1", "mesh.tensor=16", "mesh.tensor=0"]
+
+NOTATIONS = """
+SM+ GELU EReg(SM EReg() EReg(EReg(SM)) SM+WNorm(XX) SM+WNorm() SM+LN+G+R SM+LN+LN SM(t SM(s) SM^ SM^-1 SM^x
+SM+ScFFN+ScFuFFN SM+SNorm(QK)+WNorm(QK) SM+LR(x) SM+LR() LN+SM sm+ln+g SM+LN+G) SM+ScFuFFN+G SM+ScFuFFN^99 ☃
+""".split()
+
+LINES = {
+    "trian": "train",
+    "train": "--config",
+    f"train {TINY}": "--workdir",
+    f"train {TINY} --workdir=new --x": "--x",
+    f"train {TINY} --workdir=new --distributed=perhaps": "distributed",
+    f"train {TINY} --workdir=new --profile=x": "profile",
+    f"train {TINY} --workdir=new --profile=-1": "profile",
+    f"train --config={REPOSITORY} --workdir=new": str(REPOSITORY),
+    "evaluate": "--workdir",
+    "evaluate --workdir=nowhere": "nowhere",
+    "evaluate --workdir=nowhere --batch_size=x": "batch_size",
+    "evaluate --workdir=nowhere --besst": "best",
+    "generate": "--workdir",
+    "generate --workdir=nowhere --prompt=x": "nowhere",
+    "generate --workdir=nowhere --prompt=x --seed=x": "seed",
+    "generate --workdir=nowhere --prompt_file=missing": "missing",
+    "report": "--workdir",
+    "report --workdir=nowhere": "nowhere",
+    "status": "--workdir",
+    "status nowhere": "nowhere",
+    "status nowhere --deep": "deep",
+    "convert": "--workdir",
+    "convert --workdir=nowhere": "--to",
+    "convert --workdir=nowhere --to=hf": "'hf'",
+    "convert --workdir=nowhere --to=huggingface": "--huggingface",
+    "convert --workdir=nowhere --to=huggingface --huggingface=out": "nowhere",
+    "convert --workdir=new --to=workdir --huggingface=missing": "missing",
+    "census": "--architecture",
+    "census --architecture=SM --num_layers=0": "num_layers",
+    "census --architecture=SM --num_heads=5": "num_heads",
+    "census --architecture=SM --context_length=-1": "context_length",
+    "census --config=nowhere.py": "nowhere.py",
+    "bench": "attention",
+    "bench stpe": "step",
+    "bench step --rounds=0": "--rounds=0",
+    "bench step --rounds=x": "rounds",
+    "bench step --peer_python=missing": "missing",
+    "bench attention --rounds=0": "--rounds=0",
+    "bench data": "--config",
+    "bench monitoring": "--config",
+    f"plan {TINY}": "--topology",
+    f"plan {TINY} --topology=v9:2x2": "v9",
+    f"plan {TINY} --topology=v5e": "v5e",
+    f"plan {TINY} --topology=v5e:4x4 --mesh=1,2": "1,2",
+    f"plan {TINY} --topology=v5e:4x4 --mesh=a,b,c": "a,b,c",
+    f"plan {TINY} --topology=v5e:4x4 --efficiency=2": "2.0",
+    "private": "setup",
+    "private genrate": "generate",
+}
+
+
+def check_refused(capsys, arguments, named):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1 and said.startswith("jax-entropy: "), said
+    assert named in said, said
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_bad_command_lines(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    check_refused(capsys, line.split(), LINES[line])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_bad_values_of_fields(field, tmp_path, capsys, corpus_directory):
+    name = field.partition("=")[0].split(".")[-1]
+    directory = f"--config.data.directory={corpus_directory}"
+    check_refused(capsys, ["train", TINY, f"--workdir={tmp_path}/run", directory, f"--config.{field}"], name)
+
+
+@pytest.mark.parametrize("field", MESHES)
+def test_bad_meshes(field, tmp_path, capsys):
+    check_refused(capsys, ["train", TINY, f"--workdir={tmp_path}/run", f"--config.{field}"], "mesh")
+
+
+@pytest.mark.parametrize("notation", NOTATIONS)
+def test_bad_notations(notation, capsys):
+    check_refused(capsys, ["census", f"--architecture={notation}"], notation if "^99" not in notation else "^99")
+
+
+def test_the_table_is_as_long_as_the_documentation_says():
+    count = len(FIELDS) + len(MESHES) + len(NOTATIONS) + len(LINES)
+    assert f"{count} bad inputs" in (REPOSITORY / "docs" / "reliability.md").read_text()
+
+
+alphabet = st.sampled_from(
+    [*"+()^09tx. ", "SM", "EReg", "LN", "RN", "G", "R", "LR", "WNorm", "SNorm", "QK", "FFN", "ScFFN"]
+)
+
+
+@given(st.one_of(st.text(max_size=20), st.lists(alphabet, max_size=8).map("".join), st.sampled_from(EXAMPLES)))
+def test_any_notation_is_understood_or_refused(text):
+    try:
+        config = architecture(text)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 or "\n" in text or "\r" in text
+    else:
+        assert isinstance(config, ModelConfig) and architecture(str(config)) == config
+
+
+@given(
+    st.sampled_from(sorted(flatten(default_config("SM")))),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2)
+    ),
+)
+def test_any_value_of_any_field_is_accepted_or_refused(name, value):
+    config = default_config("EReg(SM(t)+ScFuFFN)")
+    try:
+        config.update_from_flattened_dict({name: value})
+        check(config)
+    except (UserError, TypeError) as error:  # TypeError: ml_collections', of another type than the field's
+        assert str(error)

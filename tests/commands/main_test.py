@@ -1,0 +1,202 @@
+"""The command line: what a user may get wrong ends in one sentence on stderr, exit code 2, before any compile."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jax_entropy.commands.main import COMMANDS, main
+from jax_entropy.training.train import train
+from tests import REPOSITORY
+from tests.tiny_config import get_config
+
+TINY = f"{REPOSITORY}/tests/tiny_config.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished tiny run, and the folder of its corpus."""
+    corpora, workdir = tmp_path_factory.mktemp("corpora"), tmp_path_factory.mktemp("run") / "run"
+    config = get_config()
+    config.data.directory = str(corpora)
+    config.update_from_flattened_dict({"train.num_steps": 8, "train.checkpoint_every": 4, "train.keep": 2})
+    train(config, str(workdir), notify=lambda line: None)
+    return workdir, corpora
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return Path(shutil.copytree(run[0], tmp_path / "copy"))
+
+
+def sentence(capsys, *arguments):
+    """The one line on stderr of a command that must fail."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    lines = captured.err.strip().splitlines()
+    assert "Traceback" not in captured.err
+    return lines[-1]
+
+
+BAD_TRAINING = {
+    "unknown config file": (["--config=nowhere.py"], ["nowhere.py"]),
+    "config that is no Python": ([f"--config={REPOSITORY}/README.md"], ["README.md"]),
+    "no config": ([], ["--config is missing"]),
+    "unknown architecture": ([f"--config={TINY}:SM+GELU"], ["GELU"]),
+    "empty variant piece": ([f"--config={TINY}:SM+"], ["'SM+'"]),
+    "too many blocks without FFN": ([f"--config={TINY}:SM+ScFuFFN^9"], ["^9", "^2"]),
+    "unknown field": ([f"--config={TINY}", "--config.train.num_step=3"], ["num_step", "num_steps"]),
+    "unknown section": ([f"--config={TINY}", "--config.trian.num_steps=3"], ["trian", "train"]),
+    "field of the wrong type": ([f"--config={TINY}", "--config.train.num_steps=many"], ["num_steps", "many"]),
+    "unknown flag": ([f"--config={TINY}", "--wordkir=x"], ["wordkir", "workdir"]),
+    "stray argument": ([f"--config={TINY}", "now"], ["'now'"]),
+    "no steps": ([f"--config={TINY}", "--config.train.num_steps=0"], ["num_steps=0"]),
+    "negative learning rate": ([f"--config={TINY}", "--config.optimizer.learning_rate=-1.0"], ["learning_rate=-1.0"]),
+    "unknown schedule": ([f"--config={TINY}", "--config.optimizer.schedule=lineer"], ["lineer", "linear"]),
+    "warm-up as long as the run": ([f"--config={TINY}", "--config.optimizer.warmup=24.0"], ["warmup=24.0"]),
+    "unknown reduction": ([f"--config={TINY}", "--config.penalty.reduction=row_summ"], ["row_summ", "row_sum"]),
+    "unknown dtype": ([f"--config={TINY}", "--config.train.dtype=float16"], ["float16", "bfloat16"]),
+    "unknown norm": ([f"--config={TINY}", "--config.model.final_norm=layers"], ["layers", "layer"]),
+    "unknown implementation": ([f"--config={TINY}", "--config.model.attention=flash"], ["flash", "dense"]),
+    "implementation that is not here": ([f"--config={TINY}", "--config.model.attention=tpu"], ["tpu", "blockwise"]),
+    "heads that do not divide the width": ([f"--config={TINY}", "--config.model.num_heads=5"], ["num_heads=5"]),
+    "mesh that does not divide the devices": ([f"--config={TINY}", "--config.mesh.fsdp=3"], ["8 devices"]),
+    "mesh that does not divide heads": ([f"--config={TINY}", "--config.mesh.tensor=8"], ["num_heads=2", "tensor=8"]),
+    "mesh that does not divide the batch": ([f"--config={TINY}", "--config.train.batch_size=9"], ["batch_size=9", "8"]),
+    "vocabulary that is not the tokenizer's": ([f"--config={TINY}", "--config.model.vocab_size=99"], ["99", "512"]),
+    "context longer than any document": (
+        [f"--config={TINY}", "--config.model.context_length=1000000"], ["context_length", "1000000"]
+    ),
+    "unknown source": ([f"--config={TINY}", "--config.data.source=stdlibb"], ["stdlibb", "stdlib"]),
+    "no such corpus": ([f"--config={TINY}", "--config.data.files=/nowhere/at/all"], ["/nowhere/at/all"]),
+    "no such tokenizer": ([f"--config={TINY}", "--config.data.tokenizer=/nowhere.json"], ["/nowhere.json"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_bad_training_lines(case, run, tmp_path, capsys):
+    arguments, named = BAD_TRAINING[case]
+    if arguments and "tiny" in arguments[0]:
+        arguments = [arguments[0], f"--config.data.directory={run[1]}", *arguments[1:]]
+    said = sentence(capsys, "train", f"--workdir={tmp_path}/new", *arguments)
+    for word in named:
+        assert word in said, said
+
+
+def test_bad_corpora(tmp_path, capsys):
+    def said(files):
+        return sentence(
+            capsys, "train", f"--config={TINY}", f"--workdir={tmp_path}/new",
+            f"--config.data.directory={tmp_path}/data", f"--config.data.files={files}",
+        )  # fmt: skip
+
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.mkdir(), binary.mkdir()
+    assert str(empty) in said(empty)
+    (binary / "a.py").write_bytes(bytes(range(256)) * 100)
+    assert str(binary) in said(binary)
+    damaged = tmp_path / "tokenizer.json"
+    damaged.write_text("{")
+    assert str(damaged) in sentence(
+        capsys, "train", f"--config={TINY}", f"--workdir={tmp_path}/new", f"--config.data.tokenizer={damaged}"
+    )
+
+
+def test_bad_workdirs(run, copy, tmp_path, capsys):
+    assert "run" in sentence(capsys, "evaluate", f"--workdir={tmp_path}/nothing")
+    assert "train.num_steps" in sentence(
+        capsys, "train", f"--config={TINY}", f"--config.data.directory={run[1]}", f"--workdir={copy}"
+    )
+    file = tmp_path / "file"
+    file.write_text("")
+    assert str(file) in sentence(capsys, "train", f"--config={TINY}", f"--workdir={file}/run")
+    (copy / "config.json").write_text("{}")
+    assert "damaged" in sentence(capsys, "generate", f"--workdir={copy}", "--prompt=x")
+
+
+def flip(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest(step: Path) -> Path:
+    return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_good_one_used(run, copy, capsys):
+    flip(largest(copy / "checkpoints" / "8"))
+    assert main(["generate", f"--workdir={copy}", "--prompt=def ", "--tokens=4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("def ")
+    assert "of step 8" in captured.err and "of step 4 is used instead" in captured.err
+    flip(largest(copy / "checkpoints" / "4"))
+    assert "checkpoint" in sentence(capsys, "generate", f"--workdir={copy}", "--prompt=def ", "--tokens=4")
+    shutil.rmtree(copy / "checkpoints")
+    assert "checkpoint" in sentence(capsys, "generate", f"--workdir={copy}", "--prompt=def ", "--tokens=4")
+
+
+def test_bad_prompts(run, tmp_path, capsys):
+    generate = "generate", f"--workdir={run[0]}"
+    assert "empty" in sentence(capsys, *generate)
+    assert "context of 32" in sentence(capsys, *generate, "--prompt=" + "word " * 100, "--tokens=1")
+    assert "--tokens=" in sentence(capsys, *generate, "--prompt=a", "--tokens=99")
+    assert "temperature=-1.0" in sentence(capsys, *generate, "--prompt=a", "--temperature=-1", "--tokens=2")
+    assert "/nowhere" in sentence(capsys, *generate, "--prompt_file=/nowhere")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    assert str(binary) in sentence(capsys, *generate, f"--prompt_file={binary}")
+
+
+def test_generation_is_a_function_of_its_seed(run, capsys):
+    def text(*arguments):
+        assert main(["generate", f"--workdir={run[0]}", "--tokens=8", "--prompt=def ", *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert text("--seed=3") == text("--seed=3") != text("--seed=4")
+    assert text("--temperature=0", "--seed=1") == text("--temperature=0", "--seed=2") == text("--top_k=1")
+
+
+def test_prompts_come_from_stdin_too(run):
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_entropy", "generate", f"--workdir={run[0]}", "--prompt_file=-", "--tokens=4"],
+        input="import ", capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("import ")
+
+
+def test_the_batch_size_of_evaluation_does_not_change_the_number(run, capsys):
+    outputs = []
+    for batch_size in (1, 7, 32):
+        assert main(["evaluate", f"--workdir={run[0]}", f"--batch_size={batch_size}"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2] and "perplexity" in outputs[0] and "bits per byte" in outputs[0]
+
+
+def test_report_rewrites_the_figures(copy, capsys):
+    assert not (copy / "figures").exists()
+    assert main(["report", f"--workdir={copy}"]) == 0
+    assert list((copy / "figures").glob("*.png"))
+    (copy / "metrics.jsonl").unlink()
+    assert "metrics" in sentence(capsys, "report", f"--workdir={copy}")
+
+
+def test_help_names_every_command_and_flag(capsys):
+    assert main([]) == main(["--help"]) == 0
+    listing = capsys.readouterr().out
+    assert all(command in listing for command in COMMANDS)
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "--help"])
+        assert exit_.value.code == 0 and "--" in capsys.readouterr().out
+    assert "generate" in sentence(capsys, "genrate")
+
+
+def test_config_json_holds_the_resolved_config(run):
+    stored = json.loads((run[0] / "config.json").read_text())
+    assert stored["architecture"] == "EReg(SM(t)+ScFuFFN)" and stored["train"]["num_steps"] == 8

@@ -1,0 +1,353 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_entropy import data
+from jax_entropy.data import builder, corpus, packing, sources
+from jax_entropy.data.tokenizer import load_tokenizer, train_tokenizer
+from jax_entropy.errors import UserError
+from tests import REPOSITORY
+from tests.data.helpers import data_config, script, write_folder
+
+T = 16
+
+
+def prepare(tmp_path, context_length=T, **overrides):
+    overrides = {"files": str(tmp_path / "text")} | overrides
+    return data.prepare(data_config(tmp_path / "home", **overrides), context_length)
+
+
+def rows(prepared, split):
+    return np.stack([chunk["tokens"] for chunk in prepared.chunks(split)])
+
+
+def names(home: Path) -> list[str]:
+    return sorted(path.name for path in home.iterdir() if path.suffix != ".lock")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "text", count=60)
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    made, build = [], corpus._build
+    monkeypatch.setattr(corpus, "_build", lambda request, path: made.append(path) or build(request, path))
+    return made
+
+
+def test_chunks_are_those_of_the_packed_documents(tmp_path, folder):
+    prepared = prepare(tmp_path)
+    paths = sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix())
+    held = {path for path in paths if packing._hash(path.relative_to(folder).as_posix()) < 0.05}
+    assert held
+    for split, chosen in (("train", set(paths) - held), ("validation", held)):
+        expected = [
+            ids[i : i + T + 1]
+            for ids in (prepared.tokenizer.encode(path.read_text()) for path in paths if path in chosen)
+            for i in range(0, len(ids) - T, T)
+        ]
+        assert rows(prepared, split).tolist() == expected
+        assert getattr(prepared, f"num_{split}_chunks") == len(expected)
+
+
+def test_metadata_counts_what_is_there(tmp_path, folder):
+    prepared = prepare(tmp_path)
+    metadata, lengths = prepared.metadata, prepared.tokenizer.byte_lengths()
+    assert (
+        metadata["identity"]["content"]
+        == sources.open_documents(data_config(tmp_path / "home", files=str(folder)), tmp_path).digest
+    )
+    assert metadata["vocab_size"] == prepared.tokenizer.vocab_size <= 400
+    assert metadata["python"] == ".".join(map(str, sys.version_info[:3]))
+    for split in ("train", "validation"):
+        chunks = rows(prepared, split)
+        assert metadata[split]["tokens"] == chunks[:, 1:].size
+        assert metadata[split]["bytes"] == lengths[chunks[:, 1:]].sum()
+        assert metadata[split]["bytes_per_token"] == metadata[split]["bytes"] / metadata[split]["tokens"]
+    assert metadata["train"]["documents"] + metadata["validation"]["documents"] == 60
+
+
+def test_it_is_a_versioned_data_set_that_needs_no_tensorflow(tmp_path, folder):
+    prepared = prepare(tmp_path)
+    info = json.loads((prepared.directory / "files" / builder.VERSION / "dataset_info.json").read_text())
+    assert (info["name"], info["version"], info["fileFormat"]) == ("files", builder.VERSION, "array_record")
+    assert prepared.chunks("train")[0]["tokens"].dtype == np.uint16
+    assert "tensorflow" not in sys.modules
+    assert load_tokenizer(prepared.directory / "tokenizer.json").digest() == prepared.tokenizer.digest()
+    assert not list(prepared.directory.glob("*.tokens"))
+
+
+def test_every_source_has_a_builder():
+    assert set(builder.BUILDERS) == set(sources.SOURCES)
+
+
+def test_large_splits_are_written_in_shards_in_order(tmp_path, folder, monkeypatch):
+    expected = rows(prepare(tmp_path), "train")
+    shutil.rmtree(tmp_path / "home")
+    monkeypatch.setattr(builder, "SHARD_BYTES", 3000)
+    prepared = prepare(tmp_path)
+    assert len(list(prepared.directory.rglob("*train.array_record*"))) > 5
+    assert (rows(prepared, "train") == expected).all()
+
+
+def test_the_same_request_is_answered_from_disk(tmp_path, folder, builds):
+    first = prepare(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in first.directory.rglob("*")}
+    second = prepare(tmp_path, num_threads=7, prefetch=3)
+    assert len(builds) == 1 and first.fingerprint == second.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in second.directory.rglob("*")} == before
+
+
+def test_every_field_that_decides_the_chunks_makes_a_corpus_of_its_own(tmp_path, folder, builds):
+    train_tokenizer([script(i) for i in range(10)], 300).save(tmp_path / "tokenizer.json")
+    train_tokenizer([script(i) for i in range(10)], 310).save(tmp_path / "other.json")
+    requests = [
+        {},
+        {"context_length": 17},
+        {"vocab_size": 390},
+        {"join_documents": True},
+        {"validation_fraction": 0.2},
+        {"max_documents": 30},
+        {"source": "languini"},
+        {"tokenizer": str(tmp_path / "tokenizer.json")},
+        {"tokenizer": str(tmp_path / "other.json")},
+    ]
+    prepared = [prepare(tmp_path, **request) for request in requests]
+    assert len({p.fingerprint for p in prepared}) == len({p.directory for p in prepared}) == len(requests)
+    assert len(builds) == len(requests)
+    for request, first in zip(requests, prepared):
+        again = prepare(tmp_path, **request)
+        assert again.directory == first.directory
+        assert (rows(again, "train") == rows(first, "train")).all()
+    assert len(builds) == len(requests)
+    assert prepared[-1].tokenizer.vocab_size == 310
+
+
+def test_changed_content_is_prepared_again(tmp_path, folder, builds):
+    first = prepare(tmp_path)
+    path = folder / "package0" / "module00.py"
+    path.write_text(path.read_text()[::-1])
+    second = prepare(tmp_path)
+    assert first.fingerprint != second.fingerprint and len(builds) == 2
+    path.write_text(script(0))
+    assert prepare(tmp_path).directory == first.directory
+    assert len(builds) == 2
+
+
+def test_standard_library_depends_on_the_python_version(tmp_path, monkeypatch):
+    def fingerprint():
+        config = data_config(tmp_path, source="stdlib")
+        return corpus._Request(config, T, sources.open_documents(config, tmp_path), None).fingerprint
+
+    before = fingerprint()
+    monkeypatch.setattr(corpus.platform, "python_version", lambda: "3.99.0")
+    assert fingerprint() != before
+
+
+def test_damaged_corpus_is_prepared_again(tmp_path, folder, builds):
+    first = prepare(tmp_path)
+    expected = rows(first, "train")
+    shard = next(first.directory.rglob("*train.array_record*"))
+    for damage in (lambda: shard.unlink(), lambda: shard.write_bytes(b""), (first.directory / "complete.json").unlink):
+        damage()
+        assert (rows(prepare(tmp_path), "train") == expected).all()
+    assert len(builds) == 4
+
+
+def test_two_preparations_in_two_places_are_identical(tmp_path, folder):
+    first = prepare(tmp_path)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(folder, tmp_path / "other" / "text")
+    second = prepare(tmp_path / "other")
+    assert first.fingerprint == second.fingerprint
+    files = [path.relative_to(first.directory) for path in first.directory.rglob("*array_record*")]
+    assert len(files) == 2
+    for name in [*files, "tokenizer.json"]:
+        assert (first.directory / name).read_bytes() == (second.directory / name).read_bytes()
+
+
+def test_content_that_changes_while_it_is_read_is_not_kept(tmp_path, folder, monkeypatch):
+    def write_chunks(*args, **kwargs):
+        (folder / "late.py").write_text("late")
+        return original(*args, **kwargs)
+
+    original = packing.write_chunks
+    monkeypatch.setattr(packing, "write_chunks", write_chunks)
+    with pytest.raises(UserError, match="changed while it was read"):
+        prepare(tmp_path)
+    assert names(tmp_path / "home") == []
+
+
+def test_one_file_holds_out_its_tail(tmp_path):
+    (tmp_path / "text").mkdir()
+    text = script(0, 2000)
+    (tmp_path / "text" / "only.txt").write_text(text)
+    prepared = prepare(tmp_path, context_length=8)
+    train, validation = (
+        prepared.tokenizer.decode([*chunks[0], *chunks[1:, 1:].ravel()])
+        for chunks in (rows(prepared, "train"), rows(prepared, "validation"))
+    )
+    assert text.startswith(train) and validation in text[len(train) :]
+    assert 0.04 < len(validation) / len(text) < 0.06
+
+
+def test_existing_tokenizer_is_used_as_it_is(tmp_path, folder):
+    tokenizer = train_tokenizer([script(i) for i in range(10)], 300)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    prepared = prepare(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=9)
+    assert prepared.tokenizer.digest() == tokenizer.digest()
+
+
+def test_local_shards_become_a_corpus(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    (tmp_path / "text").mkdir()
+    pyarrow.write_table(pa.table({"content": [script(i) for i in range(300)]}), tmp_path / "text" / "a.parquet")
+    prepared = prepare(tmp_path, source="codeparrot", max_documents=200)
+    metadata = prepared.metadata
+    assert metadata["train"]["documents"] + metadata["validation"]["documents"] == 200
+    assert 2 <= metadata["validation"]["documents"] <= 30
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (dict(context_length=0), "config.model.context_length=0 must be"),
+        (dict(validation_fraction=0.0), "config.data.validation_fraction=0.0 must lie between 0 and 1"),
+        (dict(validation_fraction=1.0), "config.data.validation_fraction=1.0 must lie between 0 and 1"),
+        (dict(max_documents=-1), "config.data.max_documents=-1"),
+        (dict(vocab_size=100), "config.data.vocab_size=100 is too small"),
+        (dict(source="wikipedia"), "config.data.source='wikipedia' is unknown"),
+        (dict(tokenizer="/no/tokenizer.json"), "config.data.tokenizer: tokenizer '/no/tokenizer.json' does not exist"),
+        (dict(context_length=5000), "config.model.context_length=5000 is too long: the longest document of"),
+        (dict(context_length=50_000, join_documents=True), "documents of"),
+    ],
+)
+def test_impossible_requests_are_one_sentence_and_leave_nothing(tmp_path, folder, overrides, sentence):
+    with pytest.raises(UserError) as error:
+        prepare(tmp_path, **overrides)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "home").exists() or names(tmp_path / "home") == []
+
+
+def test_context_that_only_the_training_side_can_fill_names_the_fraction(tmp_path, folder):
+    held = [path for path in folder.rglob("*.py") if packing._hash(path.relative_to(folder).as_posix()) < 0.05]
+    assert held
+    for path in held:  # as many bytes as before in fewer tokens
+        path.write_text("epsilon " * (path.stat().st_size // 8))
+    longest = prepare(tmp_path).metadata["validation"]["longest_document"]
+    with pytest.raises(UserError, match="validation_fraction=0.05 holds out no text of .* longest has 1.*; raise it"):
+        prepare(tmp_path, context_length=longest)
+
+
+def test_longest_document_in_the_sentence_is_right(tmp_path, folder):
+    longest = prepare(tmp_path).metadata["train"]["longest_document"]
+    with pytest.raises(UserError, match=f"has {longest} tokens and {longest + 1} are needed"):
+        prepare(tmp_path, context_length=longest)
+
+
+def test_empty_rows_are_no_text(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n')
+    with pytest.raises(UserError, match="every document is empty"):
+        prepare(tmp_path, source="languini")
+
+
+def test_unusable_home_is_named(tmp_path, folder, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="config.data.directory=.*file/home' cannot be made"):
+        prepare(tmp_path, directory=str(tmp_path / "file" / "home"))
+    monkeypatch.setattr(corpus.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="config.data.directory=.*home' is not writable"):
+        prepare(tmp_path)
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, folder, monkeypatch):
+    def write_chunks(*args, **kwargs):
+        with open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+
+    monkeypatch.setattr(packing, "write_chunks", write_chunks)
+    with pytest.raises(UserError, match="no space left"):
+        prepare(tmp_path)
+    assert names(tmp_path / "home") == []
+
+
+def test_default_home_is_the_users_cache(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert prepare(tmp_path, directory="").directory.parent == tmp_path / "cache" / "jax_entropy"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    assert prepare(tmp_path, directory="").directory.parent == tmp_path / "user" / ".cache" / "jax_entropy"
+
+
+PROGRAM = """
+import pathlib, sys, time
+from jax_entropy.data import builder, corpus, packing
+from tests.data.helpers import data_config
+
+def pause(function):
+    def paused(*args, **kwargs):
+        result = function(*args, **kwargs)
+        print("PAUSED", flush=True)
+        while not pathlib.Path(sys.argv[4]).exists():
+            time.sleep(0.05)
+        return result
+    return paused
+
+module, name = {"packing.write_chunks": (packing, "write_chunks"), "builder.build": (builder, "build")}[sys.argv[3]]
+setattr(module, name, pause(getattr(module, name)))
+print(corpus.prepare(data_config(sys.argv[1], files=sys.argv[2]), 16).fingerprint, "tensorflow" in sys.modules)
+"""
+
+
+def start(tmp_path, stage):
+    command = [sys.executable, "-c", PROGRAM, *(str(tmp_path / name) for name in ("home", "text")), stage]
+    command.append(str(tmp_path / "go"))
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(word, process):
+    while word not in (line := process.stdout.readline()):
+        assert line, "the preparation ended by itself"
+
+
+@pytest.mark.parametrize("stage", ["packing.write_chunks", "builder.build"])
+def test_killed_preparation_leaves_nothing_that_counts(tmp_path, folder, stage):
+    with start(tmp_path, stage) as process:
+        wait_for("PAUSED", process)
+        process.send_signal(signal.SIGKILL)
+    (left,) = names(tmp_path / "home")
+    assert left.endswith(".building")
+    # Any later preparation removes it, also one of another corpus.
+    other = prepare(tmp_path, vocab_size=300)
+    assert names(tmp_path / "home") == [other.directory.name]
+    prepared = prepare(tmp_path)
+    assert prepared.directory.name == left.removesuffix(".building")
+    elsewhere = prepare(tmp_path, directory=str(tmp_path / "elsewhere"))
+    assert (rows(prepared, "train") == rows(elsewhere, "train")).all()
+
+
+def test_preparing_twice_at_once_gives_one_corpus(tmp_path, folder):
+    first = start(tmp_path, "builder.build")
+    wait_for("PAUSED", first)
+    second = start(tmp_path, "builder.build")
+    wait_for("Waiting for another process", second)
+    (tmp_path / "go").touch()
+    out_first, out_second = first.communicate()[0], second.communicate()[0]
+    assert first.returncode == second.returncode == 0
+    assert "PAUSED" not in out_second
+    prepared = prepare(tmp_path)
+    assert f"{prepared.fingerprint} False" in out_first and f"{prepared.fingerprint} False" in out_second
+    assert names(tmp_path / "home") == [prepared.directory.name]

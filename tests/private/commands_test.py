@@ -1,0 +1,161 @@
+"""`jax-entropy private …` from the command line: texts, tables, files, and what is refused in a sentence."""
+
+import json
+import signal
+
+import pytest
+
+from jax_entropy.commands.main import main
+from jax_entropy.private.cost.profile import profile, whole
+from jax_entropy.private.program.export import export
+from jax_entropy.private.program.stage import Steps
+from tests.private.helpers import make_workdir, need_engine, start
+from tests.tiny_model import scattered, tiny
+
+SMALL = ("--num_layers=1", "--num_heads=2", "--model_dim=16", "--vocab_size=32", "--context=8")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("run") / "run", **{"model.context_length": 32})
+
+
+def test_generate_writes_what_the_plain_command_writes(workdir, tmp_path, capsys):
+    need_engine()
+    assert main(["private", "generate", f"--workdir={workdir}", "--prompt=def f", "--tokens=6",
+                 f"--json={tmp_path / 'account.json'}"]) == 0  # fmt: skip
+    private, spent = capsys.readouterr()
+    assert main(["generate", f"--workdir={workdir}", "--prompt=def f", "--tokens=6", "--temperature=0"]) == 0
+    assert private == capsys.readouterr().out
+    sampled = ["--prompt=def f", "--tokens=6", "--temperature=0.7", "--top_k=20", "--seed=3", f"--workdir={workdir}"]
+    assert main(["private", "generate", *sampled]) == main(["generate", *sampled]) == 0
+    sampled_privately, spent = capsys.readouterr()
+    assert len(sampled_privately) % 2 == 0  # the same text twice
+    assert sampled_privately[: len(sampled_privately) // 2] == sampled_privately[len(sampled_privately) // 2 :]
+    assert sampled_privately != 2 * private
+    assert "rounds" in spent and "semi2k" in spent
+    account = json.loads((tmp_path / "account.json").read_text())
+    assert [program["name"] for program in account["programs"]][:2] == ["open weights", "prefill 8"]
+    assert all(program["bytes"][0] > 0 and program["rounds"] > 0 for program in account["programs"][1:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_command_leaves_no_weights_behind(workdir, tmp_path, number):
+    need_engine()
+    (tmp_path / "temporary").mkdir()
+    before = signal.signal(number, signal.SIG_DFL)  # where the tests themselves run under nohup
+    process = start(
+        "generate", f"--workdir={workdir}", "--prompt=def f", "--tokens=20", cwd=tmp_path / "here",
+        TMPDIR=str(tmp_path / "temporary"),
+    )  # fmt: skip
+    signal.signal(number, before)
+    while "sharing" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 128 + number
+    assert not list((tmp_path / "temporary").glob("jax_entropy_private_*"))
+
+
+def test_profile_of_a_workdir(workdir, tmp_path, capsys):
+    need_engine()
+    assert main(["private", "profile", f"--workdir={workdir}", "--context=16", f"--json={tmp_path / 'profile.json'}",
+                 f"--picture={tmp_path / 'profile.png'}"]) == 0  # fmt: skip
+    table = capsys.readouterr().out
+    assert "softmax" in table and "all, warm" in table and "peak memory" in table
+    stored = json.loads((tmp_path / "profile.json").read_text())
+    assert stored["total"]["warm"]["rounds"] == sum(entry["warm"]["rounds"] for entry in stored["entries"])
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+    assert json.loads((workdir / "private.json").read_text()) == stored
+    assert (workdir / "figures" / "private.png").stat().st_size > 10_000  # both for the report
+
+
+@pytest.mark.long
+def test_compare_and_its_ratios(tmp_path, capsys):
+    need_engine()
+    assert main(["private", "compare", "SM+LN+R", "SM+ScFuFFN", *SMALL, f"--json={tmp_path / 'c.json'}"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("SM+LN+R") == table.count("SM+ScFuFFN") == 2
+    sent = [max(p["total"]["warm"]["bytes"]) for p in json.loads((tmp_path / "c.json").read_text())["profiles"]]
+    assert sent[0] > sent[1] > sent[3] and sent[2] > sent[3]
+    assert f"{sent[0] / sent[3]:.2f}×" in table
+
+
+@pytest.mark.long
+def test_the_ablation_has_a_row_for_each_step(capsys):
+    need_engine()
+    assert main(["private", "profile", "--architecture=SM", *SMALL, "--ablation"]) == 0
+    table = capsys.readouterr().out
+    rows = (
+        "plain",
+        "plain, indices",
+        "plain + packed",
+        "plain + denominator",
+        "plain + temperature",
+        "plain + merged",
+        "plain + cached",
+    )
+    assert all(row in table for row in (*rows, "all"))
+    assert "erfc" not in table  # there is no GELU
+
+
+def test_stages_add_up_to_the_whole_program():
+    need_engine()
+    config, tokens = tiny("SM+LN+R"), [3, 14, 15, 9, 2, 6, 5, 35]
+    from jax_entropy.private.engine.engine import Setting
+
+    exported = export(config, scattered(config), Steps())
+    parts, (cold, warm, _) = profile(exported, tokens, Setting()), whole(exported, tokens, Setting())
+    assert parts.total().bytes[0] == pytest.approx(warm.bytes[0], rel=0.01)
+    assert parts.total("cold").bytes[0] == pytest.approx(cold.bytes[0], rel=0.01)
+    assert parts.total().rounds == pytest.approx(warm.rounds, rel=0.02)
+    layers = [[e.warm.bytes for e in parts.entries if e.layer == layer] for layer in range(2)]
+    assert layers[0] == layers[1]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["profile"], "profile what? give --workdir, --config=file.py:ARCHITECTURE, or --architecture"),
+    (["profile", "--architecture=SM+LX"], "'LX' is not understood"),
+    (["profile", "--architecture=SM", "--network=moon"], "--network='moon' must be"),
+    (["profile", "--architecture=SM", "--without=pack"], "--without='pack' is not a step; did you mean 'packed'?"),
+    (["profile", "--architecture=SM", "--protocol=semi3k"], "did you mean 'semi2k'?"),
+    (["compare"], "compare what? give architectures"),
+    (["predict"], "predict what? give architectures"),
+    (["profile", "--architecture=SM", "--context=100000", "--num_layers=90"], "GB are free; take fewer tokens"),
+    (["keys"], "--directory is missing"),
+    (["serve", "--workdir=nowhere", "--protocol=aby3"], "has 3 parties; serve and ask are two"),
+    (["serve", "--workdir=nowhere", "--listen=here"], "--listen='here' must be HOST:PORT"),
+    (["profit"], "did you mean 'profile'?"),
+    ([], "private what? say one of setup, generate, profile"),
+    (["profile", "--architecture=SM", "--network=1.2.3mbps,80ms"], "--network='1.2.3mbps,80ms' must be"),
+    (["profile", "--architecture=SM", "--ablation", "--context=0"], "context_length=0 must be a whole number"),
+    (["profile", "--architecture=SM", "--json=/nowhere/x.json"], "--json=/nowhere/x.json: there is no folder /nowhere"),
+    (["profile", "--architecture=SM", "--json=/tmp"], "--json=/tmp is a folder"),
+    (["profile", "--architecture=SM", "--picture=x.bmp"], "--picture=x.bmp must end in .png or .svg or .pdf"),
+    (["profile", "--architecture=SM", "--ablation", "--picture=x.png"], "--ablation draws no --picture"),
+    (["profile", "--architecture=SM", "--ablation", "--without=packed"], "goes without --without"),
+    (["profile", "--architecture=SM", f"--json={'x' * 300}"], "cannot be written: File name too long"),
+    (["profile", "--architecture=SM", "--workdir=x"], "--workdir and --architecture exclude each other"),
+    (["profile", "--architecture=SM", "--vocab_size=800000000"], "GB are free"),  # before there are any weights
+    (["compare", "SM", "--without=packed"], "there is no flag --without"),
+    (["generate", "--workdir=nowhere", "--reveal=tokn"], "--reveal='tokn' is not known; did you mean 'token'?"),
+    (["generate", "--workdir=nowhere", "--reveal=token", "--top_k=3"], "--top_k=3 needs --reveal=logits"),
+    (["generate", "--workdir=nowhere", "--seed=99999999999999999999"], "--seed=99999999999999999999 must lie"),
+    (["generate", "--workdir=nowhere", "--temperature=-1"], "--temperature=-1.0 must not be negative"),
+    (["keys", "--directory=/proc/keys"], "--directory=/proc/keys cannot be written"),
+    (["keys", "--directory=keys", "--name=a/b"], "--name='a/b' must be 1 to 64 letters"),
+    (["keys", "--directory=keys", "--days=99999999"], "--days=99999999 must lie between 1 and 36500"),
+    (["serve", "--workdir=nowhere", "--listen=[::1]:9500"], "is an IPv6 address"),
+    (["serve", "--workdir=nowhere", "--sessions=-1"], "--sessions=-1 must not be negative"),
+    (["serve", "--workdir=nowhere", "--insecure_loopback", "--keys=x"], "goes without --keys and --peer"),
+    (["ask"], "the prompt is empty; give --prompt"),
+    (["ask", "--prompt=x", "--prompts_file=y"], "--prompt and --prompts_file exclude each other"),
+    (["ask", "--prompts_file=/dev/null"], "--prompts_file=/dev/null is empty"),
+    (["ask", "--prompt=x", "--port=99999"], "--port=99999 is no port"),
+    (["ask", "--prompt=x", "--server=no.invalid:9500", "--insecure_loopback"], "for 127.0.0.1 only"),
+    (["ask", "--prompt=x", "--protocol=cheeta"], "did you mean 'cheetah'?"),
+])  # fmt: skip
+def test_mistakes_are_said_in_a_sentence(arguments, message, capsys):
+    need_engine()
+    assert main(["private", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1

@@ -1,0 +1,242 @@
+"""Under the real engine: logits and texts are the plain model's, keys and values stay shares, rounds are counted."""
+
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jax_entropy.errors import UserError
+from jax_entropy.model import Transformer
+from jax_entropy.private.engine.engine import PROTOCOLS, Engine, Setting
+from jax_entropy.private.program.export import export
+from jax_entropy.private.program.fixed_point import check_range
+from jax_entropy.private.program.forward import forward
+from jax_entropy.private.program.stage import NO_STEPS, Steps
+from jax_entropy.private.session.inference import CLIENT, SERVER, generate
+from tests.private.helpers import greedy, need_engine, private_model
+from tests.tiny_model import ARCHITECTURES, VARIED, jit, random_tokens, scattered, tiny
+
+PROMPT = (0, 5, 3)
+PRECISE = Setting(fraction_bits=22, exponent_iterations=10)
+THREE = ("SM+LN+G", "EReg(SM(t)+ScFuFFN)", "SM+LR(layer)")
+
+
+@contextlib.contextmanager
+def engine(setting=Setting()):
+    need_engine()
+    with Engine(setting) as started:
+        yield started
+
+
+@pytest.fixture
+def semi2k():
+    with engine(PRECISE) as started:
+        yield started
+
+
+def logits_of(started, config, steps=Steps()):
+    model = private_model(started, config, steps=steps)
+    model.put_tokens(np.asarray(random_tokens(1, 16)[0]).tolist())
+    model.run("forward", forward(model.shape, 16), ("logits",), 16)
+    return started.get(["logits"], CLIENT)["logits"]
+
+
+def plain_logits(config):
+    return np.asarray(jit(Transformer(config).apply)(scattered(config), random_tokens(1, 16))[0][0])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_the_plain_models(semi2k, name):
+    config = tiny(name)
+    expected, found = plain_logits(config), logits_of(semi2k, config)
+    assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+    top_two = np.sort(expected, axis=-1)[:, -2:]
+    clear = top_two[:, 1] - top_two[:, 0] > 0.02 * np.abs(expected).max()
+    assert clear.sum() >= 8
+    assert (found.argmax(-1) == expected.argmax(-1))[clear].all()
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_logits_of_a_plain_export_are_the_same(semi2k, name):
+    config = tiny(name)
+    expected = plain_logits(config)
+    steps = dataclasses.replace(NO_STEPS, one_hot=True)
+    assert np.abs(logits_of(semi2k, config, steps) - expected).max() < 0.01 * np.abs(expected).max()
+
+
+def test_a_secret_index_finds_the_same_row(semi2k):
+    config = tiny("SM+ScFuFFN", vocab_size=13)
+    tokens = [3, 12, 0, 7]
+    model = private_model(semi2k, config, steps=dataclasses.replace(Steps(), one_hot=False))
+    model.put_tokens(tokens)
+    model.run("forward", forward(model.shape, 4), ("logits",), 4)
+    found = semi2k.get(["logits"], CLIENT)["logits"]
+    expected = Transformer(config).apply(scattered(config), np.asarray([tokens]))[0][0]
+    assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize("protocol", ["semi2k", "aby3"])
+@pytest.mark.parametrize("reveal", ["logits", "token"])
+def test_the_text_is_the_plain_models(protocol, name, reveal):
+    config = tiny(name)
+    with engine(Setting(protocol=protocol)) as started:
+        model = private_model(started, config)
+        for _ in range(2):  # a second prompt after one set-up
+            assert generate(model, PROMPT, 8, reveal=reveal) == greedy(config, PROMPT, 8)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", THREE)
+def test_the_text_under_cheetah(name):
+    config = tiny(name)
+    with engine(Setting(protocol="cheetah")) as started:
+        assert generate(private_model(started, config), PROMPT, 3) == greedy(config, PROMPT, 3)
+
+
+def test_cheetah_gives_a_token():
+    config = tiny("SM+ScFuFFN", num_layers=1, context_length=8)
+    with engine(Setting(protocol="cheetah")) as started:
+        assert generate(private_model(started, config), PROMPT, 2) == greedy(config, PROMPT, 2)
+
+
+def test_one_step_program_serves_all_lengths_and_keeps_keys_and_values_as_shares(semi2k):
+    config = tiny("SM+LN+G")
+    model = private_model(semi2k, config)
+    new = generate(model, PROMPT, 13)
+    assert new == greedy(config, PROMPT, 13)
+    names = [name for name, _ in model.accounts]
+    assert names == ["open weights", "prefill 8"] + ["step"] * 12
+    assert set(model.programs) == {"open weights", "prefill 8", "step"}
+    assert {"0.k", "0.v", "1.k", "1.v"} == set(model.programs["step"][0]) & set(model.programs["step"][1])
+    steps = [account for name, account in model.accounts if name == "step"]
+    assert len({account.rounds for account in steps}) == 1
+    # whatever the position, a step sends the same
+    assert len({account.bytes for account in steps}) == 1
+
+
+def test_weights_are_opened_once():
+    config = tiny("SM+ScFuFFN", model_dim=64)
+    sent = {}
+    for cached in (True, False):
+        with engine() as started:
+            model = private_model(started, config, steps=Steps(cached=cached))
+            generate(model, PROMPT, 3)
+            sent[cached] = model.accounts[-1][1].bytes[0]
+    weights = sum(value.size for name, value in export(config, scattered(config)).weights.items() if "kernel" in name)
+    assert sent[False] - sent[True] > 0.9 * 8 * weights
+
+
+def test_an_engine_with_opened_weights_holds_one_model(semi2k):
+    private_model(semi2k, tiny("SM"))
+    with pytest.raises(RuntimeError, match="holds one model"):
+        private_model(semi2k, tiny("SM"))
+
+
+def test_what_is_drawn_among_revealed_logits_is_the_clients_choice(semi2k):
+    config = tiny("SM+ScFuFFN")
+    model = private_model(semi2k, config)
+    rng = np.random.default_rng(0)
+    new = generate(model, PROMPT, 5, choose=lambda logits: int(rng.integers(61)))
+    assert new == np.random.default_rng(0).integers(61, size=5).tolist()
+
+
+def test_it_ends_at_the_end_of_text(semi2k):
+    config = tiny("EReg(SM(t)+ScFuFFN^1)")
+    expected = greedy(config, PROMPT, 8)
+    assert expected[2] not in expected[:2]
+    assert generate(private_model(semi2k, config), PROMPT, 8, end_of_text=expected[2]) == expected[:2]
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), [
+    ((), {}, "the prompt is empty"),
+    ((1,) * 16, {}, "16 tokens and 4 new ones do not fit into the context of 16; shorten"),
+    ((1,) * 14, {}, "ask for at most --tokens=2"),
+    ((1,), dict(num_tokens=0), "--tokens=0 must be at least 1"),
+    ((1,), dict(reveal="all"), "--reveal='all' is not known"),
+])  # fmt: skip
+def test_what_cannot_be_generated_is_said(semi2k, prompt, options, message):
+    model = private_model(semi2k, tiny("SM+ScFuFFN"))
+    with pytest.raises(UserError, match=message):
+        generate(model, prompt, **dict(num_tokens=4) | options)
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    (dict(protocol="aby4"), "aby3"), (dict(exponent="pad"), "pade"), (dict(fraction_bits=40), "between 10 and 26"),
+    (dict(exponent_iterations=1), "between 4 and 12"),
+])  # fmt: skip
+def test_settings_without_meaning_are_said(setting, message):
+    with pytest.raises(UserError, match=message):
+        Setting(**setting).check()
+
+
+def test_two_rounds_of_a_product_are_two_rounds(semi2k):
+    """The count is causal: a product opens both factors at once, and its truncation follows."""
+    from jax_entropy.private.program.export import lower
+
+    matrix = jax.ShapeDtypeStruct((8, 8), np.float32)
+    semi2k.load("product", lower(lambda a, b: a @ b, [matrix, matrix]), ["secret"] * 2, {})
+    semi2k.put(["a", "b"], CLIENT, dict(a=np.eye(8, dtype=np.float32), b=np.full((8, 8), 2, np.float32)))
+    account = semi2k.run("product", ["a", "b"], ["c"])
+    assert account.rounds == 2
+    assert all(
+        2 * 8 * 64 < count <= 3 * 8 * 64 for count in account.bytes
+    )  # two factors and a truncation of 64 numbers
+    np.testing.assert_allclose(semi2k.get(["c"], CLIENT)["c"], 2, atol=1e-4)
+
+
+def test_a_server_that_uses_that_it_knows_its_weights_sends_less():
+    from jax_entropy.private.program.export import lower
+
+    matrix, accounts = jax.ShapeDtypeStruct((64, 64), np.float32), {}
+    for colocated in (True, False):
+        with engine(Setting(protocol="cheetah", colocated=colocated)) as started:
+            started.load("product", lower(jax.numpy.matmul, [matrix, matrix]), ["secret"] * 2, {})
+            started.put(["x"], CLIENT, dict(x=np.eye(64, dtype=np.float32)))
+            started.put(["w"], SERVER, dict(w=np.eye(64, dtype=np.float32)), colocated=colocated)
+            accounts[colocated] = [started.run("product", ["x", "w"], ["y"]) for _ in range(3)][-1]
+    assert sum(accounts[True].bytes) < 0.6 * sum(accounts[False].bytes)
+
+
+def test_what_goes_on_at_the_same_time_is_not_counted_one_after_the_other():
+    """CHEETAH's threads share 20,000 comparisons, each on a link of its own; 1,000 are done by one."""
+    from jax_entropy.private.program.export import lower
+
+    rounds = {}
+    with engine(Setting(protocol="cheetah")) as started:
+        for count in (1000, 20_000):
+            values = jax.ShapeDtypeStruct((count,), np.float32)
+            started.load("relu", lower(lambda x: jax.numpy.maximum(x, 0), [values]), ["secret"], {})
+            started.put(["x"], CLIENT, dict(x=np.linspace(-1, 1, count, dtype=np.float32)))
+            runs = [started.run("relu", ["x"], ["y"]) for _ in range(4)]
+            rounds[count] = min(run.rounds for run in runs)
+    assert runs[-1].messages[0] > 1.5 * rounds[20_000]  # there were threads
+    assert rounds[1000] <= rounds[20_000] <= rounds[1000] + 2
+
+
+def test_numbers_beyond_fixed_point_are_refused_with_layer_and_value():
+    config = tiny("SM")
+    variables = jax.tree.map(lambda x: x, scattered(config))
+    up = variables["params"]["blocks"]["ffn"]["up"]
+    variables["params"]["blocks"]["ffn"]["up"] = {"kernel": up["kernel"] * np.array([1, 5e7])[:, None, None]}
+    with pytest.raises(UserError, match=r"layer 1 reaches .*e\+.*fraction_bits=18"):
+        check_range(export(config, variables, Steps(merged=False)), list(PROMPT), Setting())
+    check_range(export(config, scattered(config)), list(PROMPT), Setting())
+
+
+def test_scores_beyond_the_exponential_are_refused():
+    config = tiny("SM")
+    variables = {"params": dict(scattered(config)["params"])}
+    block = dict(variables["params"]["blocks"])
+    attention = dict(block["attention"])
+    attention["query"] = jax.tree.map(lambda x: x * 12000, attention["query"])
+    variables["params"]["blocks"] = block | dict(attention=attention)
+    with pytest.raises(UserError, match="softmax of layer 1 .* --exponent=pade"):
+        check_range(export(config, variables), list(PROMPT), Setting())
+    check_range(export(config, variables), list(PROMPT), Setting(exponent="pade"))
+
+
+def test_protocols_have_their_parties():
+    assert PROTOCOLS == {"semi2k": 2, "aby3": 3, "cheetah": 2}

@@ -1,0 +1,204 @@
+"""A report reads any run, tells what is wrong with a workdir, and writes and prints what was logged."""
+
+import base64
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from jax_entropy import report
+from jax_entropy.errors import UserError
+from tests.report.helpers import CASES, CAUSAL, write_run
+
+# Reading a workdir
+
+
+def test_arrays_are_what_was_logged(tmp_path):
+    workdir = write_run(tmp_path / "run", L=3, N=2, steps=7, nan_from=5)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    run = report.load_run(workdir)
+    assert run.train["head_entropy"].shape == (7, 3, 2)
+    assert run.train["head_entropy"].tolist()[:5] == [line["head_entropy"] for line in train[:5]]
+    assert np.isnan(run.train["head_entropy"][5, 2]).all() and np.isnan(run.train["cross_entropy"][5])
+    assert run.train["gradient_norms/feed_forward"].tolist() == [
+        line["gradient_norms"]["feed_forward"] for line in train
+    ]
+    assert run.train["temperature/max"].shape == (7, 3)
+    assert run.steps_E.tolist() == [50, 100, 150, 200, 250, 300, 350]
+    assert run.evaluate["step"].tolist() == [250, 350]
+    assert run.maxima()["context"] == pytest.approx(4.852, abs=1e-3)
+    assert run.maxima()["causal"] == pytest.approx(3.878, abs=1e-3)  # paper.md §4
+    assert run.maxima()["observed"] == np.nanmax(run.train["head_entropy"][-1])
+
+
+def test_a_metric_that_starts_late_is_nan_before(tmp_path):
+    workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["threshold"] = None
+    del lines[1]["max_logit"]
+    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = report.load_run(workdir)
+    assert run.train["threshold"].shape == (3, 2, 2)
+    assert np.isnan(run.train["threshold"][0]).all() and np.isfinite(run.train["threshold"][1:]).all()
+    assert np.isnan(run.train["max_logit"][1]).all() and np.isfinite(run.train["max_logit"][[0, 2]]).all()
+
+
+def test_half_a_last_line_is_a_run_still_writing(tmp_path):
+    workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 200, "kind": "tr')
+    assert report.load_run(workdir).steps_E.tolist() == [50, 100, 150]
+
+
+def drop_config(workdir):
+    (workdir / "config.json").unlink()
+
+
+def damage_config(workdir):
+    (workdir / "config.json").write_bytes(b"\xff\xfe{")
+
+
+def drop_metrics(workdir):
+    (workdir / "metrics.jsonl").unlink()
+
+
+def empty_metrics(workdir):
+    (workdir / "metrics.jsonl").write_text("")
+
+
+def only_evaluations(workdir):
+    (workdir / "metrics.jsonl").write_text('{"step": 5, "kind": "evaluate", "validation_loss": 3.0}\n')
+
+
+def damage_second_line(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    (workdir / "metrics.jsonl").write_text("\n".join([lines[0], "[1, 2]", *lines[1:]]))
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (drop_config, "has no config.json"),
+        (damage_config, "config.json' is damaged"),
+        (drop_metrics, "no training line in metrics.jsonl yet"),
+        (empty_metrics, "no training line in metrics.jsonl yet"),
+        (only_evaluations, "no training line in metrics.jsonl yet"),
+        (damage_second_line, "damaged at line 2"),
+    ],
+)
+def test_what_is_not_a_run_is_told_in_one_sentence(tmp_path, damage, words):
+    workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
+    damage(workdir)
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        report.write_report(workdir)
+    assert str(workdir) in str(error.value) and "\n" not in str(error.value)
+    assert not (workdir / "figures").exists()
+
+
+def test_missing_workdir_and_unwritable_one(tmp_path):
+    with pytest.raises(UserError, match="'/no/such/run' is not there"):
+        report.write_report("/no/such/run")
+    workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
+    (workdir / "figures").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot write .*figures"):
+        report.write_report(workdir)
+
+
+# The report as files
+
+
+def test_what_was_measured_privately_is_on_the_page(tmp_path):
+    workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
+    warm = dict(bytes=[1e6, 2.5e6], rounds=798)
+    measured = dict(setting=dict(protocol="semi2k"), num_tokens=32, total=dict(warm=warm))
+    (workdir / "private.json").write_text(json.dumps(measured))
+    *_, page = report.write_report(workdir)
+    assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in page.read_text()
+    assert "under secure computation" not in page.read_text()  # its picture is missing
+    (workdir / "figures" / "private.png").write_bytes((workdir / "figures" / "loss.png").read_bytes())
+    report.write_report(workdir)
+    assert "under secure computation" in page.read_text()
+    (workdir / "private.json").write_text("{}")
+    with pytest.raises(UserError, match="private.json' is damaged"):
+        report.write_report(workdir)
+
+
+@pytest.mark.parametrize("case", ["paper", "smallest", "single_step", "diverged", "never_finite"])
+def test_report_of_any_run_is_whole(tmp_path, case):
+    said = []
+    workdir = write_run(tmp_path / case, **CASES[case])
+    paths = report.write_report(workdir, notify=said.append)
+    assert len(said) == 1 and str(workdir) in said[0]
+    *pictures, page = paths
+    assert page == workdir / "report.html" and {path.parent for path in pictures} == {workdir / "figures"}
+    assert sorted(path.name for path in pictures) == sorted(path.name for path in (workdir / "figures").iterdir())
+    text = page.read_text()
+    for path in pictures:
+        png = path.read_bytes()
+        pixels = imread(path)
+        assert png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) < 600_000
+        assert 800 <= pixels.shape[1] <= 1600 and 350 <= pixels.shape[0] <= 1600
+        assert 0.002 < np.mean(pixels[..., :3].min(axis=2) < 0.9) < 0.9  # neither blank nor black
+        assert base64.b64encode(png).decode() in text
+    assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_page_escapes_and_tells_the_key_numbers(tmp_path):
+    workdir = write_run(tmp_path / "run", L=4, N=4, architecture="<b>SM & co</b>")
+    run = report.load_run(workdir)
+    text = report.write_report(workdir, notify=lambda _: None)[-1].read_text()
+    assert "<b>SM" not in text and "<h1>&lt;b&gt;SM &amp; co&lt;/b&gt;</h1>" in text
+    assert f"<dt>validation perplexity</dt><dd>{math.exp(run.evaluate['validation_loss'][-1]):.4g}</dd>" in text
+    assert f"<dd>{run.train['head_entropy'][-1].mean():.2f} <small>nats" in text
+    assert f"<dd>{np.median(run.train['tokens_per_second']):,.0f} <small>tokens/s" in text
+    assert "4 layers · 4 heads · 256 wide · 128 tokens of context · step 2,000" in text
+
+
+# The terminal
+
+
+def printed(entropy_LxN, width, **kwargs):
+    file = io.StringIO()
+    report.print_head_entropy(entropy_LxN, CAUSAL, Console(file=file, width=width, **kwargs))
+    return file.getvalue()
+
+
+def test_terminal_prints_every_head_and_the_layer_means():
+    entropy_LxN = np.random.default_rng(0).uniform(0, CAUSAL, (12, 12))
+    rows = [line.split() for line in printed(entropy_LxN, 80).splitlines()]
+    head_row = next(i for i, row in enumerate(rows) if row and row[0] == "layer")
+    assert rows[head_row] == ["layer", *map(str, range(12)), "mean"]
+    for layer, row in enumerate(rows[head_row + 1 : head_row + 13]):
+        assert row == [str(layer), *(f"{x:.2f}" for x in entropy_LxN[layer]), f"{entropy_LxN[layer].mean():.2f}"]
+    assert "nats" in printed(entropy_LxN, 80) and "3.88" in printed(entropy_LxN, 80)
+    assert "\x1b[" in printed(entropy_LxN, 80, force_terminal=True, color_system="truecolor")
+
+
+def test_terminal_quarters_are_half_open_but_for_the_last():
+    entropy_LxN = np.array([[0.0, 0.99, 1.0, 1.99], [2.0, 2.5, 3.0, 4.0]])
+    assert "largest (4.00 nats): 25.0 / 25.0 / 25.0 / 25.0 %" in printed(entropy_LxN, 80)
+    heat_map = np.repeat([0.1, 1.0, 2.0, 3.2], [47, 14, 18, 65]).reshape(12, 12)  # the shares of SM, paper.md §4
+    assert "32.6 / 9.7 / 12.5 / 45.1 %" in printed(heat_map, 80)
+
+
+@pytest.mark.parametrize("width, cell", [(80, "2.00"), (61, "2.0"), (40, "▓▓"), (26, "▓")])
+def test_terminal_says_less_where_there_is_less_room(width, cell):
+    lines = printed(np.full((2, 12), 2.0), width).splitlines()
+    row = next(line for line in lines if line.startswith("    0 "))
+    shown = row.removeprefix("    0 ").rsplit(maxsplit=1)
+    assert shown[1] == "2.00" and len(row) <= width
+    assert shown[0].replace(" ", "") == 12 * cell
+
+
+def test_terminal_shows_what_is_not_a_number():
+    entropy_LxN = np.array([[1.0, np.nan], [np.nan, np.nan]])
+    text = printed(entropy_LxN, 80)
+    assert text.count("NaN") == 3 + 2  # three heads, two means
+    assert "largest (1.00 nats): 0.0 / 0.0 / 0.0 / 25.0 %" in text
+    assert "quarter" not in printed(np.full((2, 2), np.nan), 80)

@@ -4,7 +4,6 @@ A step gets its name only once a manifest of hashes lies in it: a killed save ne
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -24,10 +23,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jax_entropy.errors import UserError, nearest
+from jax_entropy.manifest import damage, seal
 
 PyTree = Any
 
-MANIFEST = "manifest.sha256"
 _STEP = re.compile("0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"[0-9]+\.(unfinished|removed|orbax-checkpoint-tmp)")
 _NOTHING_SAVED, _ALL_DAMAGED = -1, -2
@@ -197,7 +196,7 @@ class Checkpointer:
             if jax.process_index() != 0:
                 return
             unfinished = self._unfinished(step)
-            (unfinished / MANIFEST).write_text(_manifest(unfinished))
+            seal(unfinished)
             self._remove(step)
             unfinished.rename(self._directory / str(step))
             self._verified.add(step)
@@ -239,14 +238,14 @@ class Checkpointer:
         return math.nan if loss is None else loss
 
     def _verify(self, step: int) -> bool:
-        damage = _damage(self._directory / str(step))
-        if damage is None:
+        found = damage(self._directory / str(step))
+        if found is None:
             self._verified.add(step)
             return True
         self._verified.discard(step)
         if step not in self._named:
             self._named.add(step)
-            self._notify(f"the checkpoint of step {step} in {self._place} is damaged and not used: {damage}")
+            self._notify(f"the checkpoint of step {step} in {self._place} is damaged and not used: {found}")
         return False
 
     def _unfinished(self, step: int) -> Path:
@@ -289,34 +288,6 @@ class Checkpointer:
                 f"the checkpoint of step {step} could not be saved in {self._place}: {reason}; "
                 "earlier checkpoints are intact"
             ) from error
-
-
-def _manifest(directory: Path) -> str:
-    """A line for each file of a step, as `sha256sum` writes and `sha256sum --check` reads them."""
-    lines = []
-    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")
-    return "".join(lines)
-
-
-def _damage(directory: Path) -> str | None:
-    """What differs from the step that was saved; None if nothing does."""
-    try:
-        recorded = (directory / MANIFEST).read_bytes()
-        actual = _manifest(directory).encode()
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except OSError as error:
-        return f"{error.filename} cannot be read: {error.strerror}"
-    if recorded == actual:
-        return None
-    recorded_lines, actual_lines = recorded.splitlines(), actual.splitlines()
-    changed = [line for line in actual_lines if line not in recorded_lines]
-    missing = [line for line in recorded_lines if line not in actual_lines]
-    name = next((line.partition(b"  ")[2].decode(errors="replace") for line in changed or missing), MANIFEST)
-    return f"{name} is {'not as written' if changed or not missing else 'missing'}"
 
 
 def _check_structure(path: Path, abstract_state: PyTree) -> None:

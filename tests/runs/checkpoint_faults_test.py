@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jax_entropy.errors import UserError
-from jax_entropy.runs.checkpoint import MANIFEST, Checkpointer
+from jax_entropy.manifest import MANIFEST
+from jax_entropy.runs.checkpoint import Checkpointer
 from tests import REPOSITORY
 from tests.runs.checkpoint_helpers import abstract, bits, flip, folders, make_state, saved
 
@@ -294,14 +295,14 @@ def test_read_only_disk_can_be_read_but_not_written(small_disk, capfd):
 
 def test_disk_full_while_the_manifest_is_written(tmp_path, monkeypatch):
     saved(tmp_path, [1])
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def fails(path, text):
+    def fails(path, content):
         if path.name == MANIFEST:
             raise OSError(28, "No space left on device", str(path))
-        return write_text(path, text)
+        return write_bytes(path, content)
 
-    monkeypatch.setattr(Path, "write_text", fails)
+    monkeypatch.setattr(Path, "write_bytes", fails)
     with pytest.raises(UserError, match="step 2 .*No space left on device"):
         saved(tmp_path, [2])
     monkeypatch.undo()

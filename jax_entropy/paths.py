@@ -1,4 +1,4 @@
-"""Paths that people name: `~` is expanded, what is no path of this machine is refused, and failures become a sentence."""
+"""Paths that people name: `~` is expanded, what is no path of this machine is refused, failures become a sentence."""
 
 import contextlib
 import os

@@ -2,14 +2,14 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = "cpu"  # chosen before jax is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import jax  # noqa: E402  (the platform must be chosen before jax is imported)
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from tests.run_helpers import run  # noqa: E402
-from tests.tiny_config import get_config  # noqa: E402
+from tests.run_helpers import run
+from tests.tiny_config import get_config
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

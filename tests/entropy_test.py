@@ -40,7 +40,7 @@ def entropy_by_hand(weights):
 
 def penalty_by_hand(entropy_LxBxNxT, threshold_LxN, tolerance, reduction, shape):
     """Algorithm 1 of the paper, loop by loop, and the two readings of its code."""
-    L, B, N, T = entropy_LxBxNxT.shape
+    L, _, N, T = entropy_LxBxNxT.shape
     maximum = math.log(T)
 
     def penalty(deviation):

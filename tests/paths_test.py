@@ -40,6 +40,6 @@ def test_the_cache_follows_xdg(monkeypatch):
 
 
 def test_what_cannot_be_written_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=f"--json={tmp_path} cannot be written: Is a directory"):
-        with writing(tmp_path, "--json"):
-            tmp_path.write_text("x")
+    sentence = f"--json={tmp_path} cannot be written: Is a directory"
+    with pytest.raises(UserError, match=sentence), writing(tmp_path, "--json"):
+        tmp_path.write_text("x")

@@ -23,7 +23,7 @@ def forward(config: ModelConfig, variables, tokens_BxT):
         stats.append(stats_of_layer)
     x = normalise(config, config.final_norm, params.get("final_norm"), x)
     head = embedding if config.tied_head else params["head"]
-    return x @ head.T, *map(np.stack, zip(*stats))
+    return x @ head.T, *map(np.stack, zip(*stats, strict=True))
 
 
 def apply_block(config, params, vectors, x, slope):

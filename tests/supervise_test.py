@@ -1,5 +1,6 @@
 """The supervisor, with real processes: what it restarts, what it leaves, and what it passes on."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def test_there_is_a_limit_and_the_pauses_double(tmp_path, supervised, act, code)
     assert done.returncode == code
     times = [at for _, at in starts(tmp_path)]
     assert len(times) == 4 and "4 times in a row; no more restarts" in done.stderr
-    for i, (one, other) in enumerate(zip(times, times[1:])):
+    for i, (one, other) in enumerate(itertools.pairwise(times)):
         assert other - one >= 0.2 * 2**i
     assert [line.split(" in ")[1] for line in done.stderr.splitlines()[:3]] == ["0.2 s", "0.4 s", "0.8 s"]
 

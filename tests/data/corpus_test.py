@@ -124,7 +124,7 @@ def test_every_field_that_decides_the_chunks_makes_a_corpus_of_its_own(tmp_path,
     prepared = [prepare(tmp_path, **request) for request in requests]
     assert len({p.fingerprint for p in prepared}) == len({p.directory for p in prepared}) == len(requests)
     assert len(builds) == len(requests)
-    for request, first in zip(requests, prepared):
+    for request, first in zip(requests, prepared, strict=True):
         again = prepare(tmp_path, **request)
         assert again.directory == first.directory
         assert (rows(again, "train") == rows(first, "train")).all()

@@ -173,7 +173,7 @@ def test_without_joining_no_chunk_crosses_a_document_and_only_full_ones_are_kept
 def test_joined_documents_are_one_stream_with_the_end_of_text_between_them(tmp_path, context_length):
     sizes = [len(text.encode()) for text in TEXTS]
     rows, counts = written(tmp_path, TEXTS, sizes, context_length, join=True)
-    stream = sum((TOKENIZER.encode(text) + [TOKENIZER.end_of_text] for text in TEXTS if text), [])
+    stream = sum(([*TOKENIZER.encode(text), TOKENIZER.end_of_text] for text in TEXTS if text), [])
     assert rows["train"] == chunks_of(stream, context_length)
     assert counts["train"].tokens + counts["train"].tokens_left_out == len(stream) - 1
     assert rows["validation"] == [] and dataclasses.astuple(counts["validation"]) == (0,) * 6

@@ -74,7 +74,7 @@ def test_global_batch_is_the_same_set_on_any_number_of_processes(corpus, process
     parts = [
         take(iterator(corpus, process_index=i, process_count=process_count), batches) for i in range(process_count)
     ]
-    for batch, *shares in zip(whole, *parts):
+    for batch, *shares in zip(whole, *parts, strict=True):
         assert all(share.shape == (B // process_count, T + 1) for share in shares)
         assert multiset(shares) == multiset([batch])
 
@@ -115,7 +115,7 @@ def test_orbax_saves_and_restores_the_position(corpus, tmp_path):
 
 def gathered(corpus, **options):
     batches = list(data.validation_batches(corpus, **options))
-    tokens, weight = (np.concatenate(arrays) for arrays in zip(*batches))
+    tokens, weight = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     return tokens, weight, len(batches)
 
 

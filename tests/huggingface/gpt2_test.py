@@ -217,7 +217,7 @@ def test_what_gpt2_cannot_express(tmp_path, name, overrides, field):
 
 
 def test_variables_of_another_config(tmp_path):
-    config, variables = random_model()
+    config, _ = random_model()
     for other in (random_model(ffn_dim=40)[1], random_model(bias="all")[1], random_model(bias="none")[1]):
         with pytest.raises(UserError, match=r"the variables have .* for blocks/"):
             to_huggingface(config, other, tmp_path / "out")

@@ -10,8 +10,12 @@ from jax_entropy.runs.checkpoint import Checkpointer
 
 def layout(num_devices):
     mesh = jax.make_mesh((num_devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:num_devices])
-    divides = lambda leaf: leaf.ndim > 0 and leaf.shape[0] % 8 == 0
-    return lambda leaf: NamedSharding(mesh, PartitionSpec("data") if divides(leaf) else PartitionSpec())
+
+    def sharding(leaf):
+        divides = leaf.ndim > 0 and leaf.shape[0] % 8 == 0
+        return NamedSharding(mesh, PartitionSpec("data") if divides else PartitionSpec())
+
+    return sharding
 
 
 def abstract(state, num_devices=1):
@@ -37,7 +41,9 @@ def make_state(seed=0, num_devices=1, width=16):
 
 
 def bits(state):
-    raw = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    def raw(x):
+        return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
     return [(x.dtype, x.shape, np.asarray(raw(x)).tobytes()) for x in jax.tree.leaves(state)]
 
 

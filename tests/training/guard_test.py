@@ -94,9 +94,8 @@ def poisoned(batches):
         def train_step(state, tokens, watch):
             bad = jnp.any(jnp.all(tokens[None] == jnp.asarray(batches), axis=(1, 2)))
             new, metrics = real(state, tokens, watch)
-            spoil = lambda x: jnp.where(bad, jnp.nan, x)
-            params = jax.tree.map(spoil, new.params)
-            return new._replace(params=params), metrics | {"loss": spoil(metrics["loss"])}
+            params, loss = jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), (new.params, metrics["loss"]))
+            return new._replace(params=params), metrics | {"loss": loss}
 
         return train_step
 

@@ -62,7 +62,7 @@ sys.exit(cli.main())
 
 def start(processes, devices, mesh, workdir, corpus_directory, *overrides, read=None):
     """Starts a run on a layout; `read` names the files that its rows are written to."""
-    sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
+    sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
     executable, _, _, _, *flags = command(workdir, corpus_directory, *overrides, *sizes)
     env = environment() | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(REPOSITORY)}
     program = [executable, "-m", "jax_entropy"]

@@ -194,7 +194,7 @@ def assert_same(value, plain):
             assert_same(value[key], plain[key])
     elif isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim):
         assert isinstance(plain, list) and len(plain) == len(value)
-        for child, plain_child in zip(value, plain):
+        for child, plain_child in zip(value, plain, strict=True):
             assert_same(child, plain_child)
     elif isinstance(value, (float, np.floating)) or (isinstance(value, np.ndarray) and value.dtype.kind == "f"):
         assert plain is None if not math.isfinite(value) else plain == pytest.approx(float(value), rel=5.1e-7, abs=0)

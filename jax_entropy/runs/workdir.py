@@ -1,8 +1,10 @@
 """The folder of a run: where its parts lie, whose it is, and the trained model in it."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import socket
 import tempfile
 import time
@@ -35,8 +37,8 @@ class Workdir:
         self.incidents = self.path / "guard.jsonl"
 
     @contextlib.contextmanager
-    def held(self, config: ConfigDict, notify: Callable[[str], None]) -> Iterator[None]:
-        """Keeps the folder for this process's run while it trains, and notes how that ends.
+    def held(self, config: ConfigDict, notify: Callable[[str], None], devices: str = "") -> Iterator[None]:
+        """Keeps the folder for this process's run while it trains on `devices`, and notes how that ends.
 
         Raises UserError if the folder holds another config's run, is in use, or cannot be written.
         """
@@ -53,7 +55,7 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
         with self._locked():
-            self.write_status("starting", *self._progress(config))
+            self.write_status("starting", *self._progress(config), devices=devices)
             try:
                 yield
             except BaseException as error:
@@ -95,9 +97,18 @@ class Workdir:
         status = self.read_status()
         return (status.step if status else 0), config.train.num_steps
 
-    def write_status(self, state: str, step: int, num_steps: int, reason: str = "") -> None:
-        """Notes where the run is, for `read_status`. Raises UserError if the disk is full."""
-        status = Status(state, step, num_steps, reason, time.time(), os.getpid(), socket.gethostname())
+    def write_status(self, state: str, step: int, num_steps: int, reason: str = "", devices: str = "") -> None:
+        """Notes where the run is, for `read_status`; each process begins with "starting". Raises UserError if the disk
+        is full."""
+        now, before = time.time(), self.read_status()
+        seconds = before.seconds + (0 if state == "starting" else max(now - before.time, 0)) if before else 0.0
+        status = Status(
+            state, step, num_steps, reason, now, os.getpid(), socket.gethostname(),
+            started=before and before.started or now,
+            seconds=seconds,
+            versions=_versions() if state == "starting" or not before else before.versions,
+            devices=devices or (before.devices if before else ""),
+        )  # fmt: skip
         with self._written():
             partial = self.path / "partial"
             partial.write_text(json.dumps(status._asdict()))
@@ -155,3 +166,16 @@ class Status(NamedTuple):
     time: float
     pid: int
     host: str
+    started: float = 0.0  # when the first process began, in Unix seconds; 0: not known
+    seconds: float = 0.0  # that processes trained here, all together
+    versions: dict[str, str] | None = None  # of the process that trained last
+    devices: str = ""  # of the same, as in "8 × TPU v5 lite"
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run computes."""
+    found = dict(Python=platform.python_version())
+    for name in ("jax_entropy", "jax", "flax", "optax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

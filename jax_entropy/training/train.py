@@ -52,7 +52,7 @@ def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print, 
     workdir = Workdir(path)
     if jax.process_index() > 0:
         return _train(config, mesh, workdir, lambda line: None, profile)
-    with workdir.held(config, notify):
+    with workdir.held(config, notify, f"{jax.device_count()} × {jax.devices()[0].device_kind}"):
         result = _train(config, mesh, workdir, notify, profile)
         complete = result.step == config.train.num_steps
         workdir.write_status("complete" if complete else "stopped", result.step, config.train.num_steps)

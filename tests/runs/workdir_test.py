@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jax_entropy.runs.status import describe
+from jax_entropy.runs.workdir import Workdir
 from tests.run_helpers import parameters, run, start
 
 
@@ -37,3 +38,21 @@ def test_what_does_not_change_the_mathematics_may_change_on_the_way(unbroken, tm
     assert "step 21/24" in done.stdout
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(unbroken[0]))
     assert json.loads((workdir / "config.json").read_text())["train"]["keep"] == 5
+
+
+def test_the_time_of_a_run_is_that_of_its_processes_and_not_of_what_lies_between(tmp_path, monkeypatch):
+    workdir = Workdir(tmp_path)
+    for now, state, devices in ((100, "starting", "8 × TPU v5e"), (130, "training", ""), (900, "starting", "2 × cpu")):
+        monkeypatch.setattr("time.time", lambda now=now: float(now))
+        workdir.write_status(state, 4, 24, devices=devices)
+    monkeypatch.setattr("time.time", lambda: 912.0)
+    workdir.write_status("complete", 24, 24)
+    status = workdir.read_status()
+    assert (status.started, status.time, status.seconds, status.devices) == (100, 912, 42, "2 × cpu")
+    assert status.versions["jax"] == jax.__version__
+
+
+def test_the_status_of_a_run_of_an_earlier_version_is_still_read(tmp_path):
+    old = dict(state="stopped", step=3, num_steps=9, reason="", time=1.0, pid=7, host="there")
+    (tmp_path / "status.json").write_text(json.dumps(old))
+    assert Workdir(tmp_path).read_status().step == 3

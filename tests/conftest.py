@@ -4,6 +4,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # chosen before jax is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("PIP_CONSTRAINT", None)  # the versions of this environment, not of the engine's own
 
 import jax
 import pytest

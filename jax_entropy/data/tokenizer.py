@@ -1,14 +1,15 @@
 """Byte-level BPE: any text goes in and comes out unchanged, and only the program itself can write the end of text.
 
-Trained on the spot by Hugging Face `tokenizers`, or read from an existing `tokenizer.json` of GPT-2's kind.
+Trained on the spot by Hugging Face `tokenizers`, or read from an existing `tokenizer.json` of GPT-2's kind. A file that
+loses or changes text is refused, and every text that is encoded is held to its bytes.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 # Said once, here: the library otherwise warns at every fork of the process.
@@ -19,6 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jax_entropy.errors import UserError
+from jax_entropy.paths import local_path
 
 END_OF_TEXT = "<|endoftext|>"
 _BATCH_CHARACTERS, _BATCH_TEXTS = 1 << 21, 1 << 14
@@ -39,15 +41,18 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self._bytes = _token_bytes(backend)
+        self.vocab_size = len(self._bytes)
         self.end_of_text = backend.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`; raises UserError if it is not valid Unicode (lone surrogates)."""
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            ids = self._backend.encode(text, add_special_tokens=False).ids
         except TypeError:
-            raise UserError(f"text is not valid Unicode: {ascii(text[:40])}") from None
+            raise UserError(f"text is not valid Unicode: {text[:40]!a}") from None
+        self._check_unchanged(text, ids)
+        return ids
 
     def encode_stream(self, texts: Iterable[tuple[Any, str]]) -> Iterator[tuple[Any, list[int]]]:
         """Yields (label, ids) for each (label, text) in order, encoding two mebibytes at a time on all cores."""
@@ -62,7 +67,15 @@ class Tokenizer:
 
     def _encode_batch(self, items: list[tuple[Any, str]]) -> Iterator[tuple[Any, list[int]]]:
         encodings = self._backend.encode_batch_fast([text for _, text in items], add_special_tokens=False)
-        return ((label, encoding.ids) for (label, _), encoding in zip(items, encodings))
+        for (label, text), encoding in zip(items, encodings, strict=True):
+            self._check_unchanged(text, ids := encoding.ids)
+            yield label, ids
+
+    def _check_unchanged(self, text: str, ids: list[int]) -> None:
+        # What a probe cannot find, the text itself does, for a thirtieth of the time that encoding takes.
+        survived = b"".join(map(self._bytes.__getitem__, ids))
+        if survived != text.encode():
+            raise UserError(f"the tokenizer changes text: {_difference(text, survived.decode(errors='replace'))}")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -70,14 +83,7 @@ class Tokenizer:
 
     def byte_lengths(self) -> np.ndarray:
         """Returns int32 [V], the bytes of UTF-8 that each token stands for; special tokens and unused ids have none."""
-        added = self._backend.get_added_tokens_decoder()
-        lengths = np.zeros(self.vocab_size, np.int32)
-        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
-            if i not in added:
-                lengths[i] = len(token)  # the byte-level alphabet has one character a byte
-            elif not added[i].special:
-                lengths[i] = len(token.encode())
-        return lengths
+        return np.array([len(token) for token in self._bytes], np.int32)
 
     def digest(self) -> str:
         """Returns the SHA-256 of what `save` writes."""
@@ -123,22 +129,107 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Reads a `tokenizer.json`.
 
     Raises:
-      UserError: the file is missing, damaged, not byte-level BPE, or lacks `<|endoftext|>`.
+      UserError: the file is missing, damaged, not byte-level BPE, changes text, or lacks `<|endoftext|>`.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise UserError(f"tokenizer {str(path)!r} is a folder; name the tokenizer.json in it")
-    if not path.is_file():
-        raise UserError(f"tokenizer {str(path)!r} does not exist; name a tokenizer.json, or nothing to train one")
+    path = local_path(path, "tokenizer")
+    name = f"tokenizer {str(path)!r}"
     try:
+        if path.is_dir():
+            raise UserError(f"{name} is a folder; name the tokenizer.json in it")
+        if not path.is_file():
+            raise UserError(f"{name} does not exist; name a tokenizer.json, or nothing to train one")
         text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is damaged or not a tokenizer.json ({error})") from error
+    try:
         settings = json.loads(text)
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"tokenizer {str(path)!r} is damaged or not a tokenizer.json ({error})") from error
+        raise UserError(f"{name} is damaged or not a tokenizer.json ({error})") from error
     if settings["model"].get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(settings.get("decoder")):
-        raise UserError(f"tokenizer {str(path)!r} is not byte-level BPE; use one of GPT-2's kind")
+        raise UserError(f"{name} is not byte-level BPE; use one of GPT-2's kind")
     if backend.token_to_id(END_OF_TEXT) is None:
-        raise UserError(f"tokenizer {str(path)!r} has no {END_OF_TEXT}; add it to the file's added_tokens as special")
+        raise UserError(f"{name} has no {END_OF_TEXT}; add it to the file's added_tokens as special")
+    if dropout := settings["model"].get("dropout"):
+        raise UserError(f"{name} gives one text many encodings (model.dropout={dropout}); set model.dropout to null")
     backend.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(backend)
+    tokenizer = Tokenizer(backend)
+    for text in _probe(token["content"] for token in settings.get("added_tokens", ())):
+        back = tokenizer.decode(backend.encode(text, add_special_tokens=False).ids)
+        if back != text:
+            suspects = ", ".join(_suspects(settings)) or "its added_tokens and decoder"
+            raise UserError(f"{name} changes text: {_difference(text, back)}; look at: {suspects}")
+    return tokenizer
+
+
+def _token_bytes(backend: tokenizers.Tokenizer) -> list[bytes]:
+    """The bytes that each id stands for; special tokens and unused ids have none."""
+    vocabulary, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
+    table = [b""] * (1 + max(vocabulary.values()))
+    for token, i in vocabulary.items():
+        if i not in added and _BYTES.keys() >= set(token):
+            table[i] = bytes(_BYTES[character] for character in token)
+        elif i not in added or not added[i].special:
+            table[i] = token.encode()
+    return table
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's: the character that stands for each byte is its own where that can be printed, else the next of 256…"""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_level_alphabet()
+# one character of each first byte of UTF-8, and with them each following byte
+_CHARACTERS = "".join(map(chr, (*range(0x801), *range(0x1000, 0xD001, 0x1000), *range(0xE000, 0x110000, 0x1000))))
+_AWKWARD = (
+    "no space", " one at both ends ", "two  spaces", "\ttab", "CR LF\r\n\r\nLF\n\n", "NUL\0", "\ufeffBOM", "\ufffd",
+    "It's UPPER 1234567", "e\u0301 é ﬁ ﷺ Å", "👩🏽‍💻🇸🇪", END_OF_TEXT, f"a {END_OF_TEXT} b",
+    "x" * 5000, " " * 5000 + ".",
+)  # fmt: skip
+
+
+def _probe(added_tokens: Iterable[str]) -> Iterator[str]:
+    """Texts that tokenizers are known to change, the shortest first, then every byte that text can hold."""
+    yield from _AWKWARD
+    yield from (f"a  {token}  b" for token in added_tokens)
+    yield _CHARACTERS
+
+
+def _difference(before: str, after: str) -> str:
+    pairs = enumerate(itertools.zip_longest(before, after))
+    start = max(0, next(i for i, (old, new) in pairs if old != new) - 8)
+    return f"{before[start : start + 24]!a} comes back as {after[start : start + 24]!a}"
+
+
+def _suspects(settings: dict[str, Any]) -> Iterator[str]:
+    """The settings of a tokenizer.json that can change text."""
+    model = settings["model"]
+    needed = {character for character, byte in _BYTES.items() if byte in _CHARACTERS.encode()}
+    if missing := sorted(_BYTES[character] for character in needed - model["vocab"].keys()):
+        yield f"{len(missing)} bytes without a token (0x{missing[0]:02X}{', …' if missing[1:] else ''})"
+    for field in ("unk_token", "end_of_word_suffix", "continuing_subword_prefix"):
+        if model.get(field):
+            yield f"model.{field}={model[field]!r}"
+    if normalizer := settings.get("normalizer"):
+        yield f"normalizer {normalizer['type']}"
+    pre_tokenizer = settings.get("pre_tokenizer") or {"pretokenizers": []}
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if not any(step["type"] == "ByteLevel" for step in steps):
+        yield "no ByteLevel pre_tokenizer"
+    for step in steps:
+        if step.get("add_prefix_space"):
+            yield f"add_prefix_space of its {step['type']}"
+        elif step["type"] != "ByteLevel":
+            yield f"pre_tokenizer {step['type']}"
+    for token in settings.get("added_tokens", ()):
+        if token.get("special"):  # none of these is looked for in text
+            continue
+        if token.get("lstrip") or token.get("rstrip"):
+            yield f"lstrip or rstrip of {token['content']!r}"
+        if not token["content"].isascii():  # it is matched as it is, and decoded as if its characters were bytes
+            yield f"the added token {token['content']!a}, which is not ASCII"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_entropy.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from jax_entropy.data.tokenizer import END_OF_TEXT, _probe, load_tokenizer, train_tokenizer
 from jax_entropy.errors import UserError
 from tests.data.helpers import script
 
@@ -143,6 +143,116 @@ def test_unusable_tokenizer_file_is_one_sentence_that_names_it(tmp_path, change,
         load_tokenizer(path)
     assert str(path) in str(error.value) and sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def changed(**parts):
+    return lambda settings: {**settings, **parts}
+
+
+def without_bytes(settings):
+    vocabulary = settings["model"]["vocab"]
+    kept = {token: i for token, i in vocabulary.items() if token not in "æÄĬ"}  # 0xE6, 0xC4, 0x8A
+    merges = [pair for pair in settings["model"]["merges"] if not set("æÄĬ") & set("".join(pair))]
+    return settings | {"model": settings["model"] | {"vocab": kept, "merges": merges}}
+
+
+def with_added(content, **options):
+    token = dict(
+        id=400, content=content, single_word=False, lstrip=False, rstrip=False, normalized=False, special=False
+    )
+    return lambda settings: settings | {"added_tokens": settings["added_tokens"] + [token | options]}
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+LOSSY = {
+    "bytes without a token": (without_bytes, r"3 bytes without a token \(0x8A, …\)"),
+    "unk_token": (
+        lambda settings: (lost := without_bytes(settings)) | {"model": lost["model"] | {"unk_token": "a"}},
+        "model.unk_token='a'",
+    ),
+    "add_prefix_space": (
+        changed(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}),
+        "'no space' comes .*' no space'",
+    ),
+    "NFC": (changed(normalizer={"type": "NFC"}), r"e\\u0301 .* normalizer NFC"),
+    "lowercase": (changed(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+    "no pre-tokenizer": (changed(pre_tokenizer=None), "no ByteLevel pre_tokenizer"),
+    "spaces removed": (
+        changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}),
+        "'no space' comes back as 'nospace'; look at: pre_tokenizer Split",
+    ),
+    "end_of_word_suffix": (
+        lambda settings: settings | {"model": settings["model"] | {"end_of_word_suffix": "</w>"}},
+        "model.end_of_word_suffix='</w>'",
+    ),
+    "lstrip": (with_added("beta", lstrip=True), "'a  beta  b' comes back as 'abeta  b'; look at: .*of 'beta'"),
+    "rstrip": (with_added("beta", rstrip=True), "'a  beta  b' comes back as 'a  betab'; look at: .*of 'beta'"),
+    "an added token outside ASCII": (with_added("é"), r"the added token '\\xe9', which is not ASCII"),
+    "decoder": (
+        changed(
+            decoder={
+                "type": "Sequence",
+                "decoders": [BYTE_LEVEL, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+            }
+        ),
+        "' one at both ends ' comes back as 'one",
+    ),
+    "dropout": (
+        lambda settings: settings | {"model": settings["model"] | {"dropout": 0.1}},
+        "model.dropout=0.1.*; set model.dropout to null",
+    ),
+}
+
+
+def load_changed(tmp_path, change):
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    settings = change(json.loads((tmp_path / "tokenizer.json").read_text()))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    return load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("change, sentence", LOSSY.values(), ids=LOSSY)
+def test_tokenizer_that_changes_text_is_refused_and_what_does_it_is_named(tmp_path, change, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        load_changed(tmp_path, change)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_the_probe_holds_every_byte_of_utf_8():
+    assert {*range(256)} - set("".join(_probe(())).encode()) == {0xC0, 0xC1, *range(0xF5, 0x100)}
+
+
+SPLIT_DIGITS = {"type": "Split", "pattern": {"Regex": r"\d{1,3}"}, "behavior": "Isolated", "invert": False}
+LOSSLESS = {
+    "special tokens that strip": with_added("<mask>", lstrip=True, special=True),
+    "added tokens": with_added("    "),
+    "digits split": changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT_DIGITS, BYTE_LEVEL]}),
+    "unk_token that is never needed": lambda settings: (
+        settings | {"model": settings["model"] | {"unk_token": END_OF_TEXT}}
+    ),
+    "byte-level normalizer": changed(normalizer={"type": "ByteLevel"}, pre_tokenizer=None),
+}
+
+
+@pytest.mark.parametrize("change", LOSSLESS.values(), ids=LOSSLESS)
+def test_tokenizer_of_another_making_is_read_where_text_comes_back(tmp_path, change):
+    tokenizer = load_changed(tmp_path, change)
+    for text in ("".join(TEXTS), "a <mask>  b     c 12345\r\n", END_OF_TEXT):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+
+
+def test_what_no_probe_finds_the_text_itself_does(tmp_path):
+    replace = {"type": "Replace", "pattern": {"String": "epsilon"}, "content": "eps"}
+    tokenizer = load_changed(tmp_path, changed(normalizer=replace))
+    assert tokenizer.decode(tokenizer.encode("delta")) == "delta"
+    sentence = "the tokenizer changes text: 'elta epsilon' comes back as 'elta eps'"
+    with pytest.raises(UserError, match=sentence):
+        tokenizer.encode("a delta epsilon")
+    with pytest.raises(UserError, match=sentence):
+        list(tokenizer.encode_stream([(0, "delta"), (1, "a delta epsilon")]))
 
 
 def test_missing_tokenizer_and_folder_are_named(tmp_path):

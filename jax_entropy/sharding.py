@@ -16,28 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jax_entropy.errors import UserError
+from jax_entropy.fields import RULES
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-
-# Axes of a parameter without its leading layer axis; a name, a tuple of names, or None for "not split".
-RULES = (
-    (r"(token_embedding|head)$", ("tensor", "fsdp")),
-    (r"position_embedding$", (None, "fsdp")),
-    (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
-    (r"attention/(query|key|value)/(bias|gain)$", ("tensor", None)),
-    (r"attention/out/kernel$", ("tensor", None, "fsdp")),
-    (r"attention/temperature$", ("tensor", None)),
-    (r"attention/threshold$", ("tensor",)),
-    (r"ffn/up/kernel$", ("fsdp", "tensor")),
-    (r"ffn/up/(bias|gain)$", ("tensor",)),
-    (r"ffn/down/kernel$", ("tensor", "fsdp")),
-    (r"ffn/fused/kernel$", ("fsdp", "tensor")),
-    (r"(attention/out|ffn/down|ffn/fused)/(bias|gain)$", (None,)),
-    (r"(norm1|norm2|final_norm)/(scale|bias)$", (None,)),
-    (r"(alpha|beta|negative_slope)$", ()),
-    (r"spectral/.*/singular_vectors/\d$", (None,)),
-)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.config import default_config, flatten
 from jax_entropy.entropy import max_entropy
+from jax_entropy.fields import FIELDS
 from tests import REPOSITORY
 
 PAGES = sorted(path for path in (*REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "README.md") if path.exists())
@@ -36,12 +37,16 @@ def documented():
     return {row[0].strip("`"): row[2] for row in rows("configuration.md", 4) if row[0].startswith("`")}
 
 
-def test_every_field_is_documented_with_its_default():
-    config = flatten(default_config("SM"))
-    expected = {name: written(value) for name, value in config.items()}
-    expected |= {"architecture": "from the file", "mesh.rules": "`sharding.RULES`"}
-    on_the_page = documented()
-    assert {name: on_the_page.get(name) for name in expected} == expected
+def test_the_tables_of_fields_are_the_codes():
+    lines = (REPOSITORY / "docs" / "configuration.md").read_text().splitlines()
+    special = {"architecture": "from the file", "mesh.rules": "`fields.RULES`"}
+    for field in FIELDS:
+        unit = field.unit or ", ".join(f"`{choice}`" for choice in field.bound)
+        default = special.get(field.name, written(field.default))
+        row = f"| `{field.name}` | {unit} | {default} | {field.help} |"
+        assert row in lines, f"docs/configuration.md lacks the row\n{row}"
+    names = [line.split("`")[1] for line in lines if re.match(r"\| `[a-z_]+\.", line)]
+    assert len(names) == len(set(names))
 
 
 def test_every_field_of_the_notation_is_documented_with_its_default():

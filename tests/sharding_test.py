@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_entropy.config import model_config
 from jax_entropy.errors import UserError
+from jax_entropy.fields import RULES
 from jax_entropy.model import Transformer
 from jax_entropy.sharding import (
     AXES,
     BATCH,
-    RULES,
     batch_sharding,
     constrain,
     make_mesh,

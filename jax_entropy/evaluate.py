@@ -72,11 +72,11 @@ def held_out(path: str | Path, run: Run, notify: Callable[[str], None]) -> data.
     context_length = run.config.model.context_length
     if run.config.data.tokenizer:  # the workdir's copy moves with it
         run.config.data.tokenizer = str(Workdir(path).tokenizer)
-    corpus = data.prepare(run.config.data, context_length)
+    corpus = data.prepare(run.config.data, context_length, notify)
     if corpus.tokenizer.digest() != run.tokenizer.digest():
         notify("the corpus has changed since training; it is read with the run's own tokenizer")
         run.config.data.tokenizer = str(Workdir(path).tokenizer)
-        corpus = data.prepare(run.config.data, context_length)
+        corpus = data.prepare(run.config.data, context_length, notify)
     return corpus
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax_entropy.architecture import ModelConfig
+from jax_entropy.data.sources import SOURCES
 from jax_entropy.errors import UserError
 
 # Axes of a parameter without its leading layer axis; a name, a tuple of names, or None for "not split".
@@ -125,7 +126,7 @@ FIELDS = (
     _model("scan_unroll", "layers",
         "layers unrolled in one turn of the scan: faster steps on CPU, longer compilation", live=True),
     _model("remat", "yes or no", "recompute each block in the backward pass: less memory, more time", live=True),
-    Field("data.source", "stdlib", "", "where text comes from", ("stdlib", "files", "codeparrot", "languini")),
+    Field("data.source", "stdlib", "", "where text comes from", tuple(SOURCES)),
     Field("data.files", "", "path or glob", "folder, file or glob; for `codeparrot` and `languini` local shards"),
     Field("data.directory", "", "path",
         "where prepared corpora are kept; empty: `$XDG_CACHE_HOME/jax_entropy`, or `~/.cache/jax_entropy`", live=True),

@@ -1,12 +1,13 @@
 """The TFDS side of a corpus: flat rows of tokens go in, versioned array_record shards with metadata come out.
 
-One builder a source; none of them needs TensorFlow, to write or to read.
+It needs no TensorFlow, to write or to read.
 """
 
 import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
+
+from jax_entropy.data.sources import SOURCES
 
 VERSION = "1.0.0"
 SHARD_BYTES = 1 << 25
@@ -35,7 +38,7 @@ class Contents:
 
 
 class TokenChunks(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Chunks of T + 1 tokens.
+    """Chunks of T + 1 tokens, as a data set with the name of its source.
 
     Built shard by shard because TFDS's generator-based builders sort a split in memory and, above a gigabyte, in
     temporary files that only TensorFlow can write.
@@ -44,15 +47,15 @@ class TokenChunks(tfds.core.ShardBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version(VERSION)
     url_infos = None  # nothing is downloaded, and looking for checksums needs a package that TFDS does not install
 
-    def __init__(self, *, contents: Contents, data_dir: Path):
-        self._contents = contents
+    def __init__(self, *, source: str, contents: Contents, data_dir: Path):
+        self.name, self._contents = source, contents
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         tokens = tfds.features.Tensor(shape=(self._contents.context_length + 1,), dtype=self._contents.dtype)
         return tfds.core.DatasetInfo(
             builder=self,
-            description=type(self).__doc__,
+            description=SOURCES[self.name].description,
             features=tfds.features.FeaturesDict({"tokens": tokens}),
             metadata=tfds.core.MetadataDict(self._contents.metadata),
         )
@@ -63,7 +66,7 @@ class TokenChunks(tfds.core.ShardBasedBuilder, skip_registration=True):
             rows = self._contents.rows(split)
             count = min(len(rows), -(-rows.nbytes // SHARD_BYTES))
             bounds = [len(rows) * i // count for i in range(count + 1)]
-            shards[split] = [functools.partial(self._shard, split, *pair) for pair in zip(bounds, bounds[1:])]
+            shards[split] = [functools.partial(self._shard, split, *pair) for pair in itertools.pairwise(bounds)]
         return shards
 
     def _shard(self, split: str, begin: int, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -72,29 +75,10 @@ class TokenChunks(tfds.core.ShardBasedBuilder, skip_registration=True):
             yield i, {"tokens": np.array(rows[i])}
 
 
-class Stdlib(TokenChunks):
-    """The source of the running Python's standard library, without tests and generated tables."""
-
-
-class Files(TokenChunks):
-    """Files of text or source code."""
-
-
-class Codeparrot(TokenChunks):
-    """Python scripts of the Hugging Face course's filtered CodeParrot set."""
-
-
-class Languini(TokenChunks):
-    """Books, as in Languini Kitchen."""
-
-
-BUILDERS = {builder.name: builder for builder in (Stdlib, Files, Codeparrot, Languini)}
-
-
-def build(source: str, contents: Contents, directory: Path):
+def build(source: str, contents: Contents, directory: Path) -> None:
     """Writes `contents` as the TFDS data set `source` below `directory`."""
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads
-        BUILDERS[source](contents=contents, data_dir=directory).download_and_prepare()
+        TokenChunks(source=source, contents=contents, data_dir=directory).download_and_prepare()
 
 
 def read_metadata(source: str, directory: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ of different sources, tokenizers or context lengths never meet.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -15,19 +14,21 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from jax_entropy import manifest
 from jax_entropy.data import builder, packing
 from jax_entropy.data.sources import Rows, TextFiles, open_documents
 from jax_entropy.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from jax_entropy.errors import UserError
+from jax_entropy.paths import cache_directory, local_path, writing
 
 TOKENIZER_SAMPLE_BYTES = 1 << 28
-_COMPLETE = "complete.json"
+_LONG_CHECK_BYTES = 1 << 31  # a few seconds of hashing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,28 +60,32 @@ class Corpus:
         return builder.read_chunks(self.source, self.directory, split)
 
 
-def prepare(config: Any, context_length: int) -> Corpus:
+def prepare(config: Any, context_length: int, notify: Callable[[str], None] = print) -> Corpus:
     """Makes the corpus that `config.data` describes, or finds the one made before.
 
     Preparing is safe against kills and against other processes: it happens under a lock in a folder of its own, which
-    gets its name only when it is complete. For a moment it takes twice the space of the finished corpus.
+    gets its name only when it is complete and its hashes lie in it. For a moment it takes twice the space of the
+    finished corpus. One that was made before counts only if every byte of it is as written; it is made again otherwise.
 
     Args:
-      config: the `data` section of a configuration.
+      config: the `data` section of a configuration that `jax_entropy.config.check` has passed.
       context_length: T, in tokens.
+      notify: is told, one line at a time, what is prepared, waited for, found damaged and left out.
 
     Raises:
-      UserError: a field is out of range, or its source, tokenizer or folder cannot be used.
+      UserError: its source, tokenizer or folder cannot be used.
     """
-    _check(config, context_length)
     home = _home(config)
     request = _Request(config, context_length, open_documents(config, home), _given_tokenizer(config))
     directory = home / f"{config.source}-{request.fingerprint}"
-    _remove_leftovers(home)
-    if not _is_complete(directory):
-        with _locked(directory):
-            if not _is_complete(directory):
-                _build(request, directory)
+    if _damage(directory, notify):
+        _check_writable(home)
+        with writing(directory, "config.data.directory"), _locked(directory, notify):
+            _remove_leftovers(home)
+            if damage := _damage(directory, notify):
+                if directory.exists():
+                    notify(f"{str(directory)!r} is damaged ({damage}) and is prepared again")
+                _build(request, directory, notify)
     return _load(request, directory)
 
 
@@ -113,25 +118,16 @@ class _Request:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check(config: Any, context_length: int):
-    if context_length < 1:
-        raise UserError(f"config.model.context_length={context_length} must be 1 token or more")
-    if not 0 < config.validation_fraction < 1:
-        raise UserError(f"config.data.validation_fraction={config.validation_fraction} must lie between 0 and 1")
-    if config.max_documents < 0:
-        raise UserError(f"config.data.max_documents={config.max_documents} must be 0 (all) or more")
-
-
 def _home(config: Any) -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jax_entropy")
-    home = Path(config.directory).expanduser() if config.directory else default
-    try:
+    home = local_path(config.directory, "config.data.directory") if config.directory else cache_directory()
+    with writing(home, "config.data.directory"):
         home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"config.data.directory={str(home)!r} cannot be made ({error.strerror})") from error
+    return home
+
+
+def _check_writable(home: Path) -> None:
     if not os.access(home, os.W_OK):
         raise UserError(f"config.data.directory={str(home)!r} is not writable; name a folder that is")
-    return home
 
 
 def _given_tokenizer(config: Any) -> Tokenizer | None:
@@ -141,21 +137,26 @@ def _given_tokenizer(config: Any) -> Tokenizer | None:
         raise UserError(f"config.data.tokenizer: {error}") from error
 
 
-def _is_complete(directory: Path) -> bool:
+def _damage(directory: Path, notify: Callable[[str], None]) -> str | None:
+    """What keeps a folder from being a complete corpus, None if nothing does: every byte of it is hashed."""
+    if not directory.exists():
+        return "missing"
     try:
-        sizes = json.loads((directory / _COMPLETE).read_text())
-        return all((directory / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+        size = sum(path.stat().st_size for path in directory.rglob("*"))
+    except OSError as error:  # another process is removing it
+        return f"{error.filename} cannot be read: {error.strerror}"
+    if size > _LONG_CHECK_BYTES:
+        notify(f"Checking the {size / 1e9:.1f} GB of {str(directory)!r}")
+    return manifest.damage(directory)
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(directory: Path, notify: Callable[[str], None]) -> Iterator[None]:
     lock = FileLock(f"{directory}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"Waiting for another process that is preparing {directory}", flush=True)
+        notify(f"Waiting for another process that is preparing {str(directory)!r}")
         lock.acquire()
     try:
         yield
@@ -163,36 +164,35 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _remove_leftovers(home: Path):
+def _remove_leftovers(home: Path) -> None:
     """Removes what killed preparations left: folders still being built whose lock nobody holds."""
     for building in home.glob("*.building"):
         with contextlib.suppress(Timeout), FileLock(building.with_suffix(".lock"), timeout=0):
             shutil.rmtree(building, ignore_errors=True)
 
 
-def _build(request: _Request, directory: Path):
+def _build(request: _Request, directory: Path, notify: Callable[[str], None]) -> None:
     start, config = time.monotonic(), request.config
     building = directory.with_suffix(".building")
     for folder in (building, directory):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
     building.mkdir()
-    print(f"Preparing {config.source} in {directory}", flush=True)
+    notify(f"Preparing {config.source} in {str(directory)!r}")
     try:
         metadata = _write(request, building)
         if open_documents(config, directory.parent).digest != request.documents.digest:
             raise UserError(f"config.data.source={config.source!r} changed while it was read; start again")
+        manifest.seal(building)
         building.rename(directory)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(building, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"config.data.directory: no space left for {directory}; name a larger disk") from error
         raise
     if request.documents.skipped:
-        print(f"Left out {request.documents.skipped} files that are not UTF-8 text", flush=True)
-    print(
+        notify(f"Left out {request.documents.skipped} files that are not UTF-8 text")
+    notify(
         f"Prepared {metadata['train']['tokens']:,} training and {metadata['validation']['tokens']:,} held-out tokens, "
-        f"vocabulary {metadata['vocab_size']:,}, in {time.monotonic() - start:.1f} s",
-        flush=True,
+        f"vocabulary {metadata['vocab_size']:,}, in {time.monotonic() - start:.1f} s"
     )
 
 
@@ -229,12 +229,10 @@ def _write(request: _Request, building: Path) -> dict[str, Any]:
     for path in files.values():
         path.unlink()
     tokenizer.save(building / "tokenizer.json")
-    sizes = {str(path.relative_to(building)): path.stat().st_size for path in building.rglob("*") if path.is_file()}
-    (building / _COMPLETE).write_text(json.dumps(sizes, indent=1))
     return metadata
 
 
-def _check_counts(request: _Request, train: packing.Counts, validation: packing.Counts):
+def _check_counts(request: _Request, train: packing.Counts, validation: packing.Counts) -> None:
     config, context_length = request.config, request.context_length
     if not train.documents + validation.documents:
         raise UserError(f"config.data.files={config.files!r} holds no text: every document is empty")

@@ -174,7 +174,7 @@ def write_chunks(
     def texts() -> Iterator[tuple[tuple[_SplitFile, bool], str]]:
         for document, cut in zip(documents, cuts, strict=True):
             spans = ((0, cut), (cut, document.size)) if cut >= 0 else ()
-            for file, (begin, end) in zip(files, spans):
+            for file, (begin, end) in zip(files, spans, strict=False):  # no spans: left out
                 if begin < end:
                     yield from (((file, False), text) for text in document.text(begin, end))
                     yield (file, True), ""
@@ -187,4 +187,4 @@ def write_chunks(
     for file in files:
         file.close()
     progress.close()
-    return {split: file.counts for split, file in zip(SPLITS, files)}
+    return {split: file.counts for split, file in zip(SPLITS, files, strict=True)}

@@ -16,13 +16,32 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from filelock import FileLock
 
 from jax_entropy.errors import UserError, nearest
 
-SOURCES = ("stdlib", "files", "codeparrot", "languini")
+
+class Source(NamedTuple):
+    """One value of `config.data.source`: how it is called in print, and the column that shards of it have."""
+
+    title: str  # "": the name of its files
+    description: str
+    column: str = ""
+
+
+SOURCES = {
+    "stdlib": Source(
+        "Python standard library",
+        "The source of the running Python's standard library, without tests and generated tables.",
+    ),
+    "files": Source("", "Files of text or source code."),
+    "codeparrot": Source(
+        "CodeParrot", "Python scripts of the Hugging Face course's filtered CodeParrot set.", column="content"
+    ),
+    "languini": Source("Languini books", "Books, as in Languini Kitchen.", column="text"),
+}
 TEXT_SUFFIXES = tuple(
     ".py .pyi .txt .md .rst .tex .org .c .h .cc .cpp .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .cs .swift"
     " .kt .scala .hs .ml .lua .pl .r .jl .sql .sh .html .css .toml .yaml .yml".split()
@@ -132,10 +151,8 @@ def open_documents(config: Any, directory: Path) -> TextFiles | Rows:
       directory: where downloads from the hub are kept.
 
     Raises:
-      UserError: the source is unknown, or what it names is missing, empty, binary or out of reach.
+      UserError: the text that it names is missing, empty, binary or out of reach.
     """
-    if config.source not in SOURCES:
-        raise UserError(f"config.data.source={config.source!r} is unknown{nearest(config.source, SOURCES)}")
     if config.source == "stdlib":
         return _standard_library()
     if config.source == "codeparrot" and not config.files:

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from jax_entropy.data.sources import SOURCES
 from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
-
-_DATASETS = dict(stdlib="Python standard library", codeparrot="CodeParrot", languini="Languini books")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Run:
         data = self.config.get("data") or {}
         source = str(data.get("source") or "unnamed data")
         files = "/".join(Path(str(data.get("files") or "")).parts[-2:])
-        return _DATASETS.get(source) or files[-32:] or source
+        title = SOURCES[source].title if source in SOURCES else ""
+        return title or files[-32:] or source
 
     @property
     def steps_E(self) -> np.ndarray:

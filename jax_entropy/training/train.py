@@ -63,7 +63,7 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[s
     # traced, not run: what cannot work is found before the corpus is prepared
     rehearsal = Transformer(model_config(config, config.model.vocab_size or 1))
     jax.eval_shape(functools.partial(init_state, config, rehearsal))
-    corpus = _corpus(config)
+    corpus = _corpus(config, notify)
     model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
     notify(f"{config.architecture}: {_describe(config, model, corpus, mesh)}")
 
@@ -106,12 +106,12 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[s
     return Result(step, start.step, model, variables, corpus, loop.evaluation)
 
 
-def _corpus(config: ConfigDict) -> data.Corpus:
+def _corpus(config: ConfigDict, notify: Callable[[str], None]) -> data.Corpus:
     """The prepared corpus; where processes share a disk, the first prepares it and the others find it."""
     if jax.process_count() > 1 and jax.process_index() > 0:
         multihost_utils.sync_global_devices("corpus prepared")
-        return data.prepare(config.data, config.model.context_length)
-    corpus = data.prepare(config.data, config.model.context_length)
+        return data.prepare(config.data, config.model.context_length, notify)
+    corpus = data.prepare(config.data, config.model.context_length, notify)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("corpus prepared")
     return corpus

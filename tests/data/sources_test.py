@@ -124,10 +124,6 @@ def test_files_that_cannot_be_used_are_one_sentence(tmp_path):
         assert repr(str(tmp_path / name)) in error_of(tmp_path, tmp_path / name)
 
 
-def test_unknown_source_gets_the_nearest(tmp_path):
-    assert "did you mean 'codeparrot'?" in error_of(tmp_path, "", "code-parrot")
-
-
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "sp [x] *.parquet"])
 @pytest.mark.parametrize("source, column", [("codeparrot", "content"), ("languini", "text")])
 def test_local_shards_are_read_row_by_row(tmp_path, name, source, column):

@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 
 from jax_entropy import manifest
 from jax_entropy.data import builder, packing
-from jax_entropy.data.sources import Rows, TextFiles, open_documents
+from jax_entropy.data.documents import Rows, TextFiles
+from jax_entropy.data.sources import open_documents
 from jax_entropy.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.paths import cache_directory, local_path, writing
@@ -42,8 +43,9 @@ class Corpus:
       context_length: T; a chunk holds T + 1 tokens.
       tokenizer: the one its tokens come from.
       num_train_chunks, num_validation_chunks: chunks of T + 1 tokens.
-      metadata: what went in (`identity`, versions) and, for each split, documents, chunks, predicted tokens, the bytes
-        they stand for, `bytes_per_token`, tokens that filled no chunk and the longest document (tokens).
+      metadata: what went in (`identity`, versions), how many files and rows were left out and why, and, for each split,
+        documents, chunks, predicted tokens, the bytes they stand for, `bytes_per_token`, tokens that filled no chunk
+        and the longest document (tokens).
     """
 
     directory: Path
@@ -188,8 +190,8 @@ def _build(request: _Request, directory: Path, notify: Callable[[str], None]) ->
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    if request.documents.skipped:
-        notify(f"Left out {request.documents.skipped} files that are not UTF-8 text")
+    if left_out := str(request.documents.left_out):
+        notify(f"Left out: {left_out}")
     notify(
         f"Prepared {metadata['train']['tokens']:,} training and {metadata['validation']['tokens']:,} held-out tokens, "
         f"vocabulary {metadata['vocab_size']:,}, in {time.monotonic() - start:.1f} s"
@@ -219,6 +221,7 @@ def _write(request: _Request, building: Path) -> dict[str, Any]:
     metadata = {
         "identity": request.identity,
         "vocab_size": tokenizer.vocab_size,
+        "left_out": documents.left_out.counts(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("tensorflow-datasets", "tokenizers")},
         **{split: dataclasses.asdict(c) | {"bytes_per_token": c.bytes / c.tokens} for split, c in counts.items()},

@@ -5,13 +5,14 @@ Everything here streams: what stays in memory is one number a document and a few
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from jax_entropy.data.sources import Document
+from jax_entropy.data.documents import Document
 from jax_entropy.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
@@ -65,7 +66,7 @@ def _cut(size: np.ndarray, name_hash: np.ndarray, fraction: float, min_tail: int
 
 
 def _hash(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
 
 
 def training_sample(documents: Iterable[Document], cuts: np.ndarray, max_bytes: int) -> Iterator[str]:

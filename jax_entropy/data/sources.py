@@ -1,26 +1,21 @@
 """Where documents come from: the standard library, a folder of text, or rows of Parquet and JSON-lines shards.
 
-A source is read again on every pass, one document at a time, so that a corpus need not fit in memory.
+What is found but not read is counted, and told when a corpus is prepared.
 """
 
-import codecs
-import dataclasses
-import functools
 import glob
-import hashlib
-import io
-import logging
 import os
-import re
 import sysconfig
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from filelock import FileLock
 
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.data.documents import LeftOut, Rows, TextFiles
+from jax_entropy.errors import UserError
+from jax_entropy.paths import local_path, writing
 
 
 class Source(NamedTuple):
@@ -48,99 +43,10 @@ TEXT_SUFFIXES = tuple(
 )
 SHARD_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 CODEPARROT_REPOSITORY = "huggingface-course/codeparrot-ds-train"
-BLOCK_BYTES = 1 << 17
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 _STDLIB_SKIPPED = _SKIPPED_FOLDERS | {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip", "turtledemo", "encodings", "pydoc_data")
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One text: a stable name, its size in bytes of UTF-8, and a way to open those bytes."""
-
-    name: str
-    size: int
-    open: Callable[[], BinaryIO]
-
-    def text(self, begin: int, end: int) -> Iterator[str]:
-        """Yields the text between two byte offsets (moved up to whole characters) in pieces of about a block.
-
-        Pieces end where a line starts without white space around the break, so that byte-level BPE gives the same
-        tokens as for the whole; a block without such a place is cut anywhere.
-        """
-        with self.open() as stream:
-            begin, end = _whole_characters(stream, begin), _whole_characters(stream, end)
-            stream.seek(begin)
-            decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
-            while begin < end:
-                data = stream.read(min(BLOCK_BYTES, end - begin))
-                if not data:
-                    break
-                begin += len(data)
-                text = rest + decoder.decode(data)
-                cut = len(text) if begin == end else _line_start(text)
-                rest = text[cut:]
-                yield text[:cut]
-            if rest:
-                yield rest
-
-
-class TextFiles:
-    """Files below one folder, each a document named by its relative path; what is not UTF-8 text is left out.
-
-    Attributes:
-      digest: SHA-256 of every path, size and content.
-      skipped: number of files left out because they are not UTF-8 text.
-    """
-
-    def __init__(self, root: Path, paths: list[Path]):
-        self.root, self.skipped, self._sizes = root, 0, {}
-        digest = hashlib.sha256()
-        for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
-            content = _digest_of_text(path)
-            if content is None:
-                self.skipped += 1
-            elif content[0]:
-                self._sizes[name] = content[0]
-                digest.update(f"{name}\0{content[0]}\0{content[1]}\n".encode())
-        self.digest = digest.hexdigest()
-
-    @property
-    def size(self) -> int:
-        """Bytes of all documents."""
-        return sum(self._sizes.values())
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def __iter__(self) -> Iterator[Document]:
-        for name, size in self._sizes.items():
-            yield Document(name, size, functools.partial(open, self.root / name, "rb"))
-
-
-class Rows:
-    """Rows of Parquet and JSON-lines shards, read through Hugging Face `datasets`, each a document named by its index.
-
-    Attributes:
-      digest: SHA-256 of the shards' bytes, in order.
-    """
-
-    def __init__(self, shards: list[Path], column: str):
-        self.shards, self.column, self.skipped = shards, column, 0
-        digest = hashlib.sha256(column.encode())
-        for shard in shards:
-            with shard.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        self.digest = digest.hexdigest()
-
-    def __iter__(self) -> Iterator[Document]:
-        index = 0
-        for shard in self.shards:
-            for text in _texts_of_shard(shard, self.column):
-                data = text.encode()
-                yield Document(str(index), len(data), functools.partial(io.BytesIO, data))
-                index += 1
 
 
 def open_documents(config: Any, directory: Path) -> TextFiles | Rows:
@@ -148,15 +54,16 @@ def open_documents(config: Any, directory: Path) -> TextFiles | Rows:
 
     Args:
       config: the `data` section of a configuration; `source` and `files` are read.
-      directory: where downloads from the hub are kept.
+      directory: where downloads from the hub and prepared corpora are kept; what lies there is no text.
 
     Raises:
-      UserError: the text that it names is missing, empty, binary or out of reach.
+      UserError: text that it names is missing, empty, binary or out of reach.
     """
+    source, left_out = SOURCES[config.source], LeftOut()
     if config.source == "stdlib":
         return _standard_library()
     if config.source == "codeparrot" and not config.files:
-        return Rows(_download(CODEPARROT_REPOSITORY, directory / "hub"), "content")
+        return Rows(_download(CODEPARROT_REPOSITORY, directory / "hub"), source.column)
     if not config.files:
         hint = {
             "files": "name a folder, a file or a glob of text",
@@ -164,13 +71,17 @@ def open_documents(config: Any, directory: Path) -> TextFiles | Rows:
             "this corpus has no public copy to download",
         }
         raise UserError(f"config.data.files is empty for config.data.source={config.source!r}: {hint[config.source]}")
-    root, paths = _find(config.files)
-    if config.source != "files":
+    given = local_path(config.files, "config.data.files")
+    root, paths = _find(given, directory, left_out)
+    if source.column:
         if shards := _shards(paths):
-            return Rows(shards, "content" if config.source == "codeparrot" else "text")
+            for path in sorted(set(paths).difference(shards)):
+                reason = "empty" if path.name.lower().endswith(SHARD_SUFFIXES) else "that are no shards"
+                left_out.add(reason, path.relative_to(root).as_posix())
+            return Rows(shards, source.column, left_out)
         if config.source == "codeparrot":
             raise UserError(f"config.data.files={config.files!r} holds no shard ({', '.join(SHARD_SUFFIXES)})")
-    return _text_files(config.files, root, paths)
+    return _text_files(given, root, paths, left_out)
 
 
 def _standard_library() -> TextFiles:
@@ -183,57 +94,88 @@ def _standard_library() -> TextFiles:
     documents = TextFiles(root, paths)
     if len(documents) < 100 or documents.size < 1e6:
         raise UserError(
-            f"config.data.source='stdlib' finds only {len(documents)} source files in {root}; this Python comes "
+            f"config.data.source='stdlib' finds only {len(documents)} source files in {str(root)!r}; this Python comes "
             "without them, so set config.data.source='files' and config.data.files to a folder of text"
         )
     return documents
 
 
-def _text_files(pattern: str, root: Path, paths: list[Path]) -> TextFiles:
+def _text_files(given: Path, root: Path, paths: list[Path], left_out: LeftOut) -> TextFiles:
     chosen = paths
-    if Path(pattern).expanduser().is_dir():
+    if given.is_dir():
         chosen = [path for path in paths if path.suffix.lower() in TEXT_SUFFIXES]
+        for path in sorted(set(paths).difference(chosen)):
+            left_out.add("of another suffix", path.relative_to(root).as_posix())
     hint = "; Parquet and JSON-lines shards belong to config.data.source='languini'" if _shards(paths) else ""
     if not chosen:
         raise UserError(
-            f"config.data.files={pattern!r} has no text: none of its {len(paths)} files ends in .py, .txt, .md or "
+            f"config.data.files={str(given)!r} has no text: none of its {len(paths)} files ends in .py, .txt, .md or "
             f"another source suffix; a glob such as {str(root / '*.log')!r} takes any file{hint}"
         )
-    documents = TextFiles(root, chosen)
+    documents = TextFiles(root, chosen, left_out)
     if not len(documents):
-        raise UserError(
-            f"config.data.files={pattern!r} has no text: of {len(chosen)} files {documents.skipped} are binary "
-            f"(not UTF-8) and {len(chosen) - documents.skipped} are empty{hint}"
-        )
+        raise UserError(f"config.data.files={str(given)!r} has no text, but {left_out}{hint}")
     return documents
 
 
-def _find(pattern: str) -> tuple[Path, list[Path]]:
+def _find(given: Path, directory: Path, left_out: LeftOut) -> tuple[Path, list[Path]]:
     """Returns the root folder and the sorted files of a folder (hidden ones left out), a single file or a glob."""
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return path.parent, [path]
-    if path.is_dir():
-        paths = []
-        for folder, subfolders, names in os.walk(path, onerror=_unreadable):
-            subfolders[:] = [name for name in subfolders if name[0] != "." and name not in _SKIPPED_FOLDERS]
-            paths += [Path(folder, name) for name in names if name[0] != "."]
-        paths = [path for path in paths if path.is_file()]
-        if not paths:
-            raise UserError(f"config.data.files={pattern!r} is an empty folder; put .py, .txt or .md files into it")
-        return path, sorted(paths)
-    paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+    field = f"config.data.files={str(given)!r}"
+    try:
+        if given.is_file():
+            return given.parent, [given]
+        if given.is_dir():
+            if os.path.realpath(given) == os.path.realpath(directory):
+                raise UserError(f"{field} is config.data.directory too: what is prepared there would become its text")
+            if paths := _walk(given, directory, left_out):
+                return given, paths
+            found = str(left_out) and f", but {left_out}"
+            raise UserError(f"{field} holds no files{found}; put .py, .txt or .md files into it")
+    except OSError as error:
+        raise UserError(f"{field} cannot be read ({error.strerror})") from error
+    cache = os.path.join(os.path.realpath(directory), "")
+    found = [name for name in glob.glob(str(given), recursive=True) if os.path.isfile(name)]
+    paths = sorted(Path(name) for name in found if not os.path.realpath(name).startswith(cache))
     if not paths:
-        raise UserError(f"config.data.files={pattern!r} matches no file; name a folder, a file or a glob of text")
+        raise UserError(f"{field} matches no file; name a folder, a file or a glob of text")
     return Path(os.path.commonpath([name.parent for name in paths])), paths
 
 
-def _unreadable(error: OSError):
-    raise UserError(f"config.data.files: {error.filename} cannot be read ({error.strerror})")
+def _walk(root: Path, directory: Path, left_out: LeftOut) -> list[Path]:
+    """The files below a folder, in order. Links to folders are followed, but not back, and to no folder twice."""
+    paths, real_root, cache = [], Path(os.path.realpath(root)), os.path.realpath(directory)
+    seen = {str(real_root)}
+    for folder, subfolders, names in os.walk(root, onerror=_unreadable, followlinks=True):
+        relative, kept = Path(folder).relative_to(root), []
+        for name in sorted(subfolders):
+            shown, real = (relative / name).as_posix(), Path(os.path.realpath(Path(folder, name)))
+            linked_back = real.is_relative_to(real_root) or real_root.is_relative_to(real)
+            if name[0] == "." or name in _SKIPPED_FOLDERS:
+                left_out.add("hidden or generated", shown)
+            elif str(real) == cache:
+                left_out.add("with prepared corpora", shown)
+            elif str(real) in seen or (Path(folder, name).is_symlink() and linked_back):
+                left_out.add("linked to what is read anyway", shown)
+            else:
+                seen.add(str(real))
+                kept.append(name)
+        subfolders[:] = kept
+        for name in names:
+            if name[0] == ".":
+                left_out.add("hidden or generated", (relative / name).as_posix())
+            elif not os.path.isfile(Path(folder, name)):
+                left_out.add("that are no files", (relative / name).as_posix())
+            else:
+                paths.append(Path(folder, name))
+    return sorted(paths)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"config.data.files: {error.filename!r} cannot be read ({error.strerror})")
 
 
 def _shards(paths: list[Path]) -> list[Path]:
-    return [path for path in paths if path.name.lower().endswith(SHARD_SUFFIXES) and path.stat().st_size]
+    return [path for path in paths if path.name.lower().endswith(SHARD_SUFFIXES) and os.path.getsize(path)]
 
 
 def _download(repository: str, directory: Path) -> list[Path]:
@@ -243,7 +185,8 @@ def _download(repository: str, directory: Path) -> list[Path]:
     folder = directory / repository.replace("/", "--")
     finished = folder / ".finished"
     if not finished.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder, "config.data.directory"):
+            folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             try:
                 _within(5, lambda: HfApi().dataset_info(repository, timeout=4))
@@ -256,14 +199,14 @@ def _download(repository: str, directory: Path) -> list[Path]:
                     "config.data.files to it, or use config.data.source='stdlib' or 'files'"
                 ) from error
             finished.touch()
-    return _shards([path for path in _find(str(folder))[1] if path.name != "dataset_infos.json"])
+    return _shards([path for path in _walk(folder, directory, LeftOut()) if path.name != "dataset_infos.json"])
 
 
-def _within(seconds: float, ask: Callable[[], Any]):
+def _within(seconds: float, ask: Callable[[], Any]) -> None:
     """Calls `ask`, raising TimeoutError after `seconds`: name resolution obeys no timeout of the hub's clients."""
     outcome = []
 
-    def call():
+    def call() -> None:
         try:
             outcome.append((ask(), None))
         except Exception as error:
@@ -276,54 +219,3 @@ def _within(seconds: float, ask: Callable[[], Any]):
         raise TimeoutError
     if outcome[0][1]:
         raise outcome[0][1]
-
-
-def _texts_of_shard(shard: Path, column: str) -> Iterator[str]:
-    import datasets  # a second of imports that most runs do not need
-
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)
-    kind = "parquet" if shard.name.lower().endswith(".parquet") else "json"
-    try:
-        name = glob.escape(str(shard.resolve()))
-        try:
-            rows = datasets.load_dataset(kind, data_files={"train": name}, split="train", streaming=True)
-        except StopIteration:
-            return
-        for row in rows:
-            if column not in row:
-                raise UserError(f"{shard} has no column {column!r}{nearest(column, row)}")
-            if not isinstance(row[column] or "", str):
-                raise UserError(f"{shard}: column {column!r} holds {type(row[column]).__name__} instead of text")
-            yield row[column] or ""
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow, gzip and datasets each have their own
-        raise UserError(f"{shard} cannot be read as {kind} ({type(error).__name__})") from error
-
-
-def _digest_of_text(path: Path) -> tuple[int, str] | None:
-    """Returns size and SHA-256 of a UTF-8 file, None for anything else."""
-    decoder, digest, size = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 0
-    try:
-        with path.open("rb") as stream:
-            while data := stream.read(BLOCK_BYTES):
-                decoder.decode(data)
-                if b"\0" in data:
-                    return None
-                digest.update(data)
-                size += len(data)
-        decoder.decode(b"", final=True)
-    except (OSError, UnicodeDecodeError):
-        return None
-    return size, digest.hexdigest()
-
-
-def _whole_characters(stream: BinaryIO, offset: int) -> int:
-    stream.seek(offset)
-    following = stream.read(3)
-    return offset + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
-
-
-def _line_start(text: str) -> int:
-    last = re.search(r"\S\n\S", text[::-1])
-    return len(text) - last.start() - 1 if last else len(text)

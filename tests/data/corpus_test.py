@@ -218,6 +218,19 @@ def test_content_that_changes_while_it_is_read_is_not_kept(tmp_path, folder, mon
     assert names(tmp_path / "home") == []
 
 
+def test_what_is_left_out_is_told_and_kept_in_the_metadata(tmp_path, folder):
+    (folder / "empty.py").touch()
+    (folder / "z\x1b[2J.py").write_bytes(b"\xff")
+    (folder / os.fsdecode(b"\xff.png")).touch()
+    said = []
+    prepared = prepare(tmp_path, notify=said.append)
+    (line,) = [line for line in said if line.startswith("Left out")]
+    sentence = r"Left out: 1 of another suffix ('\udcff.png'), 1 empty ('empty.py'), 1 not UTF-8 text ('z\x1b[2J.py')"
+    assert line == sentence
+    assert prepared.metadata["left_out"] == {"of another suffix": 1, "empty": 1, "not UTF-8 text": 1}
+    assert (rows(prepare(tmp_path), "train") == rows(prepared, "train")).all()
+
+
 def test_one_file_holds_out_its_tail(tmp_path):
     (tmp_path / "text").mkdir()
     text = script(0, 2000)

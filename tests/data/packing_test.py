@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_entropy.data import packing, sources
-from jax_entropy.data.sources import Document
+from jax_entropy.data import documents as documents_module
+from jax_entropy.data import packing
+from jax_entropy.data.documents import Document
 from jax_entropy.data.tokenizer import train_tokenizer
 from tests.data.helpers import script
 
@@ -49,7 +50,7 @@ def test_the_two_sides_of_a_cut_make_the_document(text, cut, block):
     size = len(text.encode())
     cut = min(cut, size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_BYTES", block)
+        patch.setattr(documents_module, "BLOCK_BYTES", block)
         train, validation = ("".join(document(text).text(*span)) for span in ((0, cut), (cut, size)))
     assert train + validation == text
     assert cut <= len(train.encode()) < cut + 4
@@ -57,14 +58,14 @@ def test_the_two_sides_of_a_cut_make_the_document(text, cut, block):
 
 def test_pieces_of_a_text_have_the_tokens_of_the_whole(monkeypatch):
     text = script(3, 3000)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 1000)
     pieces = list(document(text).text(0, len(text.encode())))
     assert len(pieces) > 20 and max(map(len, pieces)) < 2000
     assert sum((TOKENIZER.encode(piece) for piece in pieces), []) == TOKENIZER.encode(text)
 
 
 def test_a_document_is_read_a_block_at_a_time(monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 1000)
     stream = io.BytesIO(b"word\n" * 100_000)
     pieces = Document("a", 500_000, lambda: stream).text(0, 500_000)
     next(pieces)
@@ -124,7 +125,7 @@ def test_max_documents_is_what_datasets_would_choose():
 
 
 def test_tokenizer_sample_is_the_training_text_or_evenly_spaced_pieces_of_it(monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 10)
     texts = ["".join(f"{d}{i:03}\n......" for i in range(100)) for d in "abcd"]
     cuts = np.array([1000, 600, -1, 0])
     everything = "".join(packing.training_sample(documents(texts), cuts, 10**6))

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import os
@@ -11,8 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jax_entropy.data import documents as documents_module
 from jax_entropy.data import sources
-from jax_entropy.data.sources import Rows, TextFiles, open_documents
+from jax_entropy.data.documents import Rows, TextFiles
+from jax_entropy.data.sources import open_documents
 from jax_entropy.errors import UserError
 from tests.data.helpers import data_config, write_folder
 
@@ -77,7 +80,80 @@ def test_folder_gives_text_by_relative_path_and_leaves_the_rest(tmp_path):
     os.mkfifo(folder / "pipe.txt")
     documents = opened(tmp_path, folder)
     assert texts(documents) == wanted
-    assert documents.skipped == 3
+    assert documents.left_out.counts() == {
+        "hidden or generated": 4,
+        "that are no files": 2,
+        "of another suffix": 1,
+        "not UTF-8 text": 3,
+        "empty": 1,
+    }
+    assert "3 not UTF-8 text ('cut.txt', …), 1 empty ('empty.py')" in str(documents.left_out)
+
+
+def test_names_that_are_no_text_are_documents_and_shown_not_obeyed(tmp_path):
+    folder = write_folder(tmp_path / "corpus", count=2)
+    strange = {os.fsdecode(b"caf\xe9.txt"): "coffee", "a\nb \x1b[31m.txt": "red", "[x]*.txt": "glob"}
+    for name, text in strange.items():
+        (folder / name).write_text(text)
+    (folder / os.fsdecode(b"\xff\x1b[0m")).mkdir()
+    (folder / os.fsdecode(b"\xff\x1b[0m") / "deep.txt").write_bytes(b"\xff")
+    documents = opened(tmp_path, folder)
+    assert {name: text for name, text in texts(documents).items() if "module" not in name} == strange
+    assert r"1 not UTF-8 text ('\udcff\x1b[0m/deep.txt')" in str(documents.left_out)
+    for name in strange:
+        assert texts(opened(tmp_path, folder / name)) == {name: strange[name]}
+
+
+def test_linked_folders_are_read_once_and_never_back(tmp_path):
+    folder = write_folder(tmp_path / "corpus", count=3)
+    outside = write_folder(tmp_path / "outside", count=2)
+    (outside / "back").symlink_to(tmp_path)
+    (folder / "books").symlink_to(outside)
+    (folder / "books again").symlink_to(outside / "package0")
+    (folder / "loop").symlink_to(folder)
+    (folder / "package0" / "sibling").symlink_to(folder / "package1")
+    documents = opened(tmp_path, folder)
+    assert [document.name for document in documents] == [
+        *("books again/module00.py", "books/package1/module01.py"),
+        *(f"package{i}/module0{i}.py" for i in range(3)),
+    ]
+    names = {"loop", "package0/sibling", "books/back", "books/package0"}
+    assert set(documents.left_out._names["linked to what is read anyway"]) == names
+
+
+def test_what_is_prepared_is_no_text(tmp_path):
+    folder = write_folder(tmp_path / "corpus", count=3)
+    for name in ("tokenizer.json", "a.txt"):
+        (folder / "cache" / "files-0" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "cache" / "files-0" / name).write_text('{"text": "prepared"}')
+    config = data_config(folder / "cache", files=str(folder))
+    documents = open_documents(config, folder / "cache")
+    assert len(documents) == 3 and documents.left_out.counts() == {"with prepared corpora": 1}
+    config.files = str(folder / "**")
+    assert len(open_documents(config, folder / "cache")) == 3
+    config.files = str(folder / "cache")
+    with pytest.raises(UserError, match="is config.data.directory too"):
+        open_documents(config, folder / "cache")
+
+
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "corpus", count=3)
+    documents = opened(tmp_path, folder)
+    (folder / "package1" / "module01.py").unlink()
+    with pytest.raises(UserError, match=r"'package1/module01.py' cannot be read \(No such file"):
+        texts(documents)
+    path = folder / "package0" / "module00.py"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(UserError, match=r"'package0/module00.py' changed while it was read; start again"):
+        texts(documents)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "module00.py' cannot be read (Permission denied)" in error_of(tmp_path, folder)
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert f"config.data.files={str(folder)!r} cannot be read (Permission denied)" in error_of(tmp_path, folder)
 
 
 def test_single_file_and_glob_take_any_suffix(tmp_path):
@@ -116,8 +192,13 @@ def test_files_that_cannot_be_used_are_one_sentence(tmp_path):
     assert "config.data.files is empty" in error_of(tmp_path, "")
     assert "matches no file" in error_of(tmp_path, tmp_path / "nowhere")
     assert "matches no file" in error_of(tmp_path, tmp_path / "*.none")
-    assert "is an empty folder" in error_of(tmp_path, tmp_path / "empty")
-    assert "of 2 files 1 are binary (not UTF-8) and 1 are empty" in error_of(tmp_path, tmp_path / "binary")
+    assert "holds no files; put .py" in error_of(tmp_path, tmp_path / "empty")
+    sentence = "has no text, but 1 not UTF-8 text ('a.py'), 1 empty ('b.py')"
+    assert sentence in error_of(tmp_path, tmp_path / "binary")
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / ".git").mkdir()
+    assert "holds no files, but 1 hidden or generated ('.git'); put" in error_of(tmp_path, tmp_path / "hidden")
+    assert "gs://bucket' is an address on a network" in error_of(tmp_path, "gs://bucket")
     assert "none of its 1 files ends in .py" in error_of(tmp_path, tmp_path / "pictures")
     assert "config.data.source='languini'" in error_of(tmp_path, shard.parent)
     for name in ("nowhere", "empty", "binary", "pictures"):
@@ -138,9 +219,14 @@ def test_shards_follow_one_another_by_name_and_empty_ones_are_nothing(tmp_path):
     write_shard(tmp_path / "shards" / "a.json.gz", ROWS[:10])
     write_shard(tmp_path / "shards" / "c.jsonl", [])
     write_shard(tmp_path / "shards" / "d.jsonl.gz", [])
+    write_shard(tmp_path / "shards" / "e.parquet", [])  # without columns
+    table = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "shards" / "f.parquet")
     (tmp_path / "shards" / "README.md").write_text("not a shard")
+    (tmp_path / "shards" / "book.txt").write_text("beside shards")
     documents = opened(tmp_path, tmp_path / "shards", "languini")
     assert texts(documents) == {str(i): row["text"] for i, row in enumerate(ROWS)}
+    assert str(documents.left_out) == "2 that are no shards ('README.md', …), 1 empty ('c.jsonl')"
     write_shard(tmp_path / "shards" / "b.parquet", ROWS[9:])
     assert opened(tmp_path, tmp_path / "shards", "languini").digest != documents.digest
 
@@ -151,13 +237,39 @@ def test_rows_without_text_keep_their_place(tmp_path):
     assert texts(documents) == {"0": "a", "1": "", "2": "", "3": "b"}
 
 
-def test_rows_are_streamed(monkeypatch):
+def test_rows_are_streamed(tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(sources, "_texts_of_shard", lambda shard, column: (taken.append(i) or "x" for i in range(9)))
-    monkeypatch.setattr(Rows, "__init__", lambda self: self.__dict__.update(shards=["a", "b"], column="text"))
-    rows = iter(Rows())
+    nine = lambda shard, column: (taken.append(i) or (f"line {i}", {column: "x"}) for i in range(9))  # noqa: E731
+    monkeypatch.setattr(documents_module, "_json_rows", nine)
+    shards = [write_shard(tmp_path / name, []) for name in ("a.jsonl", "b.jsonl")]
+    rows = iter(Rows(shards, "text"))
     assert [next(rows).name for _ in range(2)] == ["0", "1"] and len(taken) == 2
     assert [document.name for document in rows][-1] == "17"
+
+
+def test_a_damaged_row_keeps_its_place_and_is_counted_once(tmp_path):
+    lines = [
+        *(b'{"text": "a"}', b'{"text": "cut', b"", b'{"text": "\xff"}', b'{"text": 3}', b"[1]", b'{"texts": "b"}'),
+        *(b'{"text": "\\ud800"}', b"[" * 100_000, b'{"text": null}', b'{"text": "c"}'),
+    ]
+    shard = tmp_path / "a.jsonl"
+    shard.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    documents = opened(tmp_path, shard, "languini")
+    for _ in range(2):
+        assert texts(documents) == {str(i): {0: "a", 9: "c"}.get(i, "") for i in range(10)}
+        assert str(documents.left_out) == "7 rows that cannot be read ('a.jsonl, line 2', …)"
+    array = pyarrow.Array.from_buffers(pyarrow.string(), 3, pyarrow.array([b"a", b"\xff", b"b"]).buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": array}), tmp_path / "b.parquet")
+    documents = opened(tmp_path, tmp_path / "b.parquet", "languini")
+    assert texts(documents) == {"0": "a", "1": "", "2": "b"}
+    assert str(documents.left_out) == "1 rows that cannot be read ('b.parquet, row 2')"
+
+
+def test_a_json_array_is_rows_too(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
+    assert texts(opened(tmp_path, tmp_path / "a.json", "languini")) == {
+        str(i): row["text"] for i, row in enumerate(ROWS)
+    }
 
 
 def test_books_may_be_plain_files(tmp_path):
@@ -166,16 +278,21 @@ def test_books_may_be_plain_files(tmp_path):
 
 
 def test_unusable_shards_are_one_sentence_that_names_them(tmp_path):
-    for name in ("bad.parquet", "bad.jsonl"):
+    for name in ("bad.parquet", "bad.jsonl", "bad.json.gz"):
         (tmp_path / name).write_text("hello\nyou")
-        assert f"{name} cannot be read as" in error_of(tmp_path, tmp_path / name, "languini")
+    assert "bad.parquet' cannot be read as parquet" in error_of(tmp_path, tmp_path / "bad.parquet", "languini")
+    assert "bad.json.gz' cannot be read as json" in error_of(tmp_path, tmp_path / "bad.json.gz", "languini")
+    sentence = "bad.jsonl' has no row that can be read as text: line 1 is damaged (JSONDecodeError"
+    assert sentence in error_of(tmp_path, tmp_path / "bad.jsonl", "languini")
     cut = write_shard(tmp_path / "cut.json.gz", ROWS * 50)
     cut.write_bytes(cut.read_bytes()[:-200])
-    assert "cut.json.gz cannot be read as json" in error_of(tmp_path, cut, "languini")
+    assert "cut.json.gz' cannot be read as json (EOFError" in error_of(tmp_path, cut, "languini")
     shard = write_shard(tmp_path / "a.parquet", [{"contents": "x"}])
-    assert "a.parquet has no column 'content'; did you mean 'contents'?" in error_of(tmp_path, shard, "codeparrot")
+    assert "a.parquet' has no column 'content'; did you mean 'contents'?" in error_of(tmp_path, shard, "codeparrot")
+    shard = write_shard(tmp_path / "a.jsonl", [{"contents": "x"}])
+    assert "line 1 has no column 'content'; did you mean 'contents'?" in error_of(tmp_path, shard, "codeparrot")
     shard = write_shard(tmp_path / "b.parquet", [{"text": 3}])
-    assert "column 'text' holds int instead of text" in error_of(tmp_path, shard, "languini")
+    assert "row 1 holds int instead of text in column 'text'" in error_of(tmp_path, shard, "languini")
     assert "no public copy" in error_of(tmp_path, "", "languini")
     folder = write_folder(tmp_path / "plain", count=1)
     assert "holds no shard (.parquet, .jsonl" in error_of(tmp_path, folder, "codeparrot")

@@ -98,7 +98,7 @@ def report(parse: Parse) -> None:
     from jax_entropy.runs.workdir import Workdir
 
     if values.against:
-        Workdir(values.against).read_config_text()  # before anything is drawn
+        Workdir(values.against).read_config()  # before anything is drawn
     write_report(values.workdir)
     if values.against:
         out = Workdir(values.workdir).figures / "comparison.png"

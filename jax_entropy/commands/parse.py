@@ -87,11 +87,10 @@ class Parse:
         given = dict(argument.partition("=")[::2] for argument in self.arguments)
         if "--config" in given or "--workdir" not in given:
             return None
-        from jax_entropy.config import from_json  # only here: every other command is parsed without JAX
         from jax_entropy.runs.workdir import Workdir
 
         workdir = Workdir(given["--workdir"])
-        return from_json(workdir.read_config_text()) if workdir.config.exists() else None
+        return workdir.read_config() if workdir.exists() else None
 
     def _check_config_file(self) -> None:
         """Raises UserError if --config names no file."""

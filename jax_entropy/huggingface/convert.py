@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.config import default_config, from_json, model_config
+from jax_entropy.config import default_config, model_config
 from jax_entropy.data import load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.gpt2 import check_expressible, from_huggingface, to_huggingface
@@ -55,7 +55,7 @@ def export_run(
     Raises UserError if there is no run or checkpoint, and as `to_huggingface` does.
     """
     workdir, directory = Workdir(path), Path(directory)
-    config = from_json(workdir.read_config_text())
+    config = workdir.read_config()
     tokenizer = load_tokenizer(workdir.tokenizer) if workdir.tokenizer.exists() else None
     vocab_size = tokenizer.vocab_size if tokenizer else config.model.vocab_size
     if not vocab_size:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jax_entropy.config import from_json, model_config
+from jax_entropy.config import model_config
 from jax_entropy.data import Tokenizer, load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
@@ -27,13 +27,13 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(path: str | Path, notify: Callable[[str], None], *, best: bool = False) -> Run:
+def load_run(path: str | Path, notify: Callable[[str], None] = print, *, best: bool = False) -> Run:
     """The model of a workdir's newest good checkpoint, or of the best by validation loss.
 
     Raises UserError if there is no run, no checkpoint, or none that is undamaged.
     """
     workdir = Workdir(path)
-    config = from_json(workdir.read_config_text())
+    config = workdir.read_config()
     if not workdir.tokenizer.exists():
         raise UserError(f"{workdir.path} has no tokenizer.json; the run stopped before it trained")
     tokenizer = load_tokenizer(workdir.tokenizer)

@@ -1,12 +1,13 @@
 """Where a run is, told from outside and without loading it: also of one that died, and why."""
 
+import os
 import time
 
 from jax_entropy.errors import UserError
 from jax_entropy.runs.workdir import Status, Workdir
 
 
-def describe(path: str) -> str:
+def describe(path: str | os.PathLike) -> str:
     """A few lines about the run in the folder `path`. Raises UserError if none was started there."""
     workdir = Workdir(path)
     status = workdir.read_status()

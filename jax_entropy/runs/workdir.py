@@ -1,40 +1,52 @@
-"""The folder of a run: where its parts lie, whose it is, and the trained model in it."""
+"""The folder of a run: where its parts lie, whose it is, how far it got, and what it measured.
+
+Nothing here needs JAX: a run is asked about from outside while it has the accelerator.
+"""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from jax_entropy.config import changes, from_json, to_json
-from jax_entropy.data import Tokenizer
+from jax_entropy import config as configs
 from jax_entropy.errors import UserError
-from jax_entropy.training import writer
+from jax_entropy.paths import local_path, writing
+
+if TYPE_CHECKING:
+    from jax_entropy.data import Tokenizer
 
 
 class Workdir:
-    """Paths in a run's folder."""
+    """Paths in a run's folder, and what is written there.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    Raises:
+        UserError: `path` is no path of this machine.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = local_path(path, "workdir")
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.events = self.path / "events"  # how TensorBoard's files begin
         self.figures = self.path / "figures"
+        self.report = self.path / "report.html"
         self.profile = self.path / "profile"
         self.status = self.path / "status.json"
         self.private = self.path / "private.json"
         self.incidents = self.path / "guard.jsonl"
+        self._lock = self.path / "lock"
 
     @contextlib.contextmanager
     def held(self, config: ConfigDict, notify: Callable[[str], None], devices: str = "") -> Iterator[None]:
@@ -42,16 +54,16 @@ class Workdir:
 
         Raises UserError if the folder holds another config's run, is in use, or cannot be written.
         """
-        if self.config.exists():
+        if self.exists():
             try:
-                changed = changes(from_json(self.read_config_text()), config, imported=self._imported())
+                changed = configs.changes(self.read_config(), config, imported=self.imported())
             except UserError as error:
                 raise UserError(
                     f"{self.path} holds a run of another config: {error}; choose another --workdir"
                 ) from None
             if changed:
                 notify(f"going on with {', '.join(changed)}")
-        with self._written():
+        with writing(self.path, "workdir"):
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
         with self._locked():
@@ -64,42 +76,59 @@ class Workdir:
                     self.write_status("failed", *self._progress(config), reason)
                 raise
 
-    def _imported(self) -> bool:
+    def exists(self) -> bool:
+        """Whether a run was started here. Raises UserError where this user may not look."""
+        try:
+            return self.config.exists()
+        except OSError as error:
+            raise UserError(f"workdir={self.path} cannot be read: {error.strerror}") from None
+
+    def imported(self) -> bool:
         """Whether `convert` made the folder and nothing was trained here since."""
         return self.checkpoints.is_dir() and [path.name for path in self.checkpoints.iterdir()] == ["0"]
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        lock = FileLock(self.path / "lock")  # the kernel's: it does not outlive the process
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            status = self.read_status()
-            holder = f"process {status.pid} on {status.host}" if status else "another process"
-            raise UserError(f"{self.path} is in use: {holder} trains there; choose another --workdir") from None
+            file = self._lock.open("ab")
         except OSError as error:
-            raise UserError(f"--workdir={self.path} cannot be locked: {error.strerror}; choose another") from error
-        try:
-            yield
-        finally:
-            lock.release()
+            raise UserError(f"workdir={self.path} cannot be locked: {error.strerror}; choose another") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: it does not outlive the process
+            except BlockingIOError:
+                status = self.read_status()
+                holder = f"process {status.pid} on {status.host}" if status else "another process"
+                raise UserError(f"{self.path} is in use: {holder} trains there; choose another --workdir") from None
+            except OSError as error:
+                raise UserError(f"workdir={self.path} cannot be locked: {error.strerror}; choose another") from error
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # also where a child process has inherited the file
 
     def in_use(self) -> bool:
-        """Whether a process of this machine trains here."""
-        lock = FileLock(self.path / "lock")
+        """Whether a process of this machine trains here. Raises UserError where this user may not ask."""
         try:
-            with lock.acquire(blocking=False):
-                return False
-        except Timeout:
+            with self._lock.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
             return True
+        except OSError as error:
+            raise UserError(f"{self._lock} cannot be read: {error.strerror}") from None
+        return False
 
     def _progress(self, config: ConfigDict) -> tuple[int, int]:
         status = self.read_status()
         return (status.step if status else 0), config.train.num_steps
 
     def write_status(self, state: str, step: int, num_steps: int, reason: str = "", devices: str = "") -> None:
-        """Notes where the run is, for `read_status`; each process begins with "starting". Raises UserError if the disk
-        is full."""
+        """Notes where the run is, for `read_status`; each process begins with "starting".
+
+        Raises UserError if the disk is full.
+        """
         now, before = time.time(), self.read_status()
         seconds = before.seconds + (0 if state == "starting" else max(now - before.time, 0)) if before else 0.0
         status = Status(
@@ -109,51 +138,52 @@ class Workdir:
             versions=_versions() if state == "starting" or not before else before.versions,
             devices=devices or (before.devices if before else ""),
         )  # fmt: skip
-        with self._written():
+        with writing(self.path, "workdir"):
             partial = self.path / "partial"
             partial.write_text(json.dumps(status._asdict()))
             partial.replace(self.status)
 
     def read_status(self) -> "Status | None":
-        """What was noted last, None if nothing whole was."""
+        """What was noted last, None if nothing whole was. Raises UserError where this user may not read it."""
         try:
-            return Status(**json.loads(self.status.read_text()))
-        except (OSError, ValueError, TypeError):
+            status = Status(**json.loads(self.status.read_text()))
+        except PermissionError as error:
+            raise UserError(f"{self.status} cannot be read: {error.strerror}") from None
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
+        whole = all(isinstance(value, type(like)) for value, like in zip(status, _NO_STATUS, strict=True))
+        return status if whole else None
 
-    def add_incident(self, incident: dict[str, Any]) -> None:
+    def add_incident(self, incident: Mapping[str, Any]) -> None:
         """Appends what the guard saw to guard.jsonl. Raises UserError if the disk is full."""
-        with self._written(), self.incidents.open("a") as file:
-            file.write(json.dumps(writer.to_json(incident)) + "\n")
+        with writing(self.path, "workdir"), self.incidents.open("a") as file:
+            file.write(json.dumps(to_json(incident)) + "\n")
 
-    def claim(self, config: ConfigDict, tokenizer: Tokenizer | None) -> None:
+    def claim(self, config: ConfigDict, tokenizer: "Tokenizer | None") -> None:
         """Makes the folder this config's run; from now on no other config may train here."""
-        with self._written():
+        with writing(self.path, "workdir"):
             self.path.mkdir(parents=True, exist_ok=True)
             partial = self.path / "partial"  # files appear whole or not at all
             if tokenizer and not self.tokenizer.exists():
                 tokenizer.save(partial)
                 partial.replace(self.tokenizer)
-            partial.write_text(to_json(config))
+            partial.write_text(configs.to_json(config))
             partial.replace(self.config)
 
-    @contextlib.contextmanager
-    def _written(self):
+    def read_config(self) -> ConfigDict:
+        """The run's config. Raises UserError if there is no run here or the file is damaged."""
         try:
-            yield
-        except OSError as error:
-            raise UserError(f"--workdir={self.path} cannot be written: {error.strerror}; choose another") from error
-
-    def read_config_text(self) -> str:
-        """config.json. Raises UserError if there is no run here or the file is damaged."""
-        try:
-            text = self.config.read_text()
-            json.loads(text)["architecture"]
+            text = self.config.read_text("utf-8")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.path} holds no run: {self.config} is missing; train one with --workdir") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.config} is damaged ({error}); restore it or choose another --workdir") from None
-        return text
+        except OSError as error:
+            raise UserError(f"{self.config} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.config} is damaged ({error}); restore it") from None
+        try:
+            return configs.from_json(text)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
 
 
 class Status(NamedTuple):
@@ -168,8 +198,11 @@ class Status(NamedTuple):
     host: str
     started: float = 0.0  # when the first process began, in Unix seconds; 0: not known
     seconds: float = 0.0  # that processes trained here, all together
-    versions: dict[str, str] | None = None  # of the process that trained last
+    versions: dict[str, str] = {}  # of the process that trained last
     devices: str = ""  # of the same, as in "8 × TPU v5 lite"
+
+
+_NO_STATUS = Status("", 0, 0, "", 0.0, 0, "")
 
 
 def _versions() -> dict[str, str]:
@@ -179,3 +212,19 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def to_json(value: Any) -> Any:
+    """Turns numbers, arrays and containers into what JSON knows.
+
+    Floats keep seven significant digits, those of float32; NaN and infinities become None.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): to_json(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(child) for child in value]
+    if hasattr(value, "tolist"):
+        return to_json(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value

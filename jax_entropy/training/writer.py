@@ -22,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from jax_entropy.errors import UserError
+from jax_entropy.runs.workdir import Workdir, to_json
 
 
 class MetricsWriter:
@@ -37,16 +38,15 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | Path, *, wandb: bool = False, first_step: int = 0):
-        self._workdir = Path(workdir).absolute()
-        self._wandb = _start_wandb(self._workdir) if wandb else None
+        self._workdir = Workdir(Path(workdir).absolute())
+        self._wandb = _start_wandb(self._workdir.path) if wandb else None
         with self._failures_explained():
-            self._workdir.mkdir(parents=True, exist_ok=True)
-            path = self._workdir / "metrics.jsonl"
-            if path.exists():
-                _drop_lines_after(path, first_step)
-            self._lines = path.open("ab", buffering=0)
+            self._workdir.path.mkdir(parents=True, exist_ok=True)
+            if self._workdir.metrics.exists():
+                _drop_lines_after(self._workdir.metrics, first_step)
+            self._lines = self._workdir.metrics.open("ab", buffering=0)
             # tensorboardX's SummaryWriter hands events to a thread that dies of a full disk and then blocks the run.
-            self._events = EventsWriter(str(self._workdir / "events"), f".{time.time_ns()}")
+            self._events = EventsWriter(str(self._workdir.events), f".{time.time_ns()}")
             # TensorBoard hides what an earlier event file says about the steps from here on.
             restart = Event(step=first_step + 1 if first_step else 0, session_log=SessionLog(status=SessionLog.START))
             self._events.write_event(restart)
@@ -99,28 +99,12 @@ class MetricsWriter:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
-            raise UserError(f"the metrics could not be written in {str(self._workdir)!r}: {reason}") from error
-
-
-def to_json(value: Any) -> Any:
-    """Turns numbers, arrays and containers into what JSON knows.
-
-    Floats keep seven significant digits, those of float32; NaN and infinities become None.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): to_json(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(child) for child in value]
-    if hasattr(value, "tolist"):
-        return to_json(value.tolist())
-    if isinstance(value, float):
-        return float(f"{value:.7g}") if math.isfinite(value) else None
-    return value
+            raise UserError(f"the metrics could not be written in {str(self._workdir.path)!r}: {reason}") from error
 
 
 def _drop_lines_after(path: Path, first_step: int) -> None:
     """Keeps the whole lines up to `first_step`, none if it is 0; a kill leaves the old file or the new one."""
-    kept = path.with_name("metrics.jsonl.new")
+    kept = path.with_suffix(".new")
     with path.open("rb") as old, kept.open("wb") as new:
         new.writelines(line for line in old if 0 < first_step and _step_of(line) <= first_step)
     os.replace(kept, path)

@@ -1,15 +1,23 @@
 """The folder of a run while it trains: whose it is, where the run is, and what may change on the way."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
+from jax_entropy.config import default_config, model_config
+from jax_entropy.errors import UserError
+from jax_entropy.runs.load import load_run
 from jax_entropy.runs.status import describe
 from jax_entropy.runs.workdir import Workdir
 from tests.run_helpers import parameters, run, start
+from tests.runs.checkpoint_helpers import flip
 
 
 def test_a_run_tells_from_outside_where_it_is(unbroken, tmp_path, corpus_directory):
@@ -56,3 +64,76 @@ def test_the_status_of_a_run_of_an_earlier_version_is_still_read(tmp_path):
     old = dict(state="stopped", step=3, num_steps=9, reason="", time=1.0, pid=7, host="there")
     (tmp_path / "status.json").write_text(json.dumps(old))
     assert Workdir(tmp_path).read_status().step == 3
+
+
+def test_a_flipped_bit_of_the_config_is_told_in_a_sentence(tmp_path):
+    workdir, refused = Workdir(tmp_path), 0
+    workdir.claim(default_config("SM"), None)
+    for bit in range(0, 8 * workdir.config.stat().st_size, 101):
+        flip(workdir.config, bit)
+        try:
+            model_config(workdir.read_config(), 4096)
+        except UserError as error:
+            refused += "\n" not in str(error)
+        flip(workdir.config, bit)
+    assert refused > 100
+
+
+def test_a_damaged_status_is_none(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.write_status("training", 4, 24)
+    whole = json.loads(workdir.status.read_text())
+    assert workdir.read_status().step == 4
+    for text in ("", "[]", json.dumps(whole | {"time": "now"}), json.dumps(whole | {"more": 1}), "[" * 100_000):
+        workdir.status.write_text(text)
+        assert workdir.read_status() is None
+        with pytest.raises(UserError, match="no run was started in"):
+            describe(tmp_path)
+
+
+@pytest.fixture
+def nobody():
+    """Another user, for as long as the test says."""
+    if os.geteuid():
+        pytest.skip("only root can be another user")
+
+    @contextlib.contextmanager
+    def become():
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return become
+
+
+def test_the_workdir_of_another_user(tmp_path, nobody):
+    workdir, config = Workdir(tmp_path / "run"), default_config("SM")
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    with workdir.held(config, print):
+        with nobody():
+            assert "starting, step 0" in describe(workdir.path)
+            with pytest.raises(UserError, match="workdir=.* cannot be written: Permission denied; choose another"):
+                workdir.held(config, print).__enter__()
+        workdir.path.chmod(0o777)
+        with nobody(), pytest.raises(UserError, match="cannot be locked: Permission denied"):
+            workdir.held(config, print).__enter__()
+    workdir.path.chmod(0o700)
+    for ask in (describe, lambda path: Workdir(path).held(config, print).__enter__(), load_run):
+        with nobody(), pytest.raises(UserError, match="Permission denied"):
+            ask(workdir.path)
+
+
+def test_asking_leaves_no_trace(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.write_status("training", 4, 24)
+    assert "died at step 4" in describe(tmp_path) and os.listdir(tmp_path) == ["status.json"]
+
+
+def test_a_workdir_is_a_folder_of_this_machine(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert Workdir("~/run").path == Path("/home/someone/run")
+    with pytest.raises(UserError, match="workdir='gs://bucket/run' is an address on a network"):
+        Workdir("gs://bucket/run")

@@ -19,7 +19,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from jax_entropy.errors import UserError
-from jax_entropy.training.writer import MetricsWriter, to_json
+from jax_entropy.runs.workdir import to_json
+from jax_entropy.training.writer import MetricsWriter
 
 TRAIN = {
     "kind": "train",

@@ -94,15 +94,13 @@ def generate(parse: Parse) -> None:
 def report(parse: Parse) -> None:
     """Figures and an HTML page of a run, and of two runs side by side."""
     values = parse.flags(workdir=True, against=("", "folder of another run, drawn beside this one in comparison.png"))
-    from jax_entropy.report import write_comparison, write_report
-    from jax_entropy.runs.workdir import Workdir
+    from jax_entropy.report import report as draw
 
+    written = draw(values.workdir, values.against or ())
+    page = written.pop("page")
+    print(f"{len(written)} figures are in {page.parent / 'figures'}, those of this run on one page in {page}")
     if values.against:
-        Workdir(values.against).read_config()  # before anything is drawn
-    write_report(values.workdir)
-    if values.against:
-        out = Workdir(values.workdir).figures / "comparison.png"
-        print(f"wrote {write_comparison([values.workdir, values.against], out)}")
+        print(f"comparison  {written['comparison']}")
 
 
 def convert(parse: Parse) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jax_entropy.entropy import max_entropy
 from jax_entropy.generate import generate
-from jax_entropy.report import print_head_entropy, write_report
+from jax_entropy.report import print_head_entropy, report
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.training.train import Result
 
@@ -46,9 +46,9 @@ def conclude(config: ConfigDict, path: str, result: Result, command: str, consol
         console.rule(f"sample {seed + 1}", style="dim")
         console.print(prompt + text, markup=False, highlight=False)
     console.rule(style="dim")
-    write_report(workdir.path, notify=lambda line: None)
+    page = report(workdir.path)["page"]
     console.print(
-        f"figures     {workdir.figures}\nreport      {workdir.path / 'report.html'}\nmetrics     {workdir.metrics}\n"
+        f"figures     {workdir.figures}\nreport      {page}\nmetrics     {workdir.metrics}\n"
         f"checkpoint  {workdir.checkpoints / str(result.step)}",
         highlight=False,
     )

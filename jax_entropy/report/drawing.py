@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy.optimize import isotonic_regression
 
-from jax_entropy.report.history import Run
+from jax_entropy.report.history import History
 
 # Dark is low and light is high in every one of them, so that nothing is lost in grey print.
 HEAT_MAP = matplotlib.colormaps["viridis"].with_extremes(bad="none")
@@ -53,15 +53,16 @@ _STYLE = {
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
     "hatch.linewidth": 0.6,
+    "text.parse_math": False,  # a $ in a folder's name is a $
     "figure.dpi": 150,
     "savefig.dpi": 150,
 }
 paper_style = matplotlib.style.context(["default", _STYLE])  # a decorator
 
 
-def new_figure(run: Run, title: str, width: float, height: float, note: str = "") -> Figure:
+def new_figure(history: History, title: str, width: float, height: float, note: str = "") -> Figure:
     """An empty figure of width × height inches, titled with what it shows and of which run, room kept for both."""
-    return titled(title, describe(run), width, height, note)
+    return titled(title, describe(history), width, height, note)
 
 
 def titled(title: str, subtitle: str, width: float, height: float, note: str = "") -> Figure:
@@ -76,11 +77,11 @@ def titled(title: str, subtitle: str, width: float, height: float, note: str = "
     return fig
 
 
-def describe(run: Run) -> str:
+def describe(history: History) -> str:
     """Architecture, dataset and the span of steps, for under a title."""
-    first, last = run.steps_E[0], run.steps_E[-1]
+    first, last = history.steps_E[0], history.steps_E[-1]
     steps = f"step {last:,}" if first == last else f"steps {first:,}–{last:,}"
-    return f"{run.architecture}  ·  {run.dataset}  ·  {steps}"
+    return f"{history.architecture}  ·  {history.dataset}  ·  {steps}"
 
 
 def nats(value: float) -> str:
@@ -88,11 +89,24 @@ def nats(value: float) -> str:
     return f"{value:.2f} nats" if math.isfinite(value) else "not a number"
 
 
-def step_axis(ax: Axes, steps_E: np.ndarray) -> None:
-    """Steps from 0 to the last; a single one gets some room to its right."""
-    ax.set(xlabel="training step", xlim=(0, max(steps_E[-1], 1) * (1 if len(steps_E) > 1 else 1.1)))
+def step_axis(ax: Axes, steps_E: np.ndarray, incidents: Sequence[dict] = ()) -> None:
+    """Steps from 0 to the last, those marked where the guard sent training back; a single one gets some room."""
+    sent_back = [incident["step"] for incident in incidents]
+    last = max(steps_E[-1], 1, *sent_back)
+    ax.set(xlabel="training step", xlim=(0, last * (1 if len(steps_E) > 1 else 1.1)))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.xaxis.set_major_formatter("{x:,.0f}")
+    for step in sent_back:
+        ax.axvline(step, color=BLACK, linewidth=0.8, linestyle=(0, (1, 1.5)), gid="incident")
+        ax.plot(step, 0.97, "v", transform=ax.get_xaxis_transform(), color=BLACK, markersize=6, zorder=4)
+
+
+def incident_note(incidents: Sequence[dict]) -> str:
+    """The foot of a figure whose step axis marks incidents; nothing where there was none."""
+    if not incidents:
+        return ""
+    steps = ", ".join(f"{incident['step']:,}" for incident in incidents[:8]) + ", …" * (len(incidents) > 8)
+    return f"▼ The guard sent training back to an earlier checkpoint (at step {steps})."
 
 
 def layer_axis(ax: Axes, num_layers: int, most: int = 18) -> None:
@@ -149,6 +163,17 @@ def quarter_bars(ax: Axes, share_Rx4: np.ndarray, *, labelled: bool) -> None:
             ax.bar_label(bars, texts, label_type="center", color=text_color(color), size=7.5)
     ax.set(xlim=(0, 1), ylim=(len(share_Rx4) - 0.5, -0.5))
     ax.grid(False)
+
+
+def bottom_legend(fig: Figure, ax: Axes, ncols: int) -> None:
+    """The legend of `ax` below all axes and above the note, which "outside lower center" would cover."""
+    engine = fig.get_layout_engine()
+    _, foot, _, height = engine.get()["rect"]
+    handles = ax.get_legend_handles_labels()
+    legend = fig.legend(*handles, loc="lower center", bbox_to_anchor=(0.5, foot), ncols=ncols, columnspacing=1.4)
+    legend.set_in_layout(False)
+    taken = legend.get_window_extent().height / fig.bbox.height
+    engine.set(rect=(0, foot + taken, 1, height - taken))
 
 
 def luminance(rgb: Sequence[float]) -> float:

@@ -4,8 +4,10 @@ Nothing here runs on an accelerator: a training process may hold it while its wo
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,35 @@ import numpy as np
 from jax_entropy.data.sources import SOURCES
 from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
+from jax_entropy.runs.metrics import read_metrics
+from jax_entropy.runs.workdir import Status, Workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class History:
     """A run as read from its workdir.
 
     `train` and `evaluate` map a metric's name ("head_entropy", "gradient_norms/attention") to an array whose leading
     axis E is the logged steps, as `train["head_entropy"]` [E, L, N]; what was null is NaN.
     """
 
-    workdir: Path
+    workdir: Workdir
     config: dict[str, Any]
     train: dict[str, np.ndarray]
     evaluate: dict[str, np.ndarray]
+    incidents: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # times that the guard sent it back
+    status: Status | None = None
+    tokenizer: str = ""  # a digest: the losses of two tokenizers are not of the same tokens
     private: dict[str, Any] | None = None  # what `private profile` measured of it, if it did
 
     @property
     def architecture(self) -> str:
-        return str(self.config.get("architecture") or "unnamed architecture")
+        return printable(str(self.config.get("architecture") or "unnamed architecture"))
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, also where it was given as `.`."""
+        return printable(self.workdir.path.resolve().name)
 
     @property
     def dataset(self) -> str:
@@ -41,7 +53,7 @@ class Run:
         source = str(data.get("source") or "unnamed data")
         files = "/".join(Path(str(data.get("files") or "")).parts[-2:])
         title = SOURCES[source].title if source in SOURCES else ""
-        return title or files[-32:] or source
+        return title or printable(files[-32:] or source)
 
     @property
     def steps_E(self) -> np.ndarray:
@@ -61,32 +73,52 @@ class Run:
         )
 
 
-def load_run(workdir: str | Path) -> Run:
+def read_history(workdir: str | Path) -> History:
     """Reads a workdir, of a finished run or one still in training.
 
-    Raises UserError if there is no workdir, no config, no training line yet, or a damaged one before the last.
+    Raises:
+      UserError: there is no workdir, no config, no training line yet, or a damaged one before the last.
     """
-    workdir = Path(workdir)
-    if not workdir.is_dir():
-        raise UserError(f"workdir {str(workdir)!r} is not there; give the folder that `jax-entropy train` wrote")
+    workdir = Workdir(workdir)
+    if not workdir.path.is_dir():
+        raise UserError(f"workdir {str(workdir.path)!r} is not there; give the folder that `jax-entropy train` wrote")
     try:
-        config = json.loads((workdir / "config.json").read_text("utf-8"))
+        config = json.loads(workdir.config.read_text("utf-8"))
         int(config["model"]["context_length"])
     except FileNotFoundError:
-        raise UserError(f"workdir {str(workdir)!r} has no config.json; it is not the folder of a run") from None
-    except (ValueError, KeyError, TypeError):
+        raise UserError(f"workdir {str(workdir.path)!r} has no config.json; it is not the folder of a run") from None
+    except OSError as error:
+        raise UserError(f"{str(workdir.config)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
-            f"{str(workdir / 'config.json')!r} is damaged: it is not a JSON object with model.context_length"
+            f"{str(workdir.config)!r} is damaged: it is not a JSON object with model.context_length"
         ) from None
-    lines = _read_lines(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir.metrics)
     train = _stack([line for line in lines if line.get("kind") == "train"])
     if "head_entropy" not in train:
         raise UserError(
-            f"workdir {str(workdir)!r} has no training line in metrics.jsonl yet; "
+            f"workdir {str(workdir.path)!r} has no training line in metrics.jsonl yet; "
             "the first comes after config.train.log_every steps"
         )
-    evaluate = _stack([line for line in lines if line.get("kind") == "evaluate"])
-    return Run(workdir, config, train, evaluate, _read_private(workdir / "private.json"))
+    return History(
+        workdir=workdir,
+        config=config,
+        train=train,
+        evaluate=_stack([line for line in lines if line.get("kind") == "evaluate"]),
+        incidents=read_metrics(workdir.incidents),
+        status=workdir.read_status(),
+        tokenizer=_digest(workdir.tokenizer),
+        private=_read_private(workdir.private),
+    )
+
+
+def printable(text: str) -> str:
+    """What can be drawn and written as UTF-8 of a name that anybody may have chosen."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _read_private(path: Path) -> dict[str, Any] | None:
@@ -100,22 +132,6 @@ def _read_private(path: Path) -> dict[str, Any] | None:
     return measured
 
 
-def _read_lines(path: Path) -> list[dict]:
-    texts = path.read_text("utf-8", "replace").split("\n") if path.exists() else []
-    texts = texts[:-1] if texts[-1:] == [""] else texts
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            line["step"]
-        except (ValueError, TypeError, KeyError):
-            if number == len(texts):  # a run that was killed, or is just now writing
-                break
-            raise UserError(f"{str(path)!r} is damaged at line {number}: not a JSON object with a step") from None
-        lines.append(line)
-    return lines
-
-
 def _stack(lines: list[dict]) -> dict[str, np.ndarray]:
     rows = [dict(_leaves(line)) for line in lines]
     names = dict.fromkeys(name for row in rows for name in row)
@@ -127,7 +143,7 @@ def _stack(lines: list[dict]) -> dict[str, np.ndarray]:
     return stacked
 
 
-def _leaves(tree: dict, prefix: str = ""):
+def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}/")

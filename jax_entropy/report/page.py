@@ -1,137 +1,165 @@
-"""One page a run: its key numbers, its figures and its configuration in a single file that needs nothing else."""
+"""One page a run: its key numbers, its figures and its configuration in a single file that needs nothing else.
+
+`page.html` is its frame; every text that is put there is escaped: a name, a path or a value is shown, never obeyed.
+"""
 
 import base64
-import html
 import json
 import math
+import string
+import time
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from jax_entropy.report.history import Run
+from jax_entropy.entropy import head_bands
+from jax_entropy.report.figures import Item
+from jax_entropy.report.history import History
 
-_CAPTIONS = dict(
-    loss="Training and validation cross-entropy. The right axis reads the same curves as perplexities.",
-    head_entropy="Near zero a head looks at one token (collapse); near the maximum it looks at all alike (overload).",
-    layer_entropy="Deep layers that sink to zero foretell an unstable run; layers that stay at the causal maximum have "
-    "heads that did not specialise.",
-    entropy_bands="A well-behaved model has about 90 % of its heads in the middle quarters of the observed maximum.",
-    thresholds="The entropy that each head is held to, learned with the weights, as a fraction of log T.",
-    temperature="Above 1 attention is spread out, below 1 it is sharpened, and the gradients of queries and keys grow.",
-    stability="A gradient norm or a largest logit that keeps growing precedes NaN.",
-    private="A forward pass under secure computation: what the busiest party sends, how often messages wait for "
-    "others, and the time of both on a network.",
+_FRAME = string.Template(Path(__file__).with_name("page.html").read_text("utf-8"))
+
+PRIVATE = Item(
+    "private",
+    "A forward pass under secure computation: what the busiest party sends, how often messages wait for others, and "
+    "the time of both on a network.",
+    lambda history: None,
 )
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1a1a1a; --soft: #5c5c5c; --page: #fafaf8; --card: #fff; --line: #e2e2de; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #ececec; --soft: #a6a6a6; --page: #161616; --card: #1f1f1f; --line: #363636; }}
-}}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }}
-h1 {{ margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }}
-header p, figcaption, dt {{ margin: 0; color: var(--soft); }}
-dl {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .75rem;
-  margin: 1.5rem 0 2.5rem; }}
-dl div {{ padding: .7rem .9rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }}
-dt {{ font-size: .85rem; }}
-dd {{ margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }}
-dd small {{ display: block; font-size: .85rem; line-height: 1.3; color: var(--soft); }}
-figure {{ margin: 0 0 2rem; }}
-figure div {{ overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: .5rem; }}
-figure img {{ display: block; margin: auto; height: auto; }}
-figcaption {{ padding: .4rem .2rem 0; font-size: .95rem; }}
-pre {{ overflow-x: auto; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }}
-summary {{ cursor: pointer; }}
-</style>
-<header>
-<h1>{title}</h1>
-<p>{subtitle}</p>
-</header>
-<dl>
-{numbers}
-</dl>
-{figures}
-<details>
-<summary>Configuration</summary>
-<pre>{config}</pre>
-</details>
-</html>
-"""
+
+class Number(NamedTuple):
+    """One of a run's key numbers, as text; `unit` also says of what."""
+
+    label: str
+    value: str
+    unit: str = ""
 
 
-def page(run: Run, pictures: dict[str, bytes]) -> str:
-    """The page as text; `pictures` maps the name of a figure to its PNG, in the order of the page."""
-    model = run.config["model"]
-    sizes = (
-        ("num_layers", "layers"),
-        ("num_heads", "heads"),
-        ("model_dim", "wide"),
-        ("context_length", "tokens of context"),
+def page(history: History, pictures: list[tuple[Item, bytes]]) -> str:
+    """The page as text.
+
+    Args:
+      pictures: items of the report and their PNGs, in the order of the page.
+    """
+    return _FRAME.substitute(
+        title=escape(f"{history.architecture} · {history.name}"),
+        heading=escape(history.architecture),
+        subtitle=escape(" · ".join(_sizes(history))),
+        facts="\n".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in _facts(history)),
+        numbers="\n".join(map(_number, _key_numbers(history))),
+        incidents=_incidents(history),
+        figures="\n".join(_figure(item, png) for item, png in pictures),
+        config=escape(json.dumps(history.config, indent=2, ensure_ascii=False)),
     )
-    facts = [f"{model[key]} {unit}" for key, unit in sizes if key in model]
-    figures = [
-        f'<figure><div tabindex="0"><img alt="{name.replace("_", " ")}" width="{_width(png)}" '
+
+
+def _sizes(history: History) -> list[str]:
+    model = history.config["model"]
+    units = dict(num_layers="layers", num_heads="heads", model_dim="wide", context_length="tokens of context")
+    return [history.dataset, *(f"{model[key]} {unit}" for key, unit in units.items() if key in model)]
+
+
+def _facts(history: History) -> Iterator[tuple[str, str]]:
+    """Where the run lies, how far it came, when, for how long, on what and with which versions."""
+    yield "workdir", str(history.workdir.path)
+    status = history.status
+    if status is None:
+        yield "state", f"step {history.steps_E[-1]:,}"
+        return
+    state = f"{status.state} at step {status.step:,} of {status.num_steps:,}"
+    yield "state", f"{state}: {status.reason}" if status.reason else state
+    yield "date", time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(status.time))
+    if status.seconds:
+        yield "duration", _duration(status.seconds)
+    if status.devices:
+        yield "devices", status.devices
+    if status.versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in status.versions.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _number(number: Number) -> str:
+    unit = f" <small>{escape(number.unit)}</small>" if number.unit else ""
+    return f"<div><dt>{escape(number.label)}</dt><dd>{escape(number.value)}{unit}</dd></div>"
+
+
+def _incidents(history: History) -> str:
+    if not history.incidents:
+        return ""
+    items = "\n".join(
+        f"<li>step {incident['step']:,}, back to step {incident.get('back_to', 0):,}: "
+        f"{escape(str(incident.get('what', 'no reason is noted')))}</li>"
+        for incident in history.incidents
+    )
+    return (
+        '<section class="incidents">\n<h2>The guard sent training back</h2>\n'
+        "<p>Marked ▼ in the figures; the data that led there is left out.</p>\n"
+        f"<ol>\n{items}\n</ol>\n</section>"
+    )
+
+
+def _figure(item: Item, png: bytes) -> str:
+    # CSS pixels that give the letters of all figures one size, the widest figure filling the page
+    width = round(0.66 * int.from_bytes(png[16:20], "big"))
+    return (
+        f'<figure><div tabindex="0"><img alt="{item.name.replace("_", " ")}" width="{width}" '
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></div>'
-        f"<figcaption>{html.escape(_CAPTIONS[name])}</figcaption></figure>"
-        for name, png in pictures.items()
-    ]
-    numbers = [f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in _key_numbers(run).items()]
-    return _PAGE.format(
-        title=html.escape(run.architecture),
-        subtitle=html.escape(" · ".join([run.dataset, *facts, f"step {run.steps_E[-1]:,}"])),
-        numbers="\n".join(numbers),
-        figures="\n".join(figures),
-        config=html.escape(json.dumps(run.config, indent=2, ensure_ascii=False)),
+        f"<figcaption>{escape(item.caption)}</figcaption></figure>"
     )
 
 
-def _width(png: bytes) -> int:
-    """CSS pixels that give the letters of all figures one size, the widest figure filling the page."""
-    return round(0.66 * int.from_bytes(png[16:20], "big"))
-
-
-def _key_numbers(run: Run) -> dict[str, str]:
-    """Label to value, as HTML, of what one looks for first; at the last step unless it says otherwise."""
-    train, evaluate = run.train, run.evaluate
-    numbers = {}
+def _key_numbers(history: History) -> Iterator[Number]:
+    """What one looks for first; at the last step unless it says otherwise."""
+    train, evaluate = history.train, history.evaluate
     if "validation_loss" in evaluate:
         loss_E = evaluate["validation_loss"]
-        numbers["validation perplexity"] = _number(math.exp(min(loss_E[-1], 700)), ".4g")
-        numbers["validation loss"] = _number(loss_E[-1], ".3f", "nats/token")
+        yield Number("validation perplexity", _perplexity(loss_E[-1]))
+        yield Number("validation loss", _text(loss_E[-1], ".3f"), "nats/token")
         if np.isfinite(loss_E).any() and np.nanmin(loss_E) < loss_E[-1]:
             best = int(np.nanargmin(loss_E))
-            numbers["best validation perplexity"] = _number(
-                math.exp(min(loss_E[best], 700)), ".4g", f"at step {int(evaluate['step'][best]):,}"
-            )
+            step = f"at step {int(evaluate['step'][best]):,}"
+            yield Number("best validation perplexity", _perplexity(loss_E[best]), step)
     if "bits_per_byte" in evaluate:
-        numbers["bits per byte"] = _number(evaluate["bits_per_byte"][-1], ".3f")
-    entropy = train["head_entropy"][-1].mean()
-    share = 100 * entropy / run.maxima()["context"] if run.context_length > 1 else math.nan
-    numbers["training cross-entropy"] = _number(train["cross_entropy"][-1], ".3f", "nats/token")
-    numbers["mean head entropy"] = _number(entropy, ".2f", f"nats, {share:.0f} % of log T")
-    numbers["collapse"] = _number(100 * train["bands_observed"][-1, 0], "z.1f", "% of heads in the bottom quarter")
-    numbers["overload"] = _number(100 * train["bands_observed"][-1, 3], "z.1f", "% of heads in the top quarter")
+        yield Number("bits per byte", _text(evaluate["bits_per_byte"][-1], ".3f"), "held out")
+    yield Number("training cross-entropy", _text(train["cross_entropy"][-1], ".3f"), "nats/token")
+    yield from _entropies(history)
     if "tokens_per_second" in train:
-        numbers["speed, median"] = _number(np.median(train["tokens_per_second"]), ",.0f", "tokens/s")
-    if run.private:
-        warm, setting = run.private["total"]["warm"], run.private["setting"]
-        numbers["private forward pass"] = _number(
-            max(warm["bytes"]) / 1e6, ",.1f", f"MB, {warm['rounds']:,} rounds, {run.private['num_tokens']} tokens, "
-            f"{setting['protocol']}",
-        )  # fmt: skip
+        yield Number("speed, median", _text(np.median(train["tokens_per_second"]), ",.0f"), "tokens/s")
+    if history.private:
+        warm, setting = history.private["total"]["warm"], history.private["setting"]
+        megabytes = _text(max(warm["bytes"]) / 1e6, ",.1f")
+        facts = f"MB, {warm['rounds']:,} rounds, {history.private['num_tokens']} tokens, {setting['protocol']}"
+        yield Number("private forward pass", megabytes, facts)
     lost = int(np.nansum(train["nan_count"]) + np.nansum(train["inf_count"]))
-    numbers["NaN and Inf in attention"] = f"{lost:,}" if lost else "none"
-    return numbers
+    yield Number("NaN and Inf in attention", f"{lost:,}" if lost else "none")
 
 
-def _number(value: float, digits: str, unit: str = "") -> str:
-    if not math.isfinite(value):
-        return "not a number"
-    return f"{value:{digits}} <small>{unit}</small>" if unit else f"{value:{digits}}"
+def _entropies(history: History) -> Iterator[Number]:
+    """Mean entropy and quarter shares of the heads: on held-out text, and in the last training batch logged."""
+    measured = []
+    if "head_entropy" in history.evaluate:
+        held_out_LxN = history.evaluate["head_entropy"][-1]
+        measured.append(("held out", held_out_LxN, np.asarray(head_bands(held_out_LxN))))
+    measured.append(("training batch", history.train["head_entropy"][-1], history.train["bands_observed"][-1]))
+    most = history.maxima()["context"] or math.nan
+    for where, entropy_LxN, share_4 in measured:
+        entropy = entropy_LxN.mean()
+        share = f", {100 * entropy / most:.0f} % of log T" if math.isfinite(entropy / most) else ""
+        yield Number(f"mean head entropy, {where}", _text(entropy, ".2f"), f"nats{share}")
+        yield Number(f"collapse, {where}", _text(100 * share_4[0], "z.1f"), "% of heads in the bottom quarter")
+        yield Number(f"overload, {where}", _text(100 * share_4[3], "z.1f"), "% of heads in the top quarter")
+
+
+def _perplexity(loss: float) -> str:
+    return _text(math.exp(min(loss, 700)), ".4g")
+
+
+def _text(value: float, digits: str) -> str:
+    return f"{value:{digits}}" if math.isfinite(value) else "not a number"

@@ -11,21 +11,19 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
-from jax_entropy import report
 from jax_entropy.errors import UserError
-from jax_entropy.report import drawing, figures
-from jax_entropy.report.comparison import comparison
+from jax_entropy.report import comparison, drawing, figures, read_history, report
 from tests.report.helpers import CASES, CAUSAL, write_run
 
 
 @pytest.fixture(params=CASES)
 def run(request, tmp_path):
-    return report.load_run(write_run(tmp_path / request.param, **CASES[request.param]))
+    return read_history(write_run(tmp_path / request.param, **CASES[request.param]))
 
 
 @pytest.fixture
 def paper(tmp_path):
-    return report.load_run(write_run(tmp_path / "paper"))
+    return read_history(write_run(tmp_path / "paper"))
 
 
 def texts_of(fig):
@@ -68,9 +66,9 @@ def test_head_entropy_maps_are_the_data(paper):
 
 
 def test_large_maps_are_not_annotated_and_nan_is_hatched(tmp_path):
-    deep = report.load_run(write_run(tmp_path / "deep", L=18, N=12))
+    deep = read_history(write_run(tmp_path / "deep", L=18, N=12))
     assert not any(ax.texts for ax in figures.head_entropy(deep).axes)
-    diverged = report.load_run(write_run(tmp_path / "diverged", L=3, N=4, nan_from=38))
+    diverged = read_history(write_run(tmp_path / "diverged", L=3, N=4, nan_from=38))
     fig = figures.head_entropy(diverged)
     last = [ax for ax in fig.axes if ax.images][-1]
     assert last.images[0].get_array().mask.tolist() == np.isnan(diverged.train["head_entropy"][-1]).tolist()
@@ -134,13 +132,13 @@ def test_loss_without_penalty_or_validation(tmp_path):
     workdir = write_run(tmp_path / "run", L=2, N=2, ereg=False, architecture="SM")
     lines = [line for line in (workdir / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    fig = figures.loss(report.load_run(workdir))
+    fig = figures.loss(read_history(workdir))
     assert len(fig.axes) == 2 and len(fig.axes[0].lines) == 1
     assert "validation" not in words_of(fig) and "penalty" not in words_of(fig)
 
 
 def test_loss_says_where_it_was_lost(tmp_path):
-    run = report.load_run(write_run(tmp_path / "run", L=2, N=2, nan_from=30))
+    run = read_history(write_run(tmp_path / "run", L=2, N=2, nan_from=30))
     words = words_of(figures.loss(run))
     assert "NaN at step 1,550" in words and "training, NaN at the end" in words
 
@@ -169,10 +167,10 @@ def test_temperatures_over_steps_and_their_range(paper):
 
 def test_what_a_run_does_not_have_is_not_drawn(tmp_path):
     workdir = write_run(tmp_path / "run", L=2, N=2, ereg=False, architecture="SM")
-    run = report.load_run(workdir)
+    run = read_history(workdir)
     assert figures.thresholds(run) is None and figures.temperature(run) is None
-    names = {path.name for path in report.write_report(workdir, notify=lambda _: None)}
-    assert not names & {"thresholds.png", "temperature.png"} and {"loss.png", "stability.png"} <= names
+    names = set(report(workdir))
+    assert not names & {"thresholds", "temperature"} and {"loss", "stability"} <= names
 
 
 def test_stability_counts_only_where_there_are_any(tmp_path, paper):
@@ -183,7 +181,7 @@ def test_stability_counts_only_where_there_are_any(tmp_path, paper):
         assert line_to(fig.axes[1], paper.train["max_logit"][:, layer])
     assert len(fig.axes) == 2 and "NaN and Inf: none in any layer (logged steps: 40)" in words_of(fig)
 
-    diverged = report.load_run(write_run(tmp_path / "diverged", L=3, N=4, nan_from=37))
+    diverged = read_history(write_run(tmp_path / "diverged", L=3, N=4, nan_from=37))
     fig = figures.stability(diverged)
     (mesh,) = titled_axes(fig, "NaN").collections
     count_LxE = mesh.get_array().reshape(3, 40)
@@ -194,14 +192,14 @@ def test_stability_counts_only_where_there_are_any(tmp_path, paper):
 
 
 def test_comparison_shows_shares_and_losses_of_each_run(tmp_path):
-    kinds = dict(a=dict(architecture="SM", ereg=False), b=dict(), c=dict(seed=1))
-    runs = [report.load_run(write_run(tmp_path / name, L=4, N=4, **kind)) for name, kind in kinds.items()]
+    kinds = {"a": dict(architecture="SM", ereg=False), "$b^": dict(), r"c$\x": dict(seed=1)}  # no mathematics
+    runs = [read_history(write_run(tmp_path / name, L=4, N=4, **kind)) for name, kind in kinds.items()]
     fig = comparison(runs)
     bars_ax, loss_ax = fig.axes
     widths = np.array([[bar.get_width() for bar in bars] for bars in bars_ax.containers]).T
     np.testing.assert_allclose(widths, [run.train["bands_observed"][-1] for run in runs], atol=1e-12)
     names = [label.get_text().splitlines()[0] for label in bars_ax.get_yticklabels()]
-    assert names == ["SM", "EReg(SM(t)+ScFuFFN) (b)", "EReg(SM(t)+ScFuFFN) (c)"]
+    assert names == ["SM", "EReg(SM(t)+ScFuFFN) ($b^)", r"EReg(SM(t)+ScFuFFN) (c$\x)"]
     assert all(line_to(loss_ax, run.evaluate["validation_loss"]) for run in runs)
     assert loss_ax.get_ylabel() == "validation loss [nats/token]"
     ends = "\n".join(text.get_text() for text in loss_ax.texts)
@@ -214,12 +212,45 @@ def test_comparison_falls_back_on_training_loss_for_all(tmp_path):
     workdirs = [write_run(tmp_path / name, L=2, N=2) for name in "ab"]
     lines = [line for line in (workdirs[1] / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
     (workdirs[1] / "metrics.jsonl").write_text("\n".join(lines))
-    _, loss_ax = comparison([report.load_run(workdir) for workdir in workdirs]).axes
+    _, loss_ax = comparison([read_history(workdir) for workdir in workdirs]).axes
     assert loss_ax.get_ylabel() == "training loss [nats/token]"
-    out = report.write_comparison(workdirs, tmp_path / "new" / "comparison.png")
-    assert out == tmp_path / "new" / "comparison.png" and imread(out).shape[2] in (3, 4)
+    drawn = report(workdirs[0], against=workdirs[1])["comparison"]
+    assert drawn == workdirs[0] / "figures" / "comparison.png" and imread(drawn).shape[2] in (3, 4)
     with pytest.raises(UserError, match="at least one"):
-        report.write_comparison([], tmp_path / "none.png")
+        comparison([])
+
+
+def test_losses_of_different_tokenizers_are_compared_by_the_byte(tmp_path):
+    workdirs = [write_run(tmp_path / name, L=2, N=2) for name in "ab"]
+    for workdir in workdirs:
+        (workdir / "tokenizer.json").write_text("the same")
+    (_, ax) = comparison([*map(read_history, workdirs)]).axes
+    assert ax.get_ylabel() == "validation loss [nats/token]"
+
+    (workdirs[1] / "tokenizer.json").write_text("another")
+    histories = [*map(read_history, workdirs)]
+    fig = comparison(histories)
+    ax = fig.axes[1]
+    assert ax.get_ylabel() == "validation loss [bits/byte]" and "tokenizers differ" in words_of(fig)
+    assert all(line_to(ax, history.evaluate["bits_per_byte"]) for history in histories)
+
+    del histories[0].evaluate["bits_per_byte"]
+    fig = comparison(histories)
+    assert fig.axes[1].get_ylabel() == "training loss [nats/token]"
+    assert "nats per token do not compare" in words_of(fig)
+
+
+def test_steps_from_which_the_guard_sent_training_back_are_marked_wherever_there_are_steps(tmp_path):
+    history = read_history(write_run(tmp_path / "run", L=2, N=2, incidents=(430, 2100)))
+    shown = {"loss": 2, "layer_entropy": 1, "entropy_bands": 1, "temperature": 1, "stability": 2}
+    for item in figures.ITEMS:
+        fig = item.draw(history)
+        marks = [[line.get_xdata()[0] for line in ax.lines if line.get_gid() == "incident"] for ax in fig.axes]
+        marked = [steps for steps in marks if steps]
+        assert marked == [[430, 2100]] * shown.get(item.name, 0), item.name
+        assert ("sent training back to an earlier checkpoint (at step 430, 2,100)" in words_of(fig)) == bool(marked)
+        for ax, steps in zip(fig.axes, marks, strict=True):
+            assert not steps or ax.get_xlim()[1] >= 2100  # after the last step that was logged
 
 
 # What every figure owes its reader
@@ -231,7 +262,7 @@ def test_no_text_is_cut_or_overlaps_another(run, monkeypatch):
     monkeypatch.setattr(
         matplotlib.text.Text, "draw", lambda text, renderer: (drawn.append(text), draw_text(text, renderer))
     )
-    for fig in (*(draw(run) for draw in figures.FIGURES), comparison([run, run])):
+    for fig in (*(item.draw(run) for item in figures.ITEMS), comparison([run, run])):
         if fig is None:
             continue
         drawn.clear()
@@ -264,8 +295,8 @@ def test_numbers_in_cells_contrast_with_their_colour():
 
 def test_drawing_leaves_matplotlib_as_it_was(paper):
     before = dict(matplotlib.rcParams)
-    for draw in figures.FIGURES:
-        draw(paper)
+    for item in figures.ITEMS:
+        item.draw(paper)
     assert dict(matplotlib.rcParams) == before
     command = "import sys, jax_entropy.report; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command]).returncode == 0

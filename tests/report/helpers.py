@@ -25,8 +25,22 @@ def as_json(tree):
     return None if tree is None or not math.isfinite(tree) else float(tree)
 
 
-def write_run(workdir, *, L=12, N=12, steps=40, ereg=True, nan_from=None, architecture="EReg(SM(t)+ScFuFFN)", seed=0):
-    """Writes a workdir like that of a real run, logged `steps` times; from the `nan_from`-th on it diverges upwards."""
+def write_run(
+    workdir,
+    *,
+    L=12,
+    N=12,
+    steps=40,
+    ereg=True,
+    nan_from=None,
+    incidents=(),
+    architecture="EReg(SM(t)+ScFuFFN)",
+    seed=0,
+):
+    """Writes a workdir like that of a real run, logged `steps` times; from the `nan_from`-th on it diverges upwards.
+
+    The guard sent it back at the steps of `incidents`.
+    """
     rng = np.random.default_rng(seed)
     depth_L = np.linspace(0, 1, L)
     final_LxN = CAUSAL * np.clip(0.7 - 0.5 * depth_L[:, None] + 0.1 * rng.standard_normal((L, N)), 0.01, 1)
@@ -80,6 +94,9 @@ def write_run(workdir, *, L=12, N=12, steps=40, ereg=True, nan_from=None, archit
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if incidents:
+        seen = [dict(step=step, what=f"the loss is not finite at step {step}", back_to=step // 2) for step in incidents]
+        (workdir / "guard.jsonl").write_text("".join(json.dumps(incident) + "\n" for incident in seen))
     return workdir
 
 
@@ -92,5 +109,6 @@ CASES = dict(
     two_steps=dict(L=4, N=4, steps=2),
     plain=dict(L=4, N=4, ereg=False, architecture="SM+LN+G"),
     diverged=dict(L=6, N=8, ereg=False, architecture="SM", nan_from=30),
+    sent_back=dict(L=4, N=4, incidents=(3, 700, 2500)),
     never_finite=dict(L=3, N=2, nan_from=-9, architecture="SM"),
 )

@@ -4,15 +4,19 @@ import base64
 import io
 import json
 import math
+import os
 import re
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from jax_entropy import report
 from jax_entropy.errors import UserError
+from jax_entropy.report import print_head_entropy, read_history, report
+from jax_entropy.runs.workdir import Workdir
 from tests.report.helpers import CASES, CAUSAL, write_run
 
 # Reading a workdir
@@ -22,7 +26,7 @@ def test_arrays_are_what_was_logged(tmp_path):
     workdir = write_run(tmp_path / "run", L=3, N=2, steps=7, nan_from=5)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
-    run = report.load_run(workdir)
+    run = read_history(workdir)
     assert run.train["head_entropy"].shape == (7, 3, 2)
     assert run.train["head_entropy"].tolist()[:5] == [line["head_entropy"] for line in train[:5]]
     assert np.isnan(run.train["head_entropy"][5, 2]).all() and np.isnan(run.train["cross_entropy"][5])
@@ -43,7 +47,7 @@ def test_a_metric_that_starts_late_is_nan_before(tmp_path):
     lines[0]["threshold"] = None
     del lines[1]["max_logit"]
     (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run = report.load_run(workdir)
+    run = read_history(workdir)
     assert run.train["threshold"].shape == (3, 2, 2)
     assert np.isnan(run.train["threshold"][0]).all() and np.isfinite(run.train["threshold"][1:]).all()
     assert np.isnan(run.train["max_logit"][1]).all() and np.isfinite(run.train["max_logit"][[0, 2]]).all()
@@ -53,7 +57,7 @@ def test_half_a_last_line_is_a_run_still_writing(tmp_path):
     workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 200, "kind": "tr')
-    assert report.load_run(workdir).steps_E.tolist() == [50, 100, 150]
+    assert read_history(workdir).steps_E.tolist() == [50, 100, 150]
 
 
 def drop_config(workdir):
@@ -96,18 +100,18 @@ def test_what_is_not_a_run_is_told_in_one_sentence(tmp_path, damage, words):
     workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
     damage(workdir)
     with pytest.raises(UserError, match=re.escape(words)) as error:
-        report.write_report(workdir)
+        report(workdir)
     assert str(workdir) in str(error.value) and "\n" not in str(error.value)
     assert not (workdir / "figures").exists()
 
 
 def test_missing_workdir_and_unwritable_one(tmp_path):
     with pytest.raises(UserError, match="'/no/such/run' is not there"):
-        report.write_report("/no/such/run")
+        report("/no/such/run")
     workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
     (workdir / "figures").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="cannot write .*figures"):
-        report.write_report(workdir)
+    with pytest.raises(UserError, match="figures.* cannot be written"):
+        report(workdir)
 
 
 # The report as files
@@ -118,24 +122,24 @@ def test_what_was_measured_privately_is_on_the_page(tmp_path):
     warm = dict(bytes=[1e6, 2.5e6], rounds=798)
     measured = dict(setting=dict(protocol="semi2k"), num_tokens=32, total=dict(warm=warm))
     (workdir / "private.json").write_text(json.dumps(measured))
-    *_, page = report.write_report(workdir)
+    page = report(workdir)["page"]
     assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in page.read_text()
     assert "under secure computation" not in page.read_text()  # its picture is missing
     (workdir / "figures" / "private.png").write_bytes((workdir / "figures" / "loss.png").read_bytes())
-    report.write_report(workdir)
+    report(workdir)
     assert "under secure computation" in page.read_text()
     (workdir / "private.json").write_text("{}")
     with pytest.raises(UserError, match="private.json' is damaged"):
-        report.write_report(workdir)
+        report(workdir)
 
 
 @pytest.mark.parametrize("case", ["paper", "smallest", "single_step", "diverged", "never_finite"])
 def test_report_of_any_run_is_whole(tmp_path, case):
-    said = []
     workdir = write_run(tmp_path / case, **CASES[case])
-    paths = report.write_report(workdir, notify=said.append)
-    assert len(said) == 1 and str(workdir) in said[0]
-    *pictures, page = paths
+    written = report(workdir)
+    page = written.pop("page")
+    pictures = list(written.values())
+    assert [path.stem for path in pictures] == list(written)
     assert page == workdir / "report.html" and {path.parent for path in pictures} == {workdir / "figures"}
     assert sorted(path.name for path in pictures) == sorted(path.name for path in (workdir / "figures").iterdir())
     text = page.read_text()
@@ -149,15 +153,59 @@ def test_report_of_any_run_is_whole(tmp_path, case):
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
-def test_page_escapes_and_tells_the_key_numbers(tmp_path):
-    workdir = write_run(tmp_path / "run", L=4, N=4, architecture="<b>SM & co</b>")
-    run = report.load_run(workdir)
-    text = report.write_report(workdir, notify=lambda _: None)[-1].read_text()
-    assert "<b>SM" not in text and "<h1>&lt;b&gt;SM &amp; co&lt;/b&gt;</h1>" in text
-    assert f"<dt>validation perplexity</dt><dd>{math.exp(run.evaluate['validation_loss'][-1]):.4g}</dd>" in text
-    assert f"<dd>{run.train['head_entropy'][-1].mean():.2f} <small>nats" in text
-    assert f"<dd>{np.median(run.train['tokens_per_second']):,.0f} <small>tokens/s" in text
-    assert "4 layers · 4 heads · 256 wide · 128 tokens of context · step 2,000" in text
+def test_page_tells_the_key_numbers_of_held_out_text_and_of_a_batch_apart(tmp_path):
+    workdir = write_run(tmp_path / "run", L=4, N=4)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["head_entropy"] = [[0.1, 1.0, 2.0, 3.0]] * 4  # held out
+    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    history = read_history(workdir)
+    text = report(workdir)["page"].read_text()
+    assert f"<dt>validation perplexity</dt><dd>{math.exp(history.evaluate['validation_loss'][-1]):.4g}</dd>" in text
+    assert f"<dd>{np.median(history.train['tokens_per_second']):,.0f} <small>tokens/s" in text
+    assert "4 layers · 4 heads · 256 wide · 128 tokens of context" in text
+    batch = history.train["bands_observed"][-1]
+    for name, quarter in (("collapse", 0), ("overload", 3)):
+        assert f"<dt>{name}, held out</dt><dd>25.0 <small>" in text
+        assert f"<dt>{name}, training batch</dt><dd>{100 * batch[quarter]:.1f} <small>" in text
+    assert "<dt>mean head entropy, held out</dt><dd>1.52 <small>nats, 31 % of log T" in text
+    assert f"mean head entropy, training batch</dt><dd>{history.train['head_entropy'][-1].mean():.2f} <small>" in text
+
+
+def test_page_says_which_run_it_is_and_what_the_guard_did(tmp_path, monkeypatch):
+    workdir = write_run(tmp_path / "first", L=2, N=2, steps=3, incidents=(120,))
+    status = Workdir(workdir)
+    for now, state, reason in ((0, "starting", ""), (8000, "training", ""), (8065, "failed", "the disk is full")):
+        monkeypatch.setattr("time.time", lambda now=now: 1.7e9 + now)
+        status.write_status(state, 150, 200, reason, devices="8 × TPU v5e")
+    text = report(workdir)["page"].read_text()
+    assert "<title>EReg(SM(t)+ScFuFFN) · first</title>" in text
+    for fact in (str(workdir), "failed at step 150 of 200: the disk is full", "15 November 2023, 00:27 UTC",
+                 "2 h 14 min", "8 × TPU v5e", f"jax {jax.__version__}"):  # fmt: skip
+        assert f"{fact}</dd>" in text or f"{fact}, " in text, fact
+    assert "<li>step 120, back to step 60: the loss is not finite at step 120</li>" in text
+    (workdir / "guard.jsonl").unlink()
+    (workdir / "status.json").unlink()
+    text = report(workdir)["page"].read_text()
+    assert "guard" not in text and "<dt>state</dt><dd>step 150</dd>" in text
+
+
+def test_names_are_shown_and_never_obeyed(tmp_path):
+    evil = "<script>alert('x')</script> ${config} \ud800"
+    workdir = Path(os.fsdecode(os.fsencode(tmp_path) + b"/<script>alert(1)$title\n\xff"))
+    write_run(workdir, L=2, N=2, steps=2, architecture=evil, incidents=(70,))
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"] = dict(source="files", files=f"/data/{evil}")
+    config["optimizer"] = {evil: evil}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "guard.jsonl").write_text(json.dumps(dict(step=70, what=evil)))
+    (workdir / "private.json").write_text(
+        json.dumps(dict(setting=dict(protocol=evil), num_tokens=evil, total=dict(warm=dict(bytes=[1], rounds=2))))
+    )
+    Workdir(workdir).write_status("failed", 70, 100, evil, devices=evil)
+    text = report(workdir, against=workdir)["page"].read_text("utf-8")
+    assert "<script" not in text and "alert(1)$title" in text
+    assert text.count("&lt;script&gt;alert(&#x27;x&#x27;)") >= 8
+    assert text.count("${config}") >= 8  # what stands in a value is not a place of the page's
 
 
 # The terminal
@@ -165,7 +213,7 @@ def test_page_escapes_and_tells_the_key_numbers(tmp_path):
 
 def printed(entropy_LxN, width, **kwargs):
     file = io.StringIO()
-    report.print_head_entropy(entropy_LxN, CAUSAL, Console(file=file, width=width, **kwargs))
+    print_head_entropy(entropy_LxN, CAUSAL, Console(file=file, width=width, **kwargs))
     return file.getvalue()
 
 

@@ -249,7 +249,6 @@ def _run(argv: Sequence[str] | None) -> int:
             print(f"  {command:10}{function.__doc__.splitlines()[0]}")
         print("\njax-entropy COMMAND --help lists a command's flags.")
         return 0
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if argv is None and name in ("train", "bench"):
         _use_huge_pages()
     try:

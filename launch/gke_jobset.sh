@@ -7,7 +7,7 @@ usage="usage: launch/gke_jobset.sh [--dry-run] --name=RUN --image=IMAGE --claim=
   launch/gke_jobset.sh --name=ereg --image=europe-docker.pkg.dev/me/runs/jax_entropy --claim=runs \\
     --topology=4x4 -- --config=configs/codeparrot.py --workdir=/runs/ereg
 
-  --image         container image in which \`pip install 'jax_entropy[tpu]'\` was done
+  --image         container image in whose checkout \`pip install -e '.[tpu]'\` was done
   --claim         persistent volume claim that all hosts can write to, mounted at /runs
   --accelerator   node label, tpu-v5-lite-podslice unless given; tpu-v5p-slice, tpu-v6e-slice
   --topology      node label, 4x4 unless given

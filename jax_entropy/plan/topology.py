@@ -68,7 +68,7 @@ def kept_stderr() -> Iterator[Callable[[], str]]:
 
 def _tpu_devices(topology: str) -> Sequence[jax.Device]:
     if not _installed("libtpu"):
-        raise UserError(f"--topology={topology}: libtpu compiles for it; pip install 'jax_entropy[plan]'")
+        raise UserError(f"--topology={topology}: libtpu compiles for it; run pip install -e '.[plan]' in the checkout")
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:

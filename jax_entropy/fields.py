@@ -48,6 +48,7 @@ _SHARE = Bound(lambda value: 0 <= value <= 1, "must be a share, from 0 to 1")
 _INSIDE = Bound(lambda value: 0 < value < 1, "must lie between 0 and 1")
 _FACTOR = Bound(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 _SEED = Bound(lambda value: 0 <= value < 2**32, "must lie between 0 and 2^32 - 1")
+_VOCABULARY = Bound(lambda value: 257 <= value <= 2**20, "must lie between 257 (bytes, end of text) and 2^20")
 _UNSET = {"ffn_dim": int, "vocab_size": int, "activation": str, "residual_init_std": float}
 _MODEL = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
@@ -133,7 +134,8 @@ FIELDS = (
     Field("data.tokenizer", "", "path",
         "an existing `tokenizer.json`; empty: a byte-level BPE trained on the training text"),
     Field("data.vocab_size", 4096, "tokens",
-        "largest vocabulary of the BPE that is trained, 257 or more; without effect if `tokenizer` is set"),
+        "largest vocabulary of the BPE that is trained, 257 to 2^20; without effect if `tokenizer` is set",
+        _VOCABULARY),
     Field("data.join_documents", False, "yes or no",
         "chunks may go on in the next document, after an end-of-text token; no: never, and only full chunks are kept"),
     Field("data.validation_fraction", 0.05, "share of the text", "held out", _INSIDE),

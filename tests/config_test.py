@@ -142,7 +142,7 @@ WRONG = {
     "penalty.weight": (-1.0, float("nan")), "penalty.tolerance": (-0.2,), "penalty.warmup": (-0.5, 2.0),
     "penalty.reduction": ("sum", "row_men"), "penalty.shape": ("dead",), "data.source": ("stdlb", "wiki"),
     "data.validation_fraction": (0.0, 1.0, -0.5, float("nan")), "data.num_threads": (0,), "data.prefetch": (0,),
-    "data.max_documents": (-1,), "seed": (-1,),
+    "data.max_documents": (-1,), "data.vocab_size": (256, 10**9), "seed": (-1,),
     "model.num_layers": (0,), "model.num_heads": (0, 7), "model.model_dim": (0,), "model.context_length": (0,),
     "model.ffn_dim": (0, 100), "model.bias": ("some",), "model.final_norm": ("LN",),
     "model.temperature_parameter": ("exp",),

@@ -122,6 +122,12 @@ class _Request:
 
 def _home(config: Any) -> Path:
     home = local_path(config.directory, "config.data.directory") if config.directory else cache_directory()
+    try:
+        str(home).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"config.data.directory={str(home)!r} is not UTF-8, and shards need that; name another"
+        ) from None
     with writing(home, "config.data.directory"):
         home.mkdir(parents=True, exist_ok=True)
     return home

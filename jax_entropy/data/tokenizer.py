@@ -99,17 +99,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
       texts: training text, read once.
-      vocab_size: largest V; a small corpus gives fewer tokens.
-
-    Raises:
-      UserError: `vocab_size` is below 257, the 256 bytes and the end of text.
+      vocab_size: largest V, 257 or more (the bytes and the end of text); a small corpus gives fewer tokens.
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
-        raise UserError(
-            f"config.data.vocab_size={vocab_size} is too small: byte-level BPE needs {len(alphabet) + 1} or more, "
-            "256 bytes and the end of text"
-        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -117,7 +108,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     # An unbroken run of a million letters is one "word" and would be trained on for minutes.

@@ -231,6 +231,13 @@ def test_what_is_left_out_is_told_and_kept_in_the_metadata(tmp_path, folder):
     assert (rows(prepare(tmp_path), "train") == rows(prepared, "train")).all()
 
 
+def test_home_may_have_any_utf_8_name(tmp_path, folder):
+    expected = rows(prepare(tmp_path), "train")
+    home = tmp_path / "sweep[lr=0.1] *?" / "a\\b {x} %s\nλ"
+    for _ in range(2):
+        assert (rows(prepare(tmp_path, directory=str(home)), "train") == expected).all()
+
+
 def test_one_file_holds_out_its_tail(tmp_path):
     (tmp_path / "text").mkdir()
     text = script(0, 2000)
@@ -266,7 +273,6 @@ def test_local_shards_become_a_corpus(tmp_path):
 @pytest.mark.parametrize(
     "overrides, sentence",
     [
-        (dict(vocab_size=100), "config.data.vocab_size=100 is too small"),
         (dict(tokenizer="/no/tokenizer.json"), "config.data.tokenizer: tokenizer '/no/tokenizer.json' does not exist"),
         (dict(context_length=5000), "config.model.context_length=5000 is too long: the longest document of"),
         (dict(context_length=50_000, join_documents=True), "documents of"),
@@ -306,6 +312,10 @@ def test_unusable_home_is_named(tmp_path, folder):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="config.data.directory=.*file/home cannot be written: Not a directory"):
         prepare(tmp_path, directory=str(tmp_path / "file" / "home"))
+    with pytest.raises(UserError, match=r"config.data.directory=.*caf\\udce9' is not UTF-8"):
+        prepare(tmp_path, directory=os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(UserError, match="config.data.directory='s3://corpora' is an address"):
+        prepare(tmp_path, directory="s3://corpora")
 
 
 def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, folder, monkeypatch):

@@ -115,11 +115,6 @@ def test_text_that_is_not_unicode_is_the_users_mistake(text):
         TOKENIZER.encode(text)
 
 
-def test_vocabulary_smaller_than_the_bytes_is_refused():
-    with pytest.raises(UserError, match="config.data.vocab_size=256 is too small.*257"):
-        train_tokenizer(TEXTS, 256)
-
-
 def damage(settings, key, value):
     return json.dumps(settings | {key: value})
 

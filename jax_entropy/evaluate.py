@@ -69,14 +69,14 @@ def evaluate(
 
 def held_out(path: str | Path, run: Run, notify: Callable[[str], None]) -> data.Corpus:
     """The corpus of a run, in the run's own tokens."""
-    context_length = run.config.model.context_length
-    if run.config.data.tokenizer:  # the workdir's copy moves with it
-        run.config.data.tokenizer = str(Workdir(path).tokenizer)
-    corpus = data.prepare(run.config.data, context_length, notify)
+    options, context_length = run.config.data.copy_and_resolve_references(), run.config.model.context_length
+    if options.tokenizer:  # the workdir's copy moves with it
+        options.tokenizer = str(Workdir(path).tokenizer)
+    corpus = data.prepare(options, context_length, notify)
     if corpus.tokenizer.digest() != run.tokenizer.digest():
         notify("the corpus has changed since training; it is read with the run's own tokenizer")
-        run.config.data.tokenizer = str(Workdir(path).tokenizer)
-        corpus = data.prepare(run.config.data, context_length, notify)
+        options.tokenizer = str(Workdir(path).tokenizer)
+        corpus = data.prepare(options, context_length, notify)
     return corpus
 
 

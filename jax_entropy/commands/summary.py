@@ -28,7 +28,7 @@ def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
 def conclude(config: ConfigDict, path: str, result: Result, command: str, console: Console) -> None:
     """Prints the end of a run and writes its report; `command` is what goes on with a stopped one."""
     workdir = Workdir(path)
-    if result.step < config.train.num_steps:
+    if not result.complete:
         console.print(f"stopped and saved at step {result.step} of {config.train.num_steps}; to go on:\n  {command}")
         return
     if result.start == result.step:

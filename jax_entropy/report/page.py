@@ -131,7 +131,7 @@ def _key_numbers(history: History) -> Iterator[Number]:
     yield Number("training cross-entropy", _text(train["cross_entropy"][-1], ".3f"), "nats/token")
     yield from _entropies(history)
     if "tokens_per_second" in train:
-        yield Number("speed, median", _text(np.median(train["tokens_per_second"]), ",.0f"), "tokens/s")
+        yield Number("speed, median", _text(np.nanmedian(train["tokens_per_second"]), ",.0f"), "tokens/s")
     if history.private:
         warm, setting = history.private["total"]["warm"], history.private["setting"]
         megabytes = _text(max(warm["bytes"]) / 1e6, ",.1f")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import grain
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -19,16 +20,19 @@ from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
-from jax_entropy.sharding import config_mesh, tree_sharding
+from jax_entropy.sharding import config_mesh
 from jax_entropy.state import init_state
-from jax_entropy.training.loop import Loop, Start
+from jax_entropy.training.loop import Loop
+from jax_entropy.training.start import Setup, find_start
 
 
 class Result(NamedTuple):
-    """How training ended: steps done, the step it went on from, and the last evaluation, None if there was none yet."""
+    """How training ended: steps done, the step it went on from, whether nothing is left to do, and the last evaluation,
+    None if there was none."""
 
     step: int
     start: int
+    complete: bool
     model: Transformer
     variables: Any
     corpus: data.Corpus
@@ -54,8 +58,7 @@ def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print, 
         return _train(config, mesh, workdir, lambda line: None, profile)
     with workdir.held(config, notify, f"{jax.device_count()} × {jax.devices()[0].device_kind}"):
         result = _train(config, mesh, workdir, notify, profile)
-        complete = result.step == config.train.num_steps
-        workdir.write_status("complete" if complete else "stopped", result.step, config.train.num_steps)
+        workdir.write_status("complete" if result.complete else "stopped", result.step, config.train.num_steps)
         return result
 
 
@@ -67,43 +70,21 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[s
     model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
     notify(f"{config.architecture}: {_describe(config, model, corpus, mesh)}")
 
-    state_sharding, state_shape = _abstract_state(config, model, mesh)
     iterator = _iterator(config, corpus)
     if jax.process_index() == 0:
         workdir.claim(config, corpus.tokenizer)
 
     with Checkpointer(workdir.checkpoints, keep=config.train.keep, notify=notify) as checkpointer:
-
-        def restore(iterator) -> Start:
-            step = checkpointer.latest_step()
-            if step is None:
-                with jax.set_mesh(mesh):
-                    initial = jax.jit(functools.partial(init_state, config, model), out_shardings=state_sharding)()
-                return Start(0, initial, None)
-            abstract = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, state_sharding
-            )
-            # an imported model, of step 0, has not read any data
-            state, meta = checkpointer.restore(step, abstract, iterator if step else None)
-            if step and meta["corpus"] != corpus.fingerprint:
-                raise UserError(
-                    f"the corpus of {config.data.source} has changed since {workdir.path} was started "
-                    f"({meta['corpus']} then, {corpus.fingerprint} now); restore it or start in another --workdir"
-                )
-            return Start(step, state, meta["guard"])
-
-        start = restore(iterator)
+        setup = Setup(config, workdir, corpus, model, mesh, checkpointer, notify)
+        start = find_start(setup, iterator)
         if start.step:
             notify(f"resumed at step {start.step} of {config.train.num_steps}")
-        # going back leaves the data where it is
-        again = functools.partial(restore, None)
-        loop = Loop(config, workdir, corpus, model, mesh, state_sharding, checkpointer, again, notify, profile)
-        step, state = loop.run(start, iterator)
+        end = Loop(setup, profile).run(start, iterator)
 
-    variables = state.variables
+    variables = end.state.variables
     if jax.process_count() > 1:
         variables = multihost_utils.process_allgather(variables, tiled=True)
-    return Result(step, start.step, model, variables, corpus, loop.evaluation)
+    return Result(end.step, start.step, end.complete, model, variables, corpus, end.evaluation)
 
 
 def _corpus(config: ConfigDict, notify: Callable[[str], None]) -> data.Corpus:
@@ -117,7 +98,7 @@ def _corpus(config: ConfigDict, notify: Callable[[str], None]) -> data.Corpus:
     return corpus
 
 
-def _iterator(config: ConfigDict, corpus: data.Corpus):
+def _iterator(config: ConfigDict, corpus: data.Corpus) -> grain.DatasetIterator:
     return data.train_iterator(
         corpus,
         batch_size=config.train.batch_size * config.optimizer.accumulate,
@@ -127,11 +108,6 @@ def _iterator(config: ConfigDict, corpus: data.Corpus):
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
-
-
-def _abstract_state(config: ConfigDict, model: Transformer, mesh: Mesh):
-    shape = jax.eval_shape(functools.partial(init_state, config, model))
-    return tree_sharding(shape, mesh, config.mesh.rules), shape
 
 
 def _describe(config: ConfigDict, model: Transformer, corpus: data.Corpus, mesh: Mesh) -> str:

@@ -1,5 +1,6 @@
 """Training as a whole: resumed runs, signals, failures, meshes and processes. Real processes where it matters."""
 
+import os
 import signal
 import subprocess
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from jax_entropy.errors import UserError
+from jax_entropy.runs.checkpoint import Checkpointer
+from jax_entropy.training import loop
 from jax_entropy.training.train import train
 from tests import REPOSITORY
 from tests.run_helpers import assert_same_run, command, environment, lines, run, start
@@ -79,6 +82,34 @@ def test_a_signal_saves_first_and_says_how_to_go_on(unbroken, tmp_path, corpus_d
     assert not any(line["step"] == 24 for line in lines(workdir))
     assert run(workdir, corpus_directory).returncode == 0
     assert_same_run(workdir, reference)
+
+
+def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(tiny, tmp_path, monkeypatch):
+    """Between two steps, when it is made up for, and after the last step; the run is the one without signals."""
+    config = tiny(**{"train.num_steps": 12, "train.evaluate_every": 6, "train.evaluate_chunks": 24})
+    whole = train(config, str(tmp_path / "whole"), notify=lambda line: None)
+    batches, broken_off = loop.data.validation_batches, iter([True, True, False, True, False])
+
+    def signalled(*args, **kwargs):
+        break_off = next(broken_off)
+        for number, batch in enumerate(batches(*args, **kwargs)):
+            assert not (break_off and number == 2), "the signal was not obeyed"
+            if break_off and number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(loop.data, "validation_batches", signalled)
+    ends = [train(config, str(tmp_path / "run"), notify=lambda line: None) for _ in range(4)]
+    assert [(end.start, end.step, end.complete) for end in ends] == [
+        (0, 6, False), (6, 6, False), (6, 12, False), (12, 12, True),
+    ]  # fmt: skip
+    assert ends[-1].evaluation["validation_loss"] == whole.evaluation["validation_loss"]
+    jax.tree.map(np.testing.assert_array_equal, ends[-1].variables, whole.variables)
+    for kind, name in (("train", "loss"), ("evaluate", "validation_loss")):
+        one, other = ([(line["step"], line[name]) for line in lines(tmp_path / w, kind)] for w in ("run", "whole"))
+        assert one == other
+    with Checkpointer(tmp_path / "run" / "checkpoints") as run, Checkpointer(tmp_path / "whole" / "checkpoints") as one:
+        assert run.best_step() == one.best_step()
 
 
 @pytest.mark.slow

@@ -1,0 +1,88 @@
+"""What a run is made of, and what its training goes on from: the newest checkpoint, an imported model, or nothing."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import grain
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jax_entropy.data import Corpus
+from jax_entropy.errors import UserError
+from jax_entropy.model import Transformer
+from jax_entropy.runs.checkpoint import Checkpointer
+from jax_entropy.runs.workdir import Workdir
+from jax_entropy.sharding import tree_sharding
+from jax_entropy.state import TrainState, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of; nothing of it changes while it trains."""
+
+    config: ConfigDict
+    workdir: Workdir
+    corpus: Corpus
+    model: Transformer
+    mesh: Mesh
+    checkpointer: Checkpointer
+    notify: Callable[[str], None]
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the training state."""
+        shapes = jax.eval_shape(functools.partial(init_state, self.config, self.model))
+        shardings = tree_sharding(shapes, self.mesh, self.config.mesh.rules)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    @property
+    def state_sharding(self) -> TrainState:
+        """A sharding for each leaf of the training state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    def new_state(self) -> TrainState:
+        """The state before the first step."""
+        initial = jax.jit(functools.partial(init_state, self.config, self.model), out_shardings=self.state_sharding)
+        with jax.set_mesh(self.mesh):
+            return initial()
+
+
+class Start(NamedTuple):
+    """The state after a step, what the guard had seen by then, and whether a signal broke off that step's evaluation."""
+
+    step: int
+    state: TrainState
+    guard: dict[str, Any] | None = None
+    evaluation_due: bool = False
+
+
+def find_start(setup: Setup, iterator: grain.DatasetIterator | None) -> Start:
+    """Restores or makes what training goes on from.
+
+    Args:
+      iterator: of the training data, set to the position of the checkpoint; None where the data is to stay.
+    Raises:
+      UserError: every checkpoint is damaged or another model's, or the corpus is not the one that was trained on.
+    """
+    step = setup.checkpointer.latest_step()
+    # 1. Resumed: the newest good checkpoint, and the data that comes after it.
+    if step:
+        return _restored(setup, step, iterator)
+    # 2. Imported: a checkpoint of step 0 holds a model that has not read any data.
+    if step == 0:
+        return _restored(setup, 0, None)
+    # 3. Fresh.
+    return Start(0, setup.new_state())
+
+
+def _restored(setup: Setup, step: int, iterator: grain.DatasetIterator | None) -> Start:
+    state, meta = setup.checkpointer.restore(step, setup.abstract_state, iterator)
+    if step and meta["corpus"] != setup.corpus.fingerprint:
+        raise UserError(
+            f"the corpus of {setup.config.data.source} has changed since {setup.workdir.path} was started "
+            f"({meta['corpus']} then, {setup.corpus.fingerprint} now); restore it or start in another --workdir"
+        )
+    return Start(step, state, meta["guard"], meta.get("evaluation_due", False))

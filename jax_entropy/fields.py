@@ -52,6 +52,15 @@ _VOCABULARY = Bound(lambda value: 257 <= value <= 2**20, "must lie between 257 (
 _UNSET = {"ffn_dim": int, "vocab_size": int, "activation": str, "residual_init_std": float}
 _MODEL = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
+# what a value of a type is called
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a tuple of (pattern, axes) pairs",
+}
+
 
 class Field(NamedTuple):
     """A field of the configuration, as docs/configuration.md has it.
@@ -80,10 +89,7 @@ class Field(NamedTuple):
                 return {"true": True, "false": False}[text.lower()]
             return ast.literal_eval(text) if kind is tuple else kind(text)
         except (KeyError, ValueError, SyntaxError):
-            raise UserError(f"config.{self.name}={text} must be {_KINDS[kind]}") from None
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple of (pattern, axes) pairs"}
+            raise UserError(f"config.{self.name}={text} must be {KINDS[kind]}") from None
 
 
 def _model(name: str, unit: str, help: str, live: bool = False) -> Field:

@@ -5,12 +5,9 @@ Each warms up, waits for its results, takes turns between contenders and reports
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.table import Table
 
 from jax_entropy.config import check, model_config
 from jax_entropy.data import Corpus, prepare, train_iterator
@@ -27,19 +24,3 @@ def started(config: ConfigDict) -> tuple[Corpus, TrainState, Callable, Iterator]
     train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
     batch_size = config.train.batch_size * config.optimizer.accumulate
     return corpus, state, train_step, train_iterator(corpus, batch_size=batch_size, seed=0)
-
-
-def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    """Rows with the same keys as a table."""
-    table = Table()
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(_spell(value) for value in row.values()))
-    console.print(table)
-
-
-def _spell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return str(value)

@@ -1,101 +1,268 @@
-"""Reads the arguments of a command: a word, then absl flags and an ml_collections config; errors are a sentence."""
+"""What a command takes, declared beside the function that runs it, and how it is read; every mistake is one sentence.
 
-from collections.abc import Mapping, Sequence
+    @command(WORKDIR, Flag("best", False, "…"), examples=["evaluate runs/quickstart --best"])
+    def evaluate(values): …
+
+argparse splits the arguments; types, choices, paths and configurations are read here.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from typing import Any, NamedTuple
 
 from jax_entropy.errors import UserError, nearest
+from jax_entropy.paths import local_path
 
 
-class Parse:
-    """The arguments of one command, and how it reads its flags."""
+class Flag(NamedTuple):
+    """`--name=VALUE` or `--name VALUE`; where the default is a bool, `--name` or `--noname`.
 
-    def __init__(self, command: str, description: str, arguments: Sequence[str]):
-        self.command, self.description, self.arguments = command, description, list(arguments)
+    kind: of a flag without a default. repeated: may be given several times, and is a list. endings: of a file that the
+    command writes; whether it can be is found out before there is something to write.
+    """
 
-    def word(self, choices: Mapping[str, str]) -> str:
-        """Takes the word that follows the command. Raises UserError if none of `choices`, which say what each does."""
-        if {"-h", "--help"} & set(self.arguments[:1]):
-            print(f"jax-entropy {self.command}: {self.description}\n")
-            for word, does in choices.items():
-                print(f"  {word:10}  {does.splitlines()[0]}")
-            print(f"\njax-entropy {self.command} WORD --help lists its flags")
-            raise SystemExit(0)
-        if not self.arguments:
-            raise UserError(f"{self.command} what? say one of {', '.join(choices)}")
-        word = self.arguments.pop(0)
-        if word not in choices:
-            raise UserError(f"{self.command} what? {word!r} is not known{nearest(word, choices)}")
-        self.description = choices[word]
-        return word
+    name: str
+    default: Any
+    help: str
+    choices: Sequence[str] = ()
+    kind: type = str
+    required: bool = False
+    repeated: bool = False
+    endings: tuple[str, ...] = ()
 
-    def flags(self, config: bool = False, workdir: bool = False, **defaults: tuple) -> flags.FlagValues:
-        """Flags by name with (default, help); `config` and `workdir` are required where asked for.
+    @property
+    def type(self) -> type:
+        """Of its value."""
+        return self.kind if self.default is None else type(self.default)
 
-        Raises UserError for an unknown flag, a value of the wrong type, or a config that does not load.
-        """
-        values = flags.FlagValues()
-        argv = [f"jax-entropy {self.command}", *self.arguments]
-        stored = self._stored_config() if config and workdir else None
-        if stored:
-            config_flags.DEFINE_config_dict(
-                "config", stored, help_string="of the run in --workdir", flag_values=values, sys_argv=argv
-            )
-        elif config:
-            config_flags.DEFINE_config_file(
-                "config", None, "file.py or file.py:ARCHITECTURE", flag_values=values, sys_argv=argv
-            )
-        if workdir:
-            flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-        define = {
-            bool: flags.DEFINE_bool,
-            int: flags.DEFINE_integer,
-            float: flags.DEFINE_float,
-            str: flags.DEFINE_string,
-        }
-        for name, (default, text) in defaults.items():
-            define[type(default)](name, default, text, flag_values=values)
-        if {"-h", "--help"} & set(self.arguments):
-            print(f"jax-entropy {self.command}: {self.description}\n{values.get_help()}")
-            raise SystemExit(0)
-        if config and not stored:
-            self._check_config_file()
+    def read(self, text: str) -> Any:
+        """The value of `text`. Raises UserError if it is none of the flag's type or choices."""
+        if self.choices and text not in self.choices:
+            raise UserError(f"--{self.name}={text!r} is not known{nearest(text, self.choices)}")
+        if self.type is Path:
+            path = local_path(text, f"--{self.name}")
+            if self.endings and text != "-":
+                _check_output(path, f"--{self.name}={text}", self.endings)
+            return path
         try:
-            extra = values(argv)[1:]
-            given = {name: name in values and values[name].value for name in ("config", "workdir")}
-        except UserError:
-            raise
-        except flags.UnrecognizedFlagError as error:
-            raise UserError(f"there is no flag --{error.flagname}{nearest(error.flagname, values)}") from None
-        except flags.Error as error:
-            raise UserError(" ".join(str(error).split())) from None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(" ".join(str(error.args[0] if error.args else error).split())) from None
-        except (OSError, ImportError, SyntaxError) as error:
-            raise UserError(f"the config file does not load: {error}") from None
-        if extra:
-            raise UserError(f"the argument {extra[0]!r} is not understood; flags are written --name=value")
-        for name, value in given.items():
-            if name in values and not value:
-                raise UserError(f"--{name} is missing")
-        return values
+            return self.type(text)
+        except ValueError:
+            kind = {int: "a whole number", float: "a number"}[self.type]
+            raise UserError(f"--{self.name}={text} must be {kind}") from None
 
-    def _stored_config(self) -> ConfigDict | None:
-        """Of the run in --workdir, where no --config is given."""
-        given = dict(argument.partition("=")[::2] for argument in self.arguments)
-        if "--config" in given or "--workdir" not in given:
-            return None
+
+def _check_output(path: Path, given: str, endings: tuple[str, ...]) -> None:
+    try:
+        is_folder, folder = path.is_dir(), path.absolute().parent
+        there = folder.is_dir()
+    except OSError as error:
+        raise UserError(f"{given} cannot be written: {error.strerror}") from error
+    if is_folder:
+        raise UserError(f"{given} is a folder; name a file in it")
+    if not there:
+        raise UserError(f"{given}: there is no folder {folder}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"{given} cannot be written")
+    if not path.name.endswith(endings):
+        raise UserError(f"{given} must end in {' or '.join(endings)}")
+
+
+class OneOf(NamedTuple):
+    """Sources of which exactly one is given: each a flag, followed by those that go with it only."""
+
+    groups: tuple[tuple[Flag, ...], ...]
+
+
+class Names(NamedTuple):
+    """Any number of words without a flag, as the list `name`."""
+
+    name: str
+    help: str
+
+
+class Command(NamedTuple):
+    """A command: what it takes, and the function that is called with what was given."""
+
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace], None]
+    arguments: tuple[Flag | OneOf | Names, ...]
+    examples: tuple[str, ...]
+
+    @property
+    def flags(self) -> list[Flag]:
+        """All flags, those of sources too."""
+        flags = [argument for argument in self.arguments if isinstance(argument, Flag)]
+        for argument in self.arguments:
+            if isinstance(argument, OneOf):
+                flags += [flag for group in argument.groups for flag in group]
+        return [*flags, DEBUG]
+
+
+WORKDIR = Flag("workdir", None, "folder of the run; may be given without --workdir=, too", kind=Path, required=True)
+CONFIG = Flag("config", None, "file.py, or quickstart, codeparrot, languini; :ARCHITECTURE may follow", required=True)
+BEST = Flag("best", False, "the best checkpoint by validation loss instead of the newest")
+JSON = Flag("json", None, "file for the numbers; - is standard output", kind=Path, endings=("",))
+DEBUG = Flag("debug", False, "show where in the code a mistake was found")
+
+
+def command(
+    *arguments: Flag | OneOf | Names, examples: Sequence[str] = ()
+) -> Callable[[Callable[[argparse.Namespace], None]], Command]:
+    """Makes a function the command of its name; the first line of its docstring says what it does."""
+    return lambda run: Command(run.__name__, (run.__doc__ or "").strip(), run, arguments, tuple(examples))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message.removeprefix("argument "))
+
+
+class _Switch(argparse.Action):
+    """--name and --noname."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
+def read(command: Command, arguments: Sequence[str]) -> argparse.Namespace | None:
+    """The values of a command's flags by name; those of configuration fields, as text, in `fields`; None for --help.
+
+    Raises UserError for a flag that does not exist, is missing, or has a value that cannot be.
+    """
+    parser, flags = _Parser(allow_abbrev=False, add_help=False), {flag.name: flag for flag in command.flags}
+    parser.add_argument("-h", "--help", action="store_true")
+    for flag in flags.values():
+        if flag.type is bool:
+            parser.add_argument(f"--{flag.name}", f"--no{flag.name}", action=_Switch, nargs=0, dest=flag.name)
+        else:
+            parser.add_argument(f"--{flag.name}", action="append", dest=flag.name)
+    fields = _fields() if "config" in flags else {}
+    for name in fields:
+        parser.add_argument(f"--config.{name}", dest=f"config.{name}")
+    parser.add_argument("words", nargs="*")
+    given, unknown = parser.parse_known_intermixed_args([_decoded(argument) for argument in arguments])
+    if given.help:
+        return None
+    for argument in unknown:
+        name = argument.partition("=")[0]
+        raise UserError(f"there is no flag {name}{nearest(name, [option for option in parser._option_string_actions])}")
+    values = argparse.Namespace(arguments=list(arguments), given={n for n in flags if getattr(given, n) is not None})
+    values.fields = {name: text for name in fields if (text := getattr(given, f"config.{name}")) is not None}
+    for name, flag in flags.items():
+        setattr(values, name, _value(flag, getattr(given, name)))
+    _take_words(values, command, given.words, flags)
+    _check_given(values, command)
+    return values
+
+
+def _fields() -> Sequence[str]:
+    from jax_entropy.fields import FIELDS
+
+    return [field.name for field in FIELDS]
+
+
+def _decoded(argument: str) -> str:
+    """As UTF-8, whatever the locale; names of files need not be."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeDecodeError:
+        return argument
+
+
+def _value(flag: Flag, given: Any) -> Any:
+    if given is None:
+        return [] if flag.repeated else flag.default
+    if flag.type is bool:
+        return given
+    read_all = [flag.read(text) for text in given]
+    return read_all if flag.repeated else read_all[-1]
+
+
+def _take_words(values: argparse.Namespace, command: Command, words: list[str], flags: Mapping[str, Flag]) -> None:
+    """Words without a flag: names where the command takes some, else the folder of the run."""
+    for argument in command.arguments:
+        if isinstance(argument, Names):
+            setattr(values, argument.name, words)
+            return
+    if words and "workdir" in flags and "workdir" not in values.given:
+        values.workdir = flags["workdir"].read(words.pop(0))
+        values.given.add("workdir")
+    if words:
+        raise UserError(f"the argument {words[0]!r} is not understood; flags are written --name=value")
+
+
+def _check_given(values: argparse.Namespace, command: Command) -> None:
+    """Raises UserError where something is missing, or two things exclude each other."""
+    for argument in command.arguments:
+        if isinstance(argument, OneOf):
+            values.source = _source(values, command, argument)
+        elif isinstance(argument, Flag) and argument.required and argument.name not in values.given:
+            if argument.name == "config" and _holds_run(values):
+                continue
+            raise UserError(f"--{argument.name} is missing")
+
+
+def _holds_run(values: argparse.Namespace) -> bool:
+    """Whether the configuration is that of a run which is there."""
+    if "workdir" not in values.given:
+        return False
+    from jax_entropy.runs.workdir import Workdir
+
+    return Workdir(values.workdir).exists()
+
+
+def _source(values: argparse.Namespace, command: Command, sources: OneOf) -> str:
+    names = [group[0].name for group in sources.groups]
+    given = [name for name in names if name in values.given]
+    if not given:
+        choice = ", ".join(f"--{name}" for name in names[:-1]) + f" or --{names[-1]}"
+        raise UserError(f"{command.name} what? give {choice}")
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} exclude each other: each names a model")
+    for group in sources.groups:
+        for flag in group[1:]:
+            if flag.name in values.given and group[0].name != given[0]:
+                raise UserError(f"--{flag.name} goes with --{group[0].name}, not with --{given[0]}")
+    if values.fields and given[0] != "config":
+        raise UserError(f"--config.{next(iter(values.fields))} goes with --config, not with --{given[0]}")
+    return given[0]
+
+
+def load(values: argparse.Namespace) -> None:
+    """Replaces `values.config`, a text, by the configuration; without one, by that of the run in the workdir."""
+    if not hasattr(values, "config") or getattr(values, "source", "config") != "config":
+        return
+    from jax_entropy.config_file import change, load_config
+
+    if values.config is not None:
+        values.config = load_config(values.config, values.fields)
+    else:
         from jax_entropy.runs.workdir import Workdir
 
-        workdir = Workdir(given["--workdir"])
-        return workdir.read_config() if workdir.exists() else None
+        values.config = change(Workdir(values.workdir).read_config(), values.fields)
 
-    def _check_config_file(self) -> None:
-        """Raises UserError if --config names no file."""
-        for argument in self.arguments:
-            file = Path(argument.removeprefix("--config=").partition(":")[0])
-            if argument.startswith("--config=") and not file.is_file():
-                there = [str(path) for path in file.parent.glob("*.py")] or ["configs/quickstart.py"]
-                raise UserError(f"there is no config file {str(file)!r}{nearest(file, there)}")
+
+def describe(called: str, command: Command) -> str:
+    """The help of a command that is called "jax-entropy NAME"."""
+    rows = []
+    for argument in command.arguments:
+        if isinstance(argument, Names):
+            rows.append((f"{argument.name.upper()} …", argument.help))
+    for flag in command.flags:
+        if flag.type is bool:
+            written = f"--{'no' if flag.default else ''}{flag.name}"
+        elif flag.default in (None, ""):
+            written = f"--{flag.name}={'PATH' if flag.type is Path else 'VALUE'}"
+        else:
+            written = f"--{flag.name}={flag.default}"
+        rows.append((written, flag.help + (f": {' | '.join(flag.choices)}" if flag.choices else "")))
+        if flag.name == "config":
+            rows.append(("--config.FIELD=VALUE", "one field of it; docs/configuration.md has all"))
+    width = max(len(written) for written, _ in rows) + 2
+    lines = [f"{called} — {command.help}", "", *(f"  {written:{width}}{text}" for written, text in rows)]
+    if command.examples:
+        lines += ["", "examples:", *(f"  jax-entropy {example}" for example in command.examples)]
+    return "\n".join(lines)

@@ -1,1 +1,5 @@
-"""What a run would need on accelerators that nobody has rented yet."""
+"""What a run needs on a pod, told before one is rented."""
+
+from jax_entropy.plan.compile import Plan, plan, search
+
+__all__ = ["Plan", "plan", "search"]

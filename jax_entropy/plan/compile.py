@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.table import Table
 
 from jax_entropy.census import census
 from jax_entropy.chips import Chip
@@ -24,7 +22,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
 from jax_entropy.plan.hlo import Collective, Program
 from jax_entropy.plan.topology import devices_of, kept_stderr
-from jax_entropy.sharding import AXES, batch_sharding, config_mesh, tree_sharding
+from jax_entropy.sharding import batch_sharding, config_mesh, tree_sharding
 from jax_entropy.state import init_state, jit_train_step
 
 _REMATERIALIZED = "nvoluntary full rematerialization"
@@ -49,7 +47,6 @@ class Plan:
     traffic: float = 0.0
     compile_seconds: float = 0.0
     warnings: int = 0  # arrays that XLA says it gathers whole to lay them out anew
-    program: Program | None = None
 
     @property
     def num_devices(self) -> int:
@@ -126,15 +123,7 @@ def plan(config: ConfigDict, topology: str) -> Plan:
         traffic=program.traffic(),
         compile_seconds=time.perf_counter() - begin,
         warnings=said().count(_REMATERIALIZED),
-        program=program,
     )
-
-
-def set_mesh(config: ConfigDict, sizes: str) -> None:
-    """Sets config.mesh from "DATA,FSDP,TENSOR". Raises UserError if that is not three whole numbers."""
-    if not re.fullmatch(r"-?\d{1,6},-?\d{1,6},-?\d{1,6}", sizes):
-        raise UserError(f"--mesh={sizes!r} must be three whole numbers, DATA,FSDP,TENSOR")
-    config.mesh.update(dict(zip(AXES, map(int, sizes.split(",")))))
 
 
 def search(config: ConfigDict, topology: str, notify: Callable[[str], None]) -> list[Plan]:
@@ -152,9 +141,9 @@ def search(config: ConfigDict, topology: str, notify: Callable[[str], None]) -> 
             trial.mesh.update(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])
             tried = plan(trial, topology)
             verdict = f"{max(tried.terms.values()) * 1e3:.1f} ms at published rates" if tried.fits else "does not fit"
-            notify(f"{'×'.join(map(str, mesh))}{', remat' if remat else ''}: {_gib(tried.peak)}, {verdict}")
+            notify(f"{'×'.join(map(str, mesh))}{', remat' if remat else ''}: {tried.peak / 2**30:.2f} GiB, {verdict}")
             if tried.fits:
-                plans.append(dataclasses.replace(tried, program=None))  # it is large
+                plans.append(tried)
                 break
     if not plans:
         raise UserError(f"nothing fits on {topology}; lower config.train.batch_size or take more chips")
@@ -187,66 +176,3 @@ def _vocab_size(config: ConfigDict) -> int:
     if config.model.vocab_size:
         return config.model.vocab_size
     return load_tokenizer(config.data.tokenizer).vocab_size if config.data.tokenizer else config.data.vocab_size
-
-
-def print_plan(plan: Plan, efficiency: float, console: Console) -> None:
-    """Prints whether a plan fits, where its time goes, and what the run costs in hours."""
-    chip, mesh = plan.chip, "×".join(map(str, plan.mesh))
-    say = functools.partial(console.print, markup=False)
-    say(f"{plan.topology}: {plan.num_devices} chips, mesh {mesh} (data×fsdp×tensor){', remat' if plan.remat else ''}")
-    left = chip.memory - plan.peak
-    parts = f"arguments {_gib(plan.arguments)}"
-    if plan.temporaries is not None:
-        parts += f", temporaries {_gib(plan.temporaries)}"
-    verdict = f"fits, {_gib(left)} are left" if plan.fits else f"does not fit, {_gib(-left)} too much"
-    say(f"memory of a chip: {verdict}: peak {_gib(plan.peak)} of {_gib(chip.memory)} ({parts})")
-    if plan.temporaries is None:
-        return
-    say(
-        f"a step: {plan.tokens:,} tokens, {plan.flops * plan.num_devices / 1e12:.1f} TFLOPs (forward and backward), "
-        f"{plan.executed_flops / 1e12:.2f} TFLOPs on each chip; compiled in {plan.compile_seconds:.0f} s"
-    )
-    if plan.warnings:
-        say(f"XLA gathers {plan.warnings} arrays whole to lay them out anew; see config.mesh.rules")
-    table = Table("collective", "calls a step", "sent by a chip", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for kind, collective in sorted(plan.collectives.items()):
-        table.add_row(kind, f"{collective.calls:,.0f}", f"{collective.sent / 2**20:,.1f} MiB")
-    if plan.collectives:
-        console.print(table)
-    rates = dict(
-        compute=f"{chip.flops / 1e12:.0f} TFLOP/s of bfloat16",
-        memory=f"{plan.traffic / 2**30:,.1f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s",
-        network=f"{chip.link / 1e9:.0f} GB/s each way",
-    )
-    for name, seconds in plan.terms.items():
-        say(f"  {name:8}{seconds / efficiency * 1e3:9.1f} ms  at {efficiency:.0%} of the published {rates[name]}")
-    seconds = plan.seconds(efficiency)
-    hours = seconds * plan.num_steps / 3600
-    say(
-        f"a step takes the largest, {seconds * 1e3:.1f} ms: {plan.tokens / seconds:,.0f} tokens/s, "
-        f"{plan.flops / seconds / chip.flops:.0%} MFU; {plan.tokens * plan.num_steps / 1e9:.2f} B tokens in "
-        f"{plan.num_steps:,} steps: {hours:.3g} hours, {hours * plan.num_devices:,.1f} chip-hours"
-    )
-
-
-def print_search(plans: Sequence[Plan], efficiency: float, console: Console) -> None:
-    """Prints the plans of a search, the fastest first; terms and step in milliseconds."""
-    columns = ("mesh", "remat", "peak", "compute", "memory", "network", "step", "tokens/s", "chip-hours")
-    table = Table(box=None, pad_edge=False)
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i > 1 else "left", no_wrap=True)
-    for plan in plans:
-        seconds = plan.seconds(efficiency)
-        terms = (f"{term / efficiency * 1e3:.1f}" for term in (*plan.terms.values(), max(plan.terms.values())))
-        table.add_row(
-            "×".join(map(str, plan.mesh)), "yes" if plan.remat else "no", _gib(plan.peak), *terms,
-            f"{plan.tokens / seconds:,.0f}", f"{seconds * plan.num_steps / 3600 * plan.num_devices:,.1f}",
-        )  # fmt: skip
-    console.print(table, crop=False)
-    console.print(f"times in ms, at {efficiency:.0%} of the published rates", markup=False)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -35,10 +35,11 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass
 class Collective:
-    """All collectives of one kind: how often a step calls them, and the bytes that a device sends for them."""
+    """All collectives of one kind: how often a step calls them, the bytes that a device sends, elements of results."""
 
     calls: float = 0
     sent: float = 0
+    sizes: set[int] = dataclasses.field(default_factory=set)
 
 
 class Program:
@@ -105,18 +106,9 @@ class Program:
             share = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}.get(kind, (n - 1) / n)
             found[kind].calls += turns
             found[kind].sent += turns * size * share
+            shapes = [dims.split(",") for _, dims, _ in _ARRAY.findall(instruction.shape) if dims]
+            found[kind].sizes.add(max((math.prod(map(int, dims)) for dims in shapes), default=1))
         return dict(found)
-
-    def gathered(self) -> Iterator[tuple[int, float, str]]:
-        """(elements of the result, turns, name and shape) of every all-gather."""
-        for kind, instruction, _, turns in self._communication():
-            if kind == "all-gather":
-                shapes = [dims.split(",") for _, dims, _ in _ARRAY.findall(instruction.shape) if dims]
-                yield (
-                    max((math.prod(map(int, dims)) for dims in shapes), default=1),
-                    turns,
-                    f"{instruction.name} {instruction.shape}",
-                )
 
     def _communication(self) -> Iterator[tuple[str, Instruction, dict[str, Instruction], float]]:
         """(kind, instruction, its computation, turns) of every collective, those inside of fusions too."""

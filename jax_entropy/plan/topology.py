@@ -37,12 +37,12 @@ def devices_of(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
     """
     name, _, shape = topology.partition(":")
     if name not in CHIPS:
-        raise UserError(f"--topology={topology!r}: the chip {name!r} is not known{nearest(name, CHIPS)}")
+        raise UserError(f"topology={topology!r}: the chip {name!r} is not known{nearest(name, CHIPS)}")
     chip = CHIPS[name]
     axes = {"v5e": 2, "v6e": 2, "v5p": 3, "h100": 1}[name]
     example = {1: "8", 2: "4x4", 3: "2x2x2"}[axes]
     if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})*", shape) or len(shape.split("x")) != axes:
-        raise UserError(f"--topology={topology!r}: chips of {name} are arranged like {name}:{example}")
+        raise UserError(f"topology={topology!r}: chips of {name} are arranged like {name}:{example}")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     jax.config.update("jax_platforms", "cpu")  # what accelerators this machine has is left alone
@@ -68,23 +68,23 @@ def kept_stderr() -> Iterator[Callable[[], str]]:
 
 def _tpu_devices(topology: str) -> Sequence[jax.Device]:
     if not _installed("libtpu"):
-        raise UserError(f"--topology={topology}: libtpu compiles for it; run pip install -e '.[plan]' in the checkout")
+        raise UserError(f"topology={topology}: libtpu compiles for it; run pip install -e '.[plan]' in the checkout")
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition(":")[2].strip() or str(error)
-        raise UserError(f"--topology={topology}: there is no such slice ({reason})") from None
+        raise UserError(f"topology={topology}: there is no such slice ({reason})") from None
 
 
 def _gpu_devices(topology: str, count: str) -> Sequence[jax.Device]:
     if not any(_installed(f"jax_plugins.{plugin}") for plugin in ("xla_cuda12", "xla_cuda13")):
         raise UserError(
-            f"--topology={topology}: JAX's CUDA plugin compiles for it; "
+            f"topology={topology}: JAX's CUDA plugin compiles for it; "
             f"pip install --no-deps jax-cuda12-pjrt=={jax.__version__} jax-cuda12-plugin=={jax.__version__}"
         )
     hosts = math.ceil(int(count) / 8)
     if int(count) > 8 and int(count) % 8:
-        raise UserError(f"--topology={topology}: hosts have up to 8 GPUs; beyond, the number is a multiple of 8")
+        raise UserError(f"topology={topology}: hosts have up to 8 GPUs; beyond, the number is a multiple of 8")
     shape = f"1x{hosts}x{int(count) // hosts}"
     return topologies.get_topology_desc("", platform="cuda", target_config=_H100, topology=shape).devices
 

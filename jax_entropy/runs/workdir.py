@@ -4,6 +4,7 @@ Nothing here needs JAX: a run is asked about from outside while it has the accel
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -215,13 +216,19 @@ def _versions() -> dict[str, str]:
 
 
 def to_json(value: Any) -> Any:
-    """Turns numbers, arrays and containers into what JSON knows.
+    """Turns numbers, arrays, paths, named tuples, dataclasses and containers into what JSON knows.
 
     Floats keep seven significant digits, those of float32; NaN and infinities become None.
     """
+    if hasattr(value, "_asdict"):
+        return to_json(value._asdict())
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): to_json(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple, set)):
         return [to_json(child) for child in value]
     if hasattr(value, "tolist"):
         return to_json(value.tolist())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jax_entropy.commands.main import COMMANDS, main
+from jax_entropy.commands.parse import Command
 from jax_entropy.training.train import train
 from tests import REPOSITORY
 from tests.tiny_config import get_config
@@ -190,10 +191,12 @@ def test_help_names_every_command_and_flag(capsys):
     assert main([]) == main(["--help"]) == 0
     listing = capsys.readouterr().out
     assert all(command in listing for command in COMMANDS)
-    for command in COMMANDS:
-        with pytest.raises(SystemExit) as exit_:
-            main([command, "--help"])
-        assert exit_.value.code == 0 and "--" in capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        words = [[name]] if isinstance(command, Command) else [[name, word] for word in command]
+        for called in words:
+            assert main([*called, "--help"]) == 0
+            said = capsys.readouterr().out
+            assert f"jax-entropy {' '.join(called)}" in said and "--" in said and "examples:" in said
     assert "generate" in sentence(capsys, "genrate")
 
 

@@ -1,0 +1,67 @@
+"""`jax-entropy bench`: measurements that a person starts, as tables."""
+
+from argparse import Namespace
+from typing import Any
+
+from jax_entropy.commands.console import console, table, warn, write_json
+from jax_entropy.commands.parse import CONFIG, JSON, Flag, command
+from jax_entropy.errors import UserError
+
+
+@command(Flag("rounds", 10, "calls of each implementation"), JSON, examples=["bench attention --rounds=20"])
+def attention(values: Namespace) -> None:
+    """The implementations of the attention operator, side by side."""
+    _check_rounds(values.rounds)
+    from jax_entropy.bench.attention import bench_attention
+
+    _print_rows(bench_attention(rounds=values.rounds), values)
+
+
+@command(
+    Flag("rounds", 10, "steps of each contender, in turn"),
+    Flag("peer_python", "", "a Python with torch and transformers; unset: this one, if it has them"),
+    JSON,
+    examples=["bench step", "bench step --rounds=3 --peer_python=/path/to/torch/bin/python"],
+)
+def step(values: Namespace) -> None:
+    """A step of training, beside PyTorch's where that is installed: some minutes."""
+    _check_rounds(values.rounds)
+    from jax_entropy.bench.step import bench_step
+
+    _print_rows(bench_step(rounds=values.rounds, peer_python=values.peer_python, notify=warn), values)
+
+
+@command(CONFIG, JSON, examples=["bench data --config=quickstart"])
+def data(values: Namespace) -> None:
+    """The loader, beside a step of training."""
+    from jax_entropy.bench.data import bench_feeding
+
+    _print_rows([bench_feeding(values.config)], values)
+
+
+@command(CONFIG, JSON, examples=["bench monitoring --config=quickstart"])
+def monitoring(values: Namespace) -> None:
+    """What watching costs a step."""
+    from jax_entropy.bench.monitoring import bench_monitoring
+
+    _print_rows([bench_monitoring(values.config)], values)
+
+
+BENCH = {found.name: found for found in (attention, step, data, monitoring)}
+
+
+def _check_rounds(rounds: int) -> None:
+    if rounds < 1:
+        raise UserError(f"--rounds={rounds} must be at least 1")
+
+
+def _print_rows(rows: list[dict[str, Any]], values: Namespace) -> None:
+    cells = [[_spell(value) for value in row.values()] for row in rows]
+    console(values.json).print(table(list(rows[0]), cells, left=0))
+    write_json(values.json, rows)
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return str(value)

@@ -1,0 +1,127 @@
+"""What is done with a run: `jax-entropy status`, `evaluate`, `generate`, `report` and `convert`."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from jax_entropy.commands.console import console, say, warn, write_json
+from jax_entropy.commands.parse import BEST, JSON, WORKDIR, Flag, command
+from jax_entropy.errors import UserError
+
+PROMPT = Flag("prompt", "", "text to go on from")
+PROMPT_FILE = Flag("prompt_file", None, "file that holds the prompt, as it is; - is standard input", kind=Path)
+
+
+@command(WORKDIR, JSON, examples=["status runs/quickstart"])
+def status(values: Namespace) -> None:
+    """Where a run is, told from outside; also of one that died, and why."""
+    from jax_entropy.runs.status import describe
+    from jax_entropy.runs.workdir import Workdir
+
+    text = describe(values.workdir)
+    if str(values.json) != "-":
+        say(text)
+    write_json(values.json, Workdir(values.workdir).read_status())
+
+
+@command(
+    WORKDIR,
+    BEST,
+    Flag("batch_size", 32, "sequences evaluated at once; does not change the numbers"),
+    JSON,
+    examples=["evaluate runs/quickstart", "evaluate runs/quickstart --best --json=-"],
+)
+def evaluate(values: Namespace) -> None:
+    """Held-out perplexity, bits per byte and head entropies of a run's checkpoint."""
+    if values.batch_size < 1:
+        raise UserError(f"--batch_size={values.batch_size} must be at least 1")
+    from jax_entropy.commands.summary import print_evaluation
+    from jax_entropy.evaluate import evaluate_run
+
+    evaluation = evaluate_run(values.workdir, best=values.best, batch_size=values.batch_size, notify=warn)
+    print_evaluation(evaluation, console(values.json))
+    write_json(values.json, evaluation)
+
+
+@command(
+    WORKDIR,
+    PROMPT,
+    PROMPT_FILE,
+    Flag("tokens", 64, "tokens to write at most"),
+    Flag("temperature", 0.8, "of the sampling; 0 is greedy"),
+    Flag("top_k", 0, "sample among the k likeliest tokens; 0: among all"),
+    Flag("seed", 0, "of the sampling"),
+    BEST,
+    examples=[
+        "generate runs/quickstart --prompt='def ' --tokens=60",
+        "generate runs/quickstart --prompt_file=- --temperature=0 < beginning.py",
+    ],
+)
+def generate(values: Namespace) -> None:
+    """Text that a trained model writes after a prompt."""
+    prompt = read_prompt(values.prompt, values.prompt_file)
+    from jax_entropy.generate import generate as run
+    from jax_entropy.runs.load import load_run
+
+    loaded = load_run(values.workdir, warn, best=values.best)
+    text = run(
+        loaded.model, loaded.variables, loaded.tokenizer, prompt, num_tokens=values.tokens,
+        temperature=values.temperature, top_k=values.top_k, seed=values.seed,
+    )  # fmt: skip
+    say(prompt + text)
+
+
+@command(
+    WORKDIR,
+    Flag("against", None, "folder of another run, drawn beside this one in comparison.png", kind=Path),
+    examples=["report runs/quickstart --against=runs/baseline"],
+)
+def report(values: Namespace) -> None:
+    """Figures and an HTML page of a run, and of two runs side by side."""
+    from jax_entropy.report import report as draw
+
+    written = draw(values.workdir, values.against or ())
+    page = written.pop("page")
+    say(f"{len(written)} figures are in {page.parent / 'figures'}, those of this run on one page in {page}")
+    if values.against:
+        say(f"comparison  {written['comparison']}")
+
+
+@command(
+    WORKDIR,
+    Flag("huggingface", None, "folder with config.json, model.safetensors and tokenizer.json", kind=Path),
+    Flag("to", None, "what to write", choices=("workdir", "huggingface"), required=True),
+    BEST,
+    examples=[
+        "convert --huggingface=gpt2/ --to=workdir --workdir=runs/gpt2",
+        "convert runs/baseline --to=huggingface --huggingface=exported/",
+    ],
+)
+def convert(values: Namespace) -> None:
+    """A Hugging Face GPT-2 folder as a workdir, or a workdir as such a folder."""
+    if not values.huggingface:
+        raise UserError("--huggingface is missing")
+    from jax_entropy.huggingface.convert import export_run, import_run
+
+    if values.to == "workdir":
+        import_run(values.huggingface, values.workdir, notify=warn)
+    else:
+        export_run(values.workdir, values.huggingface, notify=warn, best=values.best)
+    say(f"wrote {values.workdir if values.to == 'workdir' else values.huggingface}")
+
+
+def read_prompt(prompt: str, prompt_file: Path | None) -> str:
+    """The text of --prompt, or of --prompt_file as it is. Raises UserError if it cannot be read as UTF-8."""
+    name, content = "--prompt", prompt.encode(errors="surrogateescape")
+    if prompt_file is not None:
+        if prompt:
+            raise UserError("--prompt and --prompt_file exclude each other")
+        name = f"--prompt_file={prompt_file}"
+        try:
+            content = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{name} cannot be read: {error.strerror}") from error
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -72,6 +72,15 @@ def test_fields_named_in_prose_exist():
         assert named <= known, f"{page.name}: {named - known}"
 
 
+def test_files_named_in_prose_exist():
+    tests = {path.name for path in REPOSITORY.glob("tests/**/*_test.py")}
+    for page in PAGES:
+        text = re.sub(r"```diff.*?```", "", page.read_text(), flags=re.S)
+        assert set(re.findall(r"`(\w+_test\.py)`", text)) <= tests, page.name
+        for name in re.findall(r"\b(?:jax_entropy|tests|configs|launch|constraints)/[\w./-]*\w", text):
+            assert (REPOSITORY / name).exists() or "*" in name, f"{page.name}: {name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_and_images_exist(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)

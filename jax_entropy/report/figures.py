@@ -263,6 +263,9 @@ def stability(history: History) -> Figure:
     norms = {"all": history.train["gradient_norm"]} | {name.replace("_", " "): v_E for name, v_E in groups.items()}
     log_axis(axes[0], "y", np.concatenate(list(norms.values())))
     named_lines(axes[0], [(name, history.steps_E, norm_E) for name, norm_E in norms.items()])
+    if np.nanmax(history.train["max_logit"], initial=0) > 1000:  # one layer that runs away must not flatten the others
+        axes[1].set_yscale("symlog", linthresh=1)
+        axes[1].yaxis.set_major_formatter("{x:,g}")
     layer_lines(axes[1], history.steps_E, history.train["max_logit"])
     return fig
 

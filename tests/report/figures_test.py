@@ -181,6 +181,10 @@ def test_stability_counts_only_where_there_are_any(tmp_path, paper):
         assert line_to(fig.axes[1], paper.train["max_logit"][:, layer])
     assert len(fig.axes) == 2 and "NaN and Inf: none in any layer (logged steps: 40)" in words_of(fig)
 
+    paper.train["max_logit"][:, 3] *= -1e6
+    paper.train["max_logit"][:, 5] *= 1e5
+    ax = figures.stability(paper).axes[1]
+    assert ax.get_yscale() == "symlog"  # a layer that runs away does not flatten the others
     diverged = read_history(write_run(tmp_path / "diverged", L=3, N=4, nan_from=37))
     fig = figures.stability(diverged)
     (mesh,) = titled_axes(fig, "NaN").collections

@@ -5,10 +5,12 @@ It needs no TensorFlow, to write or to read.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,17 @@ class TokenChunks(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 def build(source: str, contents: Contents, directory: Path) -> None:
-    """Writes `contents` as the TFDS data set `source` below `directory`."""
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads
-        TokenChunks(source=source, contents=contents, data_dir=directory).download_and_prepare()
+    """Writes `contents` as the TFDS data set `source` below `directory`; raises OSError where the disk refuses."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads
+            TokenChunks(source=source, contents=contents, data_dir=directory).download_and_prepare()
+    except (OSError, RuntimeError) as error:
+        # array_record and TFDS have the operating system's reason in their text only.
+        spelled = {"Not enough disk space": errno.ENOSPC} | {os.strerror(code): code for code in errno.errorcode}
+        code = next((code for words, code in spelled.items() if words in str(error)), None)
+        if getattr(error, "errno", None) or code is None:
+            raise
+        raise OSError(code, os.strerror(code)) from error
 
 
 def read_metadata(source: str, directory: Path) -> dict[str, Any]:

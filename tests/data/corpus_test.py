@@ -318,12 +318,25 @@ def test_unusable_home_is_named(tmp_path, folder):
         prepare(tmp_path, directory="s3://corpora")
 
 
-def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, folder, monkeypatch):
-    def write_chunks(*args, **kwargs):
-        with open("/dev/full", "wb", buffering=0) as full:
-            full.write(b"x")
+def fill_the_disk(*args, **kwargs):
+    with open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
 
-    monkeypatch.setattr(packing, "write_chunks", write_chunks)
+
+def fill_the_disk_of_array_record(*args, **kwargs):
+    raise RuntimeError("write() failed: No space left on device; writing /disk/files-train")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fill"),
+    [
+        (packing, "write_chunks", fill_the_disk),
+        (builder.TokenChunks, "download_and_prepare", fill_the_disk_of_array_record),
+        (corpus.manifest, "seal", fill_the_disk),
+    ],
+)
+def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, folder, monkeypatch, owner, name, fill):
+    monkeypatch.setattr(owner, name, fill)
     with pytest.raises(UserError, match="config.data.directory=.* cannot be written: No space left on device"):
         prepare(tmp_path)
     assert names(tmp_path / "home") == []

@@ -2,8 +2,8 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +13,7 @@ import numpy as np
 from jax_entropy import data
 from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
-from jax_entropy.runs.load import Run, load_run
-from jax_entropy.runs.workdir import Workdir
+from jax_entropy.runs.load import Run, load_run, own_tokens
 from jax_entropy.sharding import constrain
 
 
@@ -29,7 +28,7 @@ def _evaluate_batch(model: Transformer, variables: Any, tokens_BxT1, weight_B, b
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), per_sequence)
 
 
-def evaluate(
+def evaluate_batches(
     model: Transformer,
     variables: Any,
     batches: Iterable[tuple[Any, Any]],
@@ -67,26 +66,38 @@ def evaluate(
     )
 
 
-def held_out(path: str | Path, run: Run, notify: Callable[[str], None]) -> data.Corpus:
+def held_out(run: Run, notify: Callable[[str], None]) -> data.Corpus:
     """The corpus of a run, in the run's own tokens."""
-    options, context_length = run.config.data.copy_and_resolve_references(), run.config.model.context_length
-    if options.tokenizer:  # the workdir's copy moves with it
-        options.tokenizer = str(Workdir(path).tokenizer)
-    corpus = data.prepare(options, context_length, notify)
+    context_length = run.config.model.context_length
+    section = own_tokens(run.workdir, run.config)
+    corpus = data.prepare(section, context_length, notify)
     if corpus.tokenizer.digest() != run.tokenizer.digest():
         notify("the corpus has changed since training; it is read with the run's own tokenizer")
-        options.tokenizer = str(Workdir(path).tokenizer)
-        corpus = data.prepare(options, context_length, notify)
+        section.tokenizer = str(run.workdir.tokenizer)
+        corpus = data.prepare(section, context_length, notify)
     return corpus
 
 
-def evaluate_run(
-    path: str | Path, *, best: bool = False, batch_size: int = 32, notify: Callable[[str], None] = print
+def evaluate(
+    run: Run | str | os.PathLike,
+    *,
+    best: bool = False,
+    batch_size: int = 32,
+    notify: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Evaluates a workdir's newest (or best) checkpoint on the validation split of its corpus, in its own tokens.
+    """Evaluates a run on the validation split of its corpus, in its own tokens.
 
-    Raises UserError as `load_run` and `data.prepare` do.
+    Args:
+      run: a workdir, or what `load_run` made of one, which saves loading it again.
+      batch_size: sequences evaluated at once; does not change the numbers.
+      best, notify: as for `load_run`.
+
+    Returns:
+      `step`, and what `evaluate_batches` returns.
+
+    Raises:
+      UserError: as `load_run` and `data.prepare` do.
     """
-    run = load_run(path, notify, best=best)
-    batches = data.validation_batches(held_out(path, run, notify), batch_size=batch_size)
-    return {"step": run.step, **evaluate(run.model, run.variables, batches, run.tokenizer.byte_lengths())}
+    run = run if isinstance(run, Run) else load_run(run, notify, best=best)
+    batches = data.validation_batches(held_out(run, notify), batch_size=batch_size)
+    return {"step": run.step, **evaluate_batches(run.model, run.variables, batches, run.tokenizer.byte_lengths())}

@@ -1,52 +1,57 @@
 """Text from a trained model, token by token with a key-value cache."""
 
 import functools
-from typing import Any
+import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jax_entropy.data import Tokenizer
 from jax_entropy.errors import UserError
-from jax_entropy.model import Transformer, empty_cache
+from jax_entropy.model import empty_cache
+from jax_entropy.runs.load import Run, load_run
 
 
 def generate(
-    model: Transformer,
-    variables: Any,
-    tokenizer: Tokenizer,
+    run: Run | str | os.PathLike,
     prompt: str,
     *,
-    num_tokens: int,
-    temperature: float = 1.0,
+    num_tokens: int = 64,
+    temperature: float = 0.8,
     top_k: int = 0,
     seed: int = 0,
+    best: bool = False,
+    notify: Callable[[str], None] = print,
 ) -> str:
     """The text that follows `prompt`; ends early at end-of-text.
 
     Args:
+      run: a workdir, or what `load_run` made of one, which saves loading it again.
       num_tokens: at most so many tokens; prompt and new tokens must fit into the model's context.
       temperature: of the sampling; 0 is greedy.
       top_k: sample among the k likeliest tokens; 0: among all.
+      seed: of the sampling.
+      best, notify: as for `load_run`.
+
     Raises:
-      UserError: an empty prompt, one that leaves no room, or options out of range.
+      UserError: an empty prompt, one that leaves no room, or options out of range; and as `load_run` does.
     """
-    ids, context = tokenizer.encode(prompt), model.config.context_length
+    check_sampling(num_tokens, temperature, top_k, seed)
+    run = run if isinstance(run, Run) else load_run(run, notify, best=best)
+    ids, context, end_of_text = run.tokenizer.encode(prompt), run.model.config.context_length, run.tokenizer.end_of_text
     if not ids:
         raise UserError("the prompt is empty; give at least one character")
-    check_sampling(num_tokens, temperature, top_k, seed)
     if len(ids) + num_tokens > context:
         raise UserError(
             f"the prompt's {len(ids)} tokens and {num_tokens} new ones do not fit into the context of {context}; "
-            + (f"ask for at most --tokens={context - len(ids)}" if len(ids) < context else "shorten the prompt")
+            + (f"ask for at most {context - len(ids)}" if len(ids) < context else "shorten the prompt")
         )
     ids = _continue(
-        model, variables, jnp.asarray([ids]), jax.random.key(seed), jnp.asarray(temperature, jnp.float32),
-        num_tokens, min(top_k, model.config.vocab_size), tokenizer.end_of_text,
+        run.model, run.variables, jnp.asarray([ids]), jax.random.key(seed), jnp.asarray(temperature, jnp.float32),
+        num_tokens, min(top_k, run.model.config.vocab_size), end_of_text,
     )  # fmt: skip
     ids = jax.device_get(ids).tolist()
-    end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
-    return tokenizer.decode(ids[:end])
+    return run.tokenizer.decode(ids[: ids.index(end_of_text)] if end_of_text in ids else ids)
 
 
 def choose(logits_V: jax.Array, key: jax.Array, temperature: jax.Array | float, top_k: int) -> jax.Array:
@@ -60,12 +65,12 @@ def choose(logits_V: jax.Array, key: jax.Array, temperature: jax.Array | float, 
 def check_sampling(num_tokens: int, temperature: float, top_k: int, seed: int) -> None:
     """Raises UserError for options out of range."""
     if num_tokens < 1:
-        raise UserError(f"--tokens={num_tokens} must be at least 1")
+        raise UserError(f"num_tokens={num_tokens} must be at least 1")
     for name, value in dict(temperature=temperature, top_k=top_k).items():
         if not value >= 0:
-            raise UserError(f"--{name}={value} must not be negative")
+            raise UserError(f"{name}={value} must not be negative")
     if not 0 <= seed < 2**63:
-        raise UserError(f"--seed={seed} must lie between 0 and 2^63")
+        raise UserError(f"seed={seed} must lie between 0 and 2^63")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))

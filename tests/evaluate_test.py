@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_entropy import evaluate as evaluate_module
-from jax_entropy.evaluate import evaluate
+from jax_entropy.evaluate import evaluate_batches
 from jax_entropy.model import Transformer
 from jax_entropy.sharding import batch_sharding, make_mesh
 from tests import reference_model as reference
@@ -34,7 +34,7 @@ def batches(size, padding=0):
 
 
 def run(config, *args, **kwargs):
-    return evaluate(Transformer(config), scattered(config), batches(*args, **kwargs), BYTES)
+    return evaluate_batches(Transformer(config), scattered(config), batches(*args, **kwargs), BYTES)
 
 
 @pytest.mark.parametrize("name", VARIED)
@@ -67,8 +67,8 @@ def test_weights_count_rows():
     """A row of weight 2 counts as two rows."""
     config = tiny("SM+LN+G")
     model, variables = Transformer(config), scattered(config)
-    weighted = evaluate(model, variables, [(ROWS[:2], np.asarray([2.0, 1.0], np.float32))], BYTES)
-    repeated = evaluate(model, variables, [(ROWS[[0, 0, 1]], np.ones(3, np.float32))], BYTES)
+    weighted = evaluate_batches(model, variables, [(ROWS[:2], np.asarray([2.0, 1.0], np.float32))], BYTES)
+    repeated = evaluate_batches(model, variables, [(ROWS[[0, 0, 1]], np.ones(3, np.float32))], BYTES)
     for name, value in repeated.items():
         np.testing.assert_allclose(weighted[name], value, rtol=1e-6, err_msg=name)
 
@@ -77,7 +77,7 @@ def test_figures_of_a_model_that_knows_nothing():
     """Equal logits: log V nats a token; one byte a token: log2 V bits a byte; keys all alike: entropies log i."""
     config = tiny("SM+LN+G")
     variables = jax.tree.map(np.zeros_like, scattered(config))
-    result = evaluate(Transformer(config), variables, [(ROWS, np.ones(7, np.float32))], np.ones(61, np.int32))
+    result = evaluate_batches(Transformer(config), variables, [(ROWS, np.ones(7, np.float32))], np.ones(61, np.int32))
     assert result["validation_loss"] == pytest.approx(math.log(61), rel=1e-6)
     assert result["validation_perplexity"] == pytest.approx(61, rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(math.log2(61), rel=1e-6)
@@ -88,7 +88,7 @@ def test_batches_on_a_mesh_give_the_same_figures():
     config, mesh = tiny("EReg(SM(t)+ScFuFFN^1)"), make_mesh(2, 4, 1)
     placed = [tuple(jax.device_put(part, batch_sharding(mesh)) for part in batch) for batch in batches(8)]
     with jax.set_mesh(mesh):
-        result = evaluate(Transformer(config), scattered(config), placed, BYTES)
+        result = evaluate_batches(Transformer(config), scattered(config), placed, BYTES)
     for name, value in run(config, 4).items():
         np.testing.assert_allclose(result[name], value, rtol=1e-5, err_msg=name)
 
@@ -106,5 +106,5 @@ def test_dropout_is_off_and_spectral_vectors_stay():
 def test_a_loss_that_is_no_number_is_shown():
     config = tiny("SM+LN+G")
     variables = jax.tree.map(lambda leaf: leaf * np.nan, scattered(config))
-    result = evaluate(Transformer(config), variables, batches(7), BYTES)
+    result = evaluate_batches(Transformer(config), variables, batches(7), BYTES)
     assert math.isnan(result["validation_loss"]) and math.isnan(result["bits_per_byte"])

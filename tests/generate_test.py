@@ -1,5 +1,6 @@
 """Text token by token: greedy is the argmax of the whole forward pass, chance follows its seed and the model."""
 
+import importlib
 import math
 
 import jax
@@ -7,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_entropy import generate as generate_module
 from jax_entropy.errors import UserError
 from jax_entropy.generate import generate
 from jax_entropy.model import Transformer
+from jax_entropy.runs.load import Run
 from tests.tiny_model import VARIED, initial, jit, scattered, tiny
 
 END = 60
+generate_module = importlib.import_module("jax_entropy.generate")  # the package's name is the function
 quickly_compiled = jit(generate_module._continue.__wrapped__, static_argnums=(0, 5, 6, 7))
 
 
@@ -37,7 +39,8 @@ class Letters:
 
 def write(config, prompt="053", variables=None, num_tokens=8, **kwargs):
     variables = scattered(config) if variables is None else variables
-    return generate(Transformer(config), variables, Letters(), prompt, num_tokens=num_tokens, **kwargs)
+    run = Run(None, None, Transformer(config), variables, Letters(), 0)
+    return generate(run, prompt, **{"num_tokens": num_tokens, "temperature": 1.0} | kwargs)
 
 
 def greedy_by_hand(config, variables, prompt, num_tokens):
@@ -155,9 +158,9 @@ def test_fewer_tokens_are_the_beginning_of_more():
         ("", {}, "the prompt is empty"),
         ("0" * 16, {}, "16 tokens and 8 new ones do not fit into the context of 16; shorten the prompt"),
         ("0" * 99, {}, "99 tokens .* shorten the prompt"),
-        ("0" * 10, {}, "10 tokens and 8 new ones do not fit into the context of 16; ask for at most --tokens=6"),
-        ("0", dict(num_tokens=0), "--tokens=0 must be at least 1"),
-        ("0", dict(num_tokens=-3), "tokens=-3"),
+        ("0" * 10, {}, "10 tokens and 8 new ones do not fit into the context of 16; ask for at most 6"),
+        ("0", dict(num_tokens=0), "num_tokens=0 must be at least 1"),
+        ("0", dict(num_tokens=-3), "num_tokens=-3"),
         ("0", dict(temperature=-0.1), "temperature=-0.1"),
         ("0", dict(temperature=math.nan), "temperature=nan"),
         ("0", dict(top_k=-1), "top_k=-1"),

@@ -212,7 +212,7 @@ def precision(parse: Any) -> None:
     loaded = load_run(values.workdir, warn, best=values.best)
     check_size(loaded.model.config, values.context, setting, values.without == "all")
     exported = export(loaded.model.config, loaded.variables, steps)
-    tokens = measuring.held_out_tokens(values.workdir, loaded, values.context, warn)
+    tokens = measuring.held_out_tokens(loaded, values.context, warn)
     rows, largest = measuring.measure_precision(exported, tokens, setting, warn)
     measuring.print_precision(rows, largest, values.tolerance, console())
     write_json(values.json, dict(largest_logit=largest, num_tokens=len(tokens), rows=measuring.to_json(rows)))

@@ -36,9 +36,9 @@ def evaluate(values: Namespace) -> None:
     if values.batch_size < 1:
         raise UserError(f"--batch_size={values.batch_size} must be at least 1")
     from jax_entropy.commands.summary import print_evaluation
-    from jax_entropy.evaluate import evaluate_run
+    from jax_entropy.evaluate import evaluate as run
 
-    evaluation = evaluate_run(values.workdir, best=values.best, batch_size=values.batch_size, notify=warn)
+    evaluation = run(values.workdir, best=values.best, batch_size=values.batch_size, notify=warn)
     print_evaluation(evaluation, console(values.json))
     write_json(values.json, evaluation)
 
@@ -61,12 +61,10 @@ def generate(values: Namespace) -> None:
     """Text that a trained model writes after a prompt."""
     prompt = read_prompt(values.prompt, values.prompt_file)
     from jax_entropy.generate import generate as run
-    from jax_entropy.runs.load import load_run
 
-    loaded = load_run(values.workdir, warn, best=values.best)
     text = run(
-        loaded.model, loaded.variables, loaded.tokenizer, prompt, num_tokens=values.tokens,
-        temperature=values.temperature, top_k=values.top_k, seed=values.seed,
+        values.workdir, prompt, num_tokens=values.tokens, temperature=values.temperature, top_k=values.top_k,
+        seed=values.seed, best=values.best, notify=warn,
     )  # fmt: skip
     say(prompt + text)
 

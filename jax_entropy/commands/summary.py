@@ -9,6 +9,7 @@ from rich.console import Console
 from jax_entropy.entropy import max_entropy
 from jax_entropy.generate import generate
 from jax_entropy.report import print_head_entropy, report
+from jax_entropy.runs.load import Run
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.training.train import Result
 
@@ -38,17 +39,15 @@ def conclude(config: ConfigDict, path: str, result: Result, command: str, consol
     prompt = "def" if config.data.source in ("stdlib", "codeparrot") else "The"
     tokens = min(_SAMPLE_TOKENS, config.model.context_length // 2)
     variables = jax.device_get(result.variables)
+    run = Run(workdir, config, result.model, variables, result.corpus.tokenizer, result.step)
     for seed in range(_SAMPLES):
-        text = generate(
-            result.model, variables, result.corpus.tokenizer, prompt, num_tokens=tokens, temperature=0.8, top_k=40,
-            seed=seed,
-        )  # fmt: skip
+        text = generate(run, prompt, num_tokens=tokens, top_k=40, seed=seed)
         console.rule(f"sample {seed + 1}", style="dim")
         console.print(prompt + text, markup=False, highlight=False)
     console.rule(style="dim")
-    page = report(workdir.path)["page"]
+    report(workdir.path)
     console.print(
-        f"figures     {workdir.figures}\nreport      {page}\nmetrics     {workdir.metrics}\n"
+        f"figures     {workdir.figures}\nreport      {workdir.report}\nmetrics     {workdir.metrics}\n"
         f"checkpoint  {workdir.checkpoints / str(result.step)}",
         highlight=False,
     )

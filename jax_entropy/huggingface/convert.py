@@ -37,9 +37,9 @@ def import_run(directory: str | Path, path: str | Path, notify: Callable[[str], 
             )
     else:
         notify(f"{directory} has no tokenizer.json: the run can be exported, but neither evaluated nor asked for text")
-    if workdir.config.exists():
+    if workdir.exists():
         raise UserError(f"{workdir.path} holds a run already; choose another --workdir")
-    config = _run_config(model, workdir)
+    config = _run_config(model, workdir.tokenizer.name)
     state = jax.jit(functools.partial(init_state, config, Transformer(model)))()
     workdir.claim(config, tokenizer)
     with Checkpointer(workdir.checkpoints, notify=notify) as checkpointer:
@@ -72,10 +72,10 @@ def export_run(
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _run_config(model: ModelConfig, workdir: Workdir) -> ConfigDict:
-    """The config of a workdir around an imported model; other text is read with the model's own tokenizer."""
+def _run_config(model: ModelConfig, tokenizer: str) -> ConfigDict:
+    """The config of a workdir around an imported model; text is read with the model's own tokenizer, which lies there."""
     config = default_config(str(model))
     config.model.update({name: value for name in config.model if (value := getattr(model, name)) is not None})
     config.model.activation = model.activation  # the notation's G is the exact GELU
-    config.data.tokenizer = str(workdir.tokenizer.absolute())
+    config.data.tokenizer = tokenizer
     return config

@@ -1,8 +1,8 @@
 """The trained model in a run's folder."""
 
 import functools
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jax_entropy.state import TrainState, init_state
 class Run(NamedTuple):
     """A trained run, loaded."""
 
+    workdir: Workdir
     config: ConfigDict
     model: Transformer
     variables: Any
@@ -27,19 +28,33 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(path: str | Path, notify: Callable[[str], None] = print, *, best: bool = False) -> Run:
+def load_run(workdir: str | os.PathLike, notify: Callable[[str], None] = print, *, best: bool = False) -> Run:
     """The model of a workdir's newest good checkpoint, or of the best by validation loss.
 
-    Raises UserError if there is no run, no checkpoint, or none that is undamaged.
+    Args:
+        workdir: the run's folder.
+        notify: receives one sentence about each damaged checkpoint.
+        best: the checkpoint of the lowest validation loss instead of the newest.
+
+    Raises:
+        UserError: there is no run, no checkpoint, or none that is undamaged.
     """
-    workdir = Workdir(path)
+    workdir = Workdir(workdir)
     config = workdir.read_config()
     if not workdir.tokenizer.exists():
         raise UserError(f"{workdir.path} has no tokenizer.json; the run stopped before it trained")
     tokenizer = load_tokenizer(workdir.tokenizer)
     model = Transformer(model_config(config, tokenizer.vocab_size))
     state, step = load_state(workdir, config, model, notify, best=best)
-    return Run(config, model, state.variables, tokenizer, step)
+    return Run(workdir, config, model, state.variables, tokenizer, step)
+
+
+def own_tokens(workdir: Workdir, config: ConfigDict) -> ConfigDict:
+    """`config.data`, with the workdir's own tokenizer in place of one that was named: the folder may have moved."""
+    section = config.data.copy_and_resolve_references()
+    if section.tokenizer and workdir.tokenizer.exists():
+        section.tokenizer = str(workdir.tokenizer)
+    return section
 
 
 def load_state(

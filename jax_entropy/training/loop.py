@@ -15,7 +15,7 @@ import numpy as np
 from jax_entropy import data
 from jax_entropy.census import census
 from jax_entropy.errors import UserError
-from jax_entropy.evaluate import evaluate
+from jax_entropy.evaluate import evaluate_batches
 from jax_entropy.sharding import batch_sharding
 from jax_entropy.state import TrainState, jit_train_step
 from jax_entropy.training.clock import StepClock
@@ -180,7 +180,8 @@ class Loop:
     def _evaluate(self, step: int, state: TrainState) -> bool:
         """Evaluates, writes and prints; False if a signal broke it off, and then nothing was written."""
         try:
-            evaluation = evaluate(self.setup.model, state.variables, self._validation_batches(), self.byte_lengths)
+            batches = self._validation_batches()
+            evaluation = evaluate_batches(self.setup.model, state.variables, batches, self.byte_lengths)
         except _BrokenOff:
             return False
         if self.writer:

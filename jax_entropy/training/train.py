@@ -19,6 +19,7 @@ from jax_entropy.config import check, model_config
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
 from jax_entropy.runs.checkpoint import Checkpointer
+from jax_entropy.runs.load import own_tokens
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.sharding import config_mesh
 from jax_entropy.state import init_state
@@ -54,6 +55,9 @@ def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print, 
         raise UserError(f"--profile={profile} must not be negative")
     mesh = config_mesh(config)
     workdir = Workdir(path)
+    if workdir.imported() and not config.data.tokenizer:  # an imported model reads text in its own tokens
+        config = config.copy_and_resolve_references()
+        config.data.tokenizer = workdir.tokenizer.name
     if jax.process_index() > 0:
         return _train(config, mesh, workdir, lambda line: None, profile)
     with workdir.held(config, notify, f"{jax.device_count()} × {jax.devices()[0].device_kind}"):
@@ -66,7 +70,7 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[s
     # traced, not run: what cannot work is found before the corpus is prepared
     rehearsal = Transformer(model_config(config, config.model.vocab_size or 1))
     jax.eval_shape(functools.partial(init_state, config, rehearsal))
-    corpus = _corpus(config, notify)
+    corpus = _corpus(config, workdir, notify)
     model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
     notify(f"{config.architecture}: {_describe(config, model, corpus, mesh)}")
 
@@ -87,12 +91,13 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[s
     return Result(end.step, start.step, end.complete, model, variables, corpus, end.evaluation)
 
 
-def _corpus(config: ConfigDict, notify: Callable[[str], None]) -> data.Corpus:
+def _corpus(config: ConfigDict, workdir: Workdir, notify: Callable[[str], None]) -> data.Corpus:
     """The prepared corpus; where processes share a disk, the first prepares it and the others find it."""
+    section = own_tokens(workdir, config)
     if jax.process_count() > 1 and jax.process_index() > 0:
         multihost_utils.sync_global_devices("corpus prepared")
-        return data.prepare(config.data, config.model.context_length, notify)
-    corpus = data.prepare(config.data, config.model.context_length, notify)
+        return data.prepare(section, config.model.context_length, notify)
+    corpus = data.prepare(section, config.model.context_length, notify)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("corpus prepared")
     return corpus

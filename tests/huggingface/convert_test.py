@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,10 +14,10 @@ from safetensors.numpy import load_file
 from jax_entropy.architecture import architecture
 from jax_entropy.commands.main import main
 from jax_entropy.config import default_config, model_config
-from jax_entropy.data import Tokenizer
+from jax_entropy.data import Tokenizer, load_tokenizer
 from jax_entropy.data.tokenizer import train_tokenizer
 from jax_entropy.errors import UserError
-from jax_entropy.evaluate import evaluate_run
+from jax_entropy.evaluate import evaluate
 from jax_entropy.generate import generate
 from jax_entropy.huggingface.convert import export_run, import_run
 from jax_entropy.huggingface.gpt2 import from_huggingface, to_huggingface
@@ -25,6 +26,7 @@ from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.load import load_run
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.state import init_state
+from jax_entropy.training.train import train
 from tests import REPOSITORY
 
 SOURCE = REPOSITORY / "jax_entropy"
@@ -90,14 +92,36 @@ def test_folder_to_workdir_and_back(tmp_path, folder, tokenizer):
 def test_an_imported_run_generates_and_evaluates(tmp_path, folder):
     import_run(folder, tmp_path / "run")
     run = load_run(tmp_path / "run", pytest.fail)
-    assert isinstance(generate(run.model, run.variables, run.tokenizer, "def ", num_tokens=3, temperature=0.0), str)
+    assert isinstance(generate(run, "def ", num_tokens=3, temperature=0.0), str)
 
     config_file = tmp_path / "run" / "config.json"
     config = json.loads(config_file.read_text())
     config["data"] |= dict(source="files", files=str(SOURCE), directory=str(tmp_path / "data"))
     config_file.write_text(json.dumps(config))
-    evaluation = evaluate_run(tmp_path / "run", notify=pytest.fail)
+    told = []
+    evaluation = evaluate(tmp_path / "run", notify=told.append)
+    assert not any("tokenizer" in line for line in told)
     assert np.isfinite(evaluation["validation_loss"]) and evaluation["head_entropy"].shape == (2, 2)
+
+
+def test_an_imported_run_is_trained_on_wherever_it_is_moved(tmp_path, folder):
+    import_run(folder, tmp_path / "imported")
+    shutil.rmtree(folder)
+    moved = (tmp_path / "imported").rename(tmp_path / "moved")
+    config = Workdir(moved).read_config()
+    assert str(tmp_path) not in Workdir(moved).config.read_text()
+    config.data.update(source="files", files=str(SOURCE), directory=str(tmp_path / "data"), tokenizer="")
+    config.train.update(num_steps=1, batch_size=8)
+    trained = train(config, moved)
+    tokenizer = trained.corpus.tokenizer.digest()
+    assert trained.step == 1 and tokenizer == load_tokenizer(moved / "tokenizer.json").digest()
+
+    shutil.rmtree(tmp_path / "data")
+    again = moved.rename(tmp_path / "again")
+    config = Workdir(again).read_config()
+    assert train(config, again).corpus.tokenizer.digest() == tokenizer
+    evaluation = evaluate(again, notify=lambda line: None)
+    np.testing.assert_allclose(evaluation["validation_loss"], trained.evaluation["validation_loss"], rtol=1e-6)
 
 
 def test_without_a_tokenizer(tmp_path, folder):

@@ -154,7 +154,7 @@ def test_it_ends_at_the_end_of_text(semi2k):
     ((), {}, "the prompt is empty"),
     ((1,) * 16, {}, "16 tokens and 4 new ones do not fit into the context of 16; shorten"),
     ((1,) * 14, {}, "ask for at most --tokens=2"),
-    ((1,), dict(num_tokens=0), "--tokens=0 must be at least 1"),
+    ((1,), dict(num_tokens=0), "num_tokens=0 must be at least 1"),
     ((1,), dict(reveal="all"), "--reveal='all' is not known"),
 ])  # fmt: skip
 def test_what_cannot_be_generated_is_said(semi2k, prompt, options, message):

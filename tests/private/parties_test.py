@@ -84,9 +84,7 @@ def plain_text(workdir):
     from jax_entropy.runs.load import load_run
 
     loaded = load_run(workdir, print)
-    return lambda prompt: (
-        prompt + generate(loaded.model, loaded.variables, loaded.tokenizer, prompt, num_tokens=6, temperature=0)
-    )
+    return lambda prompt: prompt + generate(loaded, prompt, num_tokens=6, temperature=0)
 
 
 def test_the_text_is_the_plain_models_for_several_prompts(server, keys, tmp_path, plain_text):

@@ -55,7 +55,7 @@ def test_a_run_is_read_on_its_own_held_out_text(tmp_path, capsys):
     need_engine()
     workdir = make_workdir(tmp_path / "run", **{"model.context_length": 32})
     loaded = load_run(workdir, print)
-    tokens = held_out_tokens(workdir, loaded, 16, print)
+    tokens = held_out_tokens(loaded, 16, print)
     assert len(tokens) == 16 and np.unique(tokens).size > 2
     assert main(["private", "precision", f"--workdir={workdir}", "--context=8", "--tolerance=0.5",
                  f"--json={tmp_path / 'rows.json'}"]) == 0  # fmt: skip

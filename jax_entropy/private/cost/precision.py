@@ -1,6 +1,5 @@
 """`private precision`: what fraction bits and the form of the exponential cost, and what they leave of the logits."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from jax_entropy.private.cost.profile import plain_logits, whole
 from jax_entropy.private.engine.engine import Account, Setting
 from jax_entropy.private.program.export import Export
 from jax_entropy.private.program.fixed_point import check_range
+from jax_entropy.runs.load import Run
 
 # (fraction bits, exponential, its squarings), from the cheapest on.
 SETTINGS = (
@@ -33,9 +33,9 @@ class Precision(NamedTuple):
     refused: str
 
 
-def held_out_tokens(path: str | Path, run: Any, num_tokens: int, notify) -> list[int]:
+def held_out_tokens(run: Run, num_tokens: int, notify) -> list[int]:
     """The first tokens of the validation text of a run's corpus."""
-    tokens_1xT1, _ = next(iter(data.validation_batches(held_out(path, run, notify), batch_size=1)))
+    tokens_1xT1, _ = next(iter(data.validation_batches(held_out(run, notify), batch_size=1)))
     return np.asarray(tokens_1xT1)[0, :num_tokens].tolist()
 
 

@@ -175,7 +175,10 @@ def _locked(directory: Path, notify: Callable[[str], None]) -> Iterator[None]:
 def _remove_leftovers(home: Path) -> None:
     """Removes what killed preparations left: folders still being built whose lock nobody holds."""
     for building in home.glob("*.building"):
-        with contextlib.suppress(Timeout), FileLock(building.with_suffix(".lock"), timeout=0):
+        with (
+            contextlib.suppress(OSError),
+            FileLock(building.with_suffix(".lock"), timeout=0),
+        ):  # held, or another user's
             shutil.rmtree(building, ignore_errors=True)
 
 

@@ -43,6 +43,7 @@ TEXT_SUFFIXES = tuple(
 )
 SHARD_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 CODEPARROT_REPOSITORY = "huggingface-course/codeparrot-ds-train"
+_HUB_SECONDS = 5  # until it counts as out of reach
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 _STDLIB_SKIPPED = _SKIPPED_FOLDERS | {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip", "turtledemo", "encodings", "pydoc_data")
@@ -189,7 +190,7 @@ def _download(repository: str, directory: Path) -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             try:
-                _within(5, lambda: HfApi().dataset_info(repository, timeout=4))
+                _within(_HUB_SECONDS, lambda: HfApi().dataset_info(repository, timeout=_HUB_SECONDS))
                 patterns = [f"*{suffix}" for suffix in SHARD_SUFFIXES]
                 snapshot_download(repository, repo_type="dataset", local_dir=folder, allow_patterns=patterns)
             except Exception as error:  # whatever the reason, what helps is the same

@@ -1,13 +1,13 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from jax_entropy import data
 from jax_entropy.data import builder, corpus, packing, sources
@@ -158,16 +158,12 @@ def flip(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "damage", [Path.unlink, flip, lambda path: path.write_bytes(b"")], ids=["gone", "bit", "empty"]
-)
-def test_a_corpus_with_any_byte_changed_is_prepared_again_and_that_is_said(tmp_path, folder, builds, damage):
+def test_a_corpus_with_any_byte_changed_is_prepared_again_and_that_is_said(tmp_path, folder, builds):
     first = prepare(tmp_path)
     expected = {path.relative_to(first.directory): path.read_bytes() for path in files_of(first)}
-    names = ("dataset_info.json", "features.json", "metadata.json", "tokenizer.json", "manifest.sha256", "files-train")
-    for count, name in enumerate(names, start=2):
-        (path,) = (path for path in expected if path.name.startswith(name))
-        damage(first.directory / path)
+    assert len(expected) == 7
+    for count, path in enumerate(expected, start=2):
+        (Path.unlink if "info" in path.name else flip)(first.directory / path)
         said = []
         prepare(tmp_path, notify=said.append)
         assert len(builds) == count
@@ -352,27 +348,23 @@ def test_default_home_is_the_users_cache(tmp_path, folder, monkeypatch):
 
 PROGRAM = """
 import pathlib, sys, time
-from jax_entropy.data import builder, corpus, packing
+from jax_entropy.data import corpus, packing
 from tests.data.helpers import data_config
 
-def pause(function):
-    def paused(*args, **kwargs):
-        result = function(*args, **kwargs)
-        print("PAUSED", flush=True)
-        while not pathlib.Path(sys.argv[4]).exists():
-            time.sleep(0.05)
-        return result
-    return paused
+def paused(*args, **kwargs):
+    counts = write_chunks(*args, **kwargs)
+    print("PAUSED", flush=True)
+    while not pathlib.Path(sys.argv[3]).exists():
+        time.sleep(0.05)
+    return counts
 
-module, name = {"packing.write_chunks": (packing, "write_chunks"), "builder.build": (builder, "build")}[sys.argv[3]]
-setattr(module, name, pause(getattr(module, name)))
+write_chunks, packing.write_chunks = packing.write_chunks, paused
 print(corpus.prepare(data_config(sys.argv[1], files=sys.argv[2]), 16).fingerprint, "tensorflow" in sys.modules)
 """
 
 
-def start(tmp_path, stage):
-    command = [sys.executable, "-u", "-c", PROGRAM, *(str(tmp_path / name) for name in ("home", "text")), stage]
-    command.append(str(tmp_path / "go"))
+def start(tmp_path):
+    command = [sys.executable, "-u", "-c", PROGRAM, *(str(tmp_path / name) for name in ("home", "text", "go"))]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -382,31 +374,31 @@ def wait_for(word, process):
         assert line, "the preparation ended by itself"
 
 
-@pytest.mark.parametrize("stage", ["packing.write_chunks", "builder.build"])
-def test_killed_preparation_leaves_nothing_that_counts(tmp_path, folder, stage):
-    with start(tmp_path, stage) as process:
-        wait_for("PAUSED", process)
-        process.send_signal(signal.SIGKILL)
+def test_what_a_killed_preparation_left_is_removed_by_any_other_but_not_what_is_being_made(tmp_path, folder):
+    home = tmp_path / "home"
+    for name in ("killed.building", "busy.building"):
+        (home / name / "files").mkdir(parents=True)
+    with FileLock(home / "busy.lock"):
+        prepared = prepare(tmp_path)
+    assert names(home) == ["busy.building", prepared.directory.name]
+
+
+def test_of_processes_that_prepare_one_corpus_one_does_and_another_if_it_is_killed(tmp_path, folder):
+    killed = start(tmp_path)
+    wait_for("PAUSED", killed)
     (left,) = names(tmp_path / "home")
     assert left.endswith(".building")
-    # Any later preparation removes it, also one of another corpus.
-    other = prepare(tmp_path, vocab_size=300)
-    assert names(tmp_path / "home") == [other.directory.name]
+    others = [start(tmp_path), start(tmp_path)]
+    for process in others:
+        wait_for("Waiting for another process", process)
+    (tmp_path / "go").touch()
+    killed.kill()
+    killed.communicate()
+    outputs = [process.communicate()[0] for process in others]
+    assert [process.returncode for process in others] == [0, 0]
+    assert sorted("PAUSED" in output for output in outputs) == [False, True]
     prepared = prepare(tmp_path)
-    assert prepared.directory.name == left.removesuffix(".building")
+    assert all(f"{prepared.fingerprint} False" in output for output in outputs)
+    assert names(tmp_path / "home") == [prepared.directory.name] == [left.removesuffix(".building")]
     elsewhere = prepare(tmp_path, directory=str(tmp_path / "elsewhere"))
     assert (rows(prepared, "train") == rows(elsewhere, "train")).all()
-
-
-def test_preparing_twice_at_once_gives_one_corpus(tmp_path, folder):
-    first = start(tmp_path, "builder.build")
-    wait_for("PAUSED", first)
-    second = start(tmp_path, "builder.build")
-    wait_for("Waiting for another process", second)
-    (tmp_path / "go").touch()
-    out_first, out_second = first.communicate()[0], second.communicate()[0]
-    assert first.returncode == second.returncode == 0
-    assert "PAUSED" not in out_second
-    prepared = prepare(tmp_path)
-    assert f"{prepared.fingerprint} False" in out_first and f"{prepared.fingerprint} False" in out_second
-    assert names(tmp_path / "home") == [prepared.directory.name]

@@ -3,7 +3,7 @@
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.entropy import entropy_penalty, head_bands, head_entropy, max_entropy, row_entropy
-from jax_entropy.huggingface.gpt2 import from_huggingface, to_huggingface
+from jax_entropy.huggingface.folder import from_huggingface, to_huggingface
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Aux, Transformer
 

@@ -35,12 +35,12 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
     Raises UserError where notation, fields and tokenizer do not fit together.
     """
     fields = dict(config.model)
-    if fields["vocab_size"] not in (None, vocab_size):
+    if (fields["vocab_size"] or vocab_size) < vocab_size:
         raise UserError(
-            f"config.model.vocab_size={fields['vocab_size']} differs from the tokenizer's {vocab_size} entries; "
+            f"config.model.vocab_size={fields['vocab_size']} is less than the tokenizer's {vocab_size} entries; "
             "leave it unset to take the tokenizer's"
         )
-    fields["vocab_size"] = vocab_size
+    fields["vocab_size"] = fields["vocab_size"] or vocab_size  # a larger table is padded
     if fields["activation"] is None:
         del fields["activation"]
     return architecture(

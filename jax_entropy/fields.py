@@ -108,7 +108,7 @@ FIELDS = (
         "$F$, width inside the feed-forward; unset: 4 · `model_dim`, or `model_dim` where it is fused"),
     _model("context_length", "tokens",
         "$T$, positions that the model can see; chunks of the corpus are one token longer"),
-    _model("vocab_size", "tokens", "$V$; unset: the tokenizer's. Any other value is refused"),
+    _model("vocab_size", "tokens", "$V$; unset: the tokenizer's. A smaller value is refused, a larger table is padded"),
     _model("activation", "`identity`, `gelu`, `gelu_tanh`, `relu`, `leaky_relu`",
         "of the feed-forward; unset: the notation's. `gelu_tanh`, Hugging Face's GPT-2's, has no notation of its own"),
     _model("temperature_init", "divisor of the logits", "initial temperature of `SM(t)`"),

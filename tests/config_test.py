@@ -127,7 +127,8 @@ def test_a_models_fields_come_from_three_places():
 
 def test_a_vocabulary_must_be_the_tokenizers():
     assert model_config(with_fields(**{"model.vocab_size": 512}), 512).vocab_size == 512
-    with pytest.raises(UserError, match="config.model.vocab_size=500 differs from the tokenizer's 512 entries"):
+    assert model_config(with_fields(**{"model.vocab_size": 640}), 512).vocab_size == 640  # padded
+    with pytest.raises(UserError, match="config.model.vocab_size=500 is less than the tokenizer's 512 entries"):
         model_config(with_fields(**{"model.vocab_size": 500}), 512)
 
 

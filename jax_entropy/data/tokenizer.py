@@ -134,6 +134,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise UserError(f"{name} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is damaged or not a tokenizer.json ({error})") from error
+    return parse_tokenizer(text, name)
+
+
+def parse_tokenizer(text: str, name: str) -> Tokenizer:
+    """As `load_tokenizer`, from the text of such a file; errors call it `name`."""
     try:
         settings = json.loads(text)
         backend = tokenizers.Tokenizer.from_str(text)

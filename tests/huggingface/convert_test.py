@@ -1,5 +1,6 @@
 """Workdirs from GPT-2 folders and back: the same bits, the same tokens, and runs that evaluate and generate."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -20,7 +21,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.evaluate import evaluate
 from jax_entropy.generate import generate
 from jax_entropy.huggingface.convert import export_run, import_run
-from jax_entropy.huggingface.gpt2 import from_huggingface, to_huggingface
+from jax_entropy.huggingface.folder import from_huggingface, to_huggingface
 from jax_entropy.model import Transformer
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.load import load_run
@@ -128,7 +129,7 @@ def test_without_a_tokenizer(tmp_path, folder):
     (folder / "tokenizer.json").unlink()
     told = []
     import_run(folder, tmp_path / "run", told.append)
-    assert len(told) == 1 and "has no tokenizer.json" in told[0]
+    assert len(told) == 1 and "has neither tokenizer.json nor vocab.json and merges.txt" in told[0]
     with pytest.raises(UserError, match="has no tokenizer.json"):
         load_run(tmp_path / "run", pytest.fail)
     export_run(tmp_path / "run", tmp_path / "again", pytest.fail)
@@ -159,11 +160,63 @@ def test_a_workdir_is_not_written_over(tmp_path, folder, tokenizer):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_tokenizer_of_another_vocabulary(tmp_path, folder):
-    train_tokenizer(["nothing but this"], 300).save(folder / "tokenizer.json")
-    with pytest.raises(UserError, match="but the model has vocab_size=400"):
+def test_tokenizer_of_a_larger_vocabulary(tmp_path, folder):
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["added_tokens"].append(settings["added_tokens"][0] | {"id": 400, "content": "<more>"})
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="has 401 entries, but the model has vocab_size=400"):
         import_run(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+TEXT = "def f(x):\n    return x  # </s> <|endoftext|> naïve\n"
+
+
+def test_a_padded_vocabulary(tmp_path, folder, tokenizer):
+    config = dataclasses.replace(from_huggingface(folder)[0], vocab_size=448)
+    to_huggingface(config, random_variables(config), folder, tokenizer.end_of_text)
+    told = []
+    import_run(folder, tmp_path / "run", told.append)
+    assert len(told) == 1 and "has 400 entries and the model 448: the rest is taken for padding" in told[0]
+    run = load_run(tmp_path / "run", pytest.fail)
+    assert run.model.config == config and run.tokenizer.vocab_size == 400
+    assert isinstance(generate(run.model, run.variables, run.tokenizer, "def ", num_tokens=8, seed=1), str)
+    export_run(tmp_path / "run", tmp_path / "again", pytest.fail)
+    assert weights(tmp_path / "again") == weights(folder)
+
+
+@pytest.mark.parametrize("where", ["config.json", "special_tokens_map.json", "vocab.json"])
+def test_another_end_of_text_and_tokenizers_of_two_files(tmp_path, folder, tokenizer, where):
+    """What ends a text is renamed and nothing else: every text keeps its tokens."""
+    text = (folder / "tokenizer.json").read_text().replace("<|endoftext|>", "</s>")
+    settings = json.loads(text)
+    config = json.loads((folder / "config.json").read_text())
+    if where == "vocab.json":
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(settings["model"]["vocab"]))
+        merges = "\n".join(" ".join(merge) for merge in settings["model"]["merges"])
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    else:
+        (folder / "tokenizer.json").write_text(text)
+    if where == "special_tokens_map.json":
+        del config["eos_token_id"]
+        (folder / where).write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+        (folder / "config.json").write_text(json.dumps(config))
+    told = []
+    import_run(folder, tmp_path / "run", told.append)
+    assert len(told) == 1 and "'</s>' (id 0) ends a text; here it is called <|endoftext|>" in told[0]
+    read = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+    assert read.end_of_text == 0 and read.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_a_folder_in_which_nothing_ends_a_text(tmp_path, folder, tokenizer):
+    text = (folder / "tokenizer.json").read_text().replace("<|endoftext|>", "</s>")
+    (folder / "tokenizer.json").write_text(text)
+    config = json.loads((folder / "config.json").read_text())
+    for end in (None, 9999, tokenizer.encode("def")[0], [], "</s>"):
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
+        with pytest.raises(UserError, match=r"no token that can end a text; give there the id of the one that does"):
+            import_run(folder, tmp_path / "run")
 
 
 def test_what_gpt2_cannot_express_is_not_exported(tmp_path, tokenizer):

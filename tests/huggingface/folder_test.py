@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -15,7 +16,9 @@ from safetensors.numpy import load_file, save_file
 from jax_entropy.architecture import architecture
 from jax_entropy.entropy import row_entropy
 from jax_entropy.errors import UserError
-from jax_entropy.huggingface.gpt2 import from_huggingface, to_huggingface
+from jax_entropy.huggingface.folder import from_huggingface, to_huggingface
+from jax_entropy.huggingface.gpt2 import GPT2
+from jax_entropy.layers import _activate
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer
 from tests import GOLDEN, REPOSITORY
@@ -164,6 +167,36 @@ def test_half_precision_is_read_exactly(tmp_path):
     assert_same_bits(variables["params"]["token_embedding"], half.astype(np.float32))
 
 
+def test_how_it_is_computed_is_no_part_of_the_model(tmp_path):
+    write_golden(tmp_path, "gelu")
+    expected = from_huggingface(tmp_path)
+    change_config(tmp_path, reorder_and_upcast_attn=True, use_cache=False)
+    config, variables = from_huggingface(tmp_path)
+    assert config == expected[0]
+    assert_same_bits(variables, expected[1])
+
+
+# As the activations of transformers compute them.
+ACTIVATIONS = {
+    "gelu_new": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_fast": lambda x: 0.5 * x * (1 + np.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+ACTIVATIONS |= {"gelu_python": ACTIVATIONS["gelu"]}
+ACTIVATIONS |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), ACTIVATIONS["gelu_new"])
+
+
+def test_activations_that_are_read_are_ours_up_to_the_rounding_of_float32():
+    assert ACTIVATIONS.keys() == GPT2.activations.keys()
+    x = np.linspace(-12, 12, 4001)
+    with jax.enable_x64(True):
+        for name, function in ACTIVATIONS.items():
+            config = architecture("SM+LN+G", activation=GPT2.activations[name], dtype="float32")
+            ours = _activate(jnp.asarray(x), config, None)
+            np.testing.assert_allclose(ours, function(x), rtol=0, atol=2**-30, err_msg=name)
+
+
 def test_defaults_of_gpt2(tmp_path):
     to_huggingface(*random_model(bias="all"), tmp_path)
     write_json(
@@ -266,11 +299,11 @@ BROKEN = {
     "binary config": (rewrite("config.json", lambda raw: b"\xff\xfe\x00"), "config.json is damaged"),
     "llama": (config(model_type="llama"), "model_type='llama'; only 'gpt2'"),
     "no type": (config(model_type=None), "model_type=None"),
-    "activation": (config(activation_function="gelu_fast"), "'gelu_fast'.*did you mean 'gelu'"),
+    "activation": (config(activation_function="silu"), "'silu', which is another function than .*: gelu_new, .*relu$"),
+    "another gelu": (config(activation_function="quick_gelu"), "'quick_gelu', which is another function"),
     "activation list": (config(activation_function=["gelu"]), r"activation_function=\['gelu'\]"),
     "unscaled": (config(scale_attn_weights=False), "scale_attn_weights=False; only True"),
     "by layer": (config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True; only"),
-    "reordered": (config(reorder_and_upcast_attn=True), "reorder_and_upcast_attn=True; only"),
     "cross attention": (config(add_cross_attention=True), "add_cross_attention=True"),
     "untied": (config(tie_word_embeddings=False), "tie_word_embeddings=False; only True"),
     "text as size": (config(n_layer="3"), "n_layer='3'"),

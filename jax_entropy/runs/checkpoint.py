@@ -1,16 +1,14 @@
 """Saves and restores a training run through Orbax: in the background, the newest few steps and the best one.
 
-A step gets its name only once a manifest of hashes lies in it: a killed save never counts, no changed byte restores.
+A step gets its name only once it was read back and a manifest of hashes lies in it: a killed save never counts, no
+changed byte restores.
 """
 
 import contextlib
 import json
-import logging
 import math
-import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,20 +22,13 @@ from jax.experimental import multihost_utils
 
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.manifest import damage, seal
+from jax_entropy.runs.orbax import Alias, leaves, quieten, reads_back, storage_failure, stored_leaves
 
 PyTree = Any
 
 _STEP = re.compile("0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"[0-9]+\.(unfinished|removed|orbax-checkpoint-tmp)")
 _NOTHING_SAVED, _ALL_DAMAGED = -1, -2
-
-# Orbax logs the traceback of every error that it also raises; ours end in one sentence.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-# It also leaves the other writes of a failed save behind, each of which reports to asyncio when it fails as well,
-logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
-# or to a loop that is gone by then.
-_report_unraisable = sys.unraisablehook
-sys.unraisablehook = lambda event: str(event.exc_value) == "Event loop is closed" or _report_unraisable(event)
 
 
 class Checkpointer:
@@ -54,8 +45,10 @@ class Checkpointer:
     def __init__(self, directory: str | Path, *, keep: int = 2, notify: Callable[[str], None] = print):
         if keep < 1:
             raise UserError(f"at least 1 checkpoint must be kept, not {keep}")
+        quieten()
         self._directory = Path(directory).absolute()
         self._place = repr(str(self._directory))
+        self._alias = Alias(self._directory)
         self._keep = keep
         self._notify = notify
         # Folders made in the background would hold a failed save, and with it the exit, for five minutes.
@@ -110,8 +103,8 @@ class Checkpointer:
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._remove_leftovers()
-            self._orbax.save(self._unfinished(step), args=ocp.args.Composite(**items))
-        self._saving = self._background.submit(self._finish, step)
+            self._orbax.save(self._alias.path / f"{step}.unfinished", args=ocp.args.Composite(**items))
+        self._saving = self._background.submit(self._finish, step, leaves(state))
 
     def poll(self) -> None:
         """Raises what a save in the background ran into (UserError: disk full); costs nothing, call it every step."""
@@ -161,8 +154,15 @@ class Checkpointer:
             raise UserError(f"there is no checkpoint of step {step} in {self._place}{choices}")
         if not _from_process_zero(lambda: step in self._verified or self._verify(step)):
             raise UserError(f"the checkpoint of step {step} in {self._place} is damaged: restore another step")
-        path = self._directory / str(step)
-        _check_structure(path, abstract_state)
+        path = self._alias.path / str(step)
+        stored, wanted = stored_leaves(path / "state"), leaves(abstract_state)
+        for name in [*wanted, *stored]:  # Orbax would cast another dtype silently and answer another tree with pages
+            has, needs = stored.get(name, "nothing"), wanted.get(name, "nothing")
+            if has != needs:
+                raise UserError(
+                    f"the checkpoint of step {step} in {self._place} has {has} for {name}, but this configuration "
+                    f"needs {needs}"
+                )
         items = {"state": ocp.args.StandardRestore(abstract_state), "meta": ocp.args.JsonRestore()}
         if iterator is not None:
             if not (path / "data").exists():
@@ -184,18 +184,21 @@ class Checkpointer:
         finally:
             self._background.shutdown()
             self._orbax.close()
+            self._alias.close()
 
     def _wait(self) -> None:
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, saved: dict[str, str]) -> None:
         with self._failures_explained(step):
             self._orbax.wait_until_finished()
             if jax.process_index() != 0:
                 return
             unfinished = self._unfinished(step)
+            if not reads_back(self._alias.path / unfinished.name / "state", saved):
+                raise OSError("what was written cannot be read back")
             seal(unfinished)
             self._remove(step)
             unfinished.rename(self._directory / str(step))
@@ -277,7 +280,7 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = _storage_failure(error)
+            reason = storage_failure(error)
             if reason is None:
                 raise
             if jax.process_index() == 0:
@@ -288,34 +291,6 @@ class Checkpointer:
                 f"the checkpoint of step {step} could not be saved in {self._place}: {reason}; "
                 "earlier checkpoints are intact"
             ) from error
-
-
-def _check_structure(path: Path, abstract_state: PyTree) -> None:
-    """Orbax would cast another dtype silently and answer another tree with pages."""
-    stored = _leaves(ocp.StandardCheckpointHandler().metadata(path / "state").tree)
-    wanted = _leaves(abstract_state)
-    for name in [*wanted, *stored]:
-        has, needs = stored.get(name, "nothing"), wanted.get(name, "nothing")
-        if has != needs:
-            raise UserError(f"the checkpoint {str(path)!r} has {has} for {name}, but this configuration needs {needs}")
-
-
-def _leaves(tree: PyTree) -> dict[str, str]:
-    """Path → dtype and shape, as in {"params/head/kernel": "float32 (128, 4096)"}."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        leaves[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{leaf.dtype} {tuple(leaf.shape)}"
-    return leaves
-
-
-def _storage_failure(error: OSError | ValueError) -> str | None:
-    """The operating system's words for what went wrong; TensorStore hides its error number in a ValueError's text."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    number = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(number.group(1))) if number else None
 
 
 def _from_process_zero(find: Callable[[], int]) -> int:

@@ -1,3 +1,4 @@
+import os
 import re
 import socket
 import subprocess
@@ -72,6 +73,28 @@ def test_nothing_saved_is_none_and_makes_no_directory(tmp_path):
         with pytest.raises(UserError, match="no checkpoint of step 3"):
             checkpointer.restore(3, abstract(make_state()), None)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["p[0]", "sta*", "back\\slash", "no text \udcff", "new\nline"])
+def test_a_directory_may_have_any_name(tmp_path, name):
+    saved(tmp_path / "star", [7])  # which a pattern would match
+    saved(tmp_path / name, [1, 2], loss_1=1.0)
+    assert folders(tmp_path / name) == [1, 2] and folders(tmp_path / "star") == [7]
+    with Checkpointer(tmp_path / name) as checkpointer:
+        assert (checkpointer.latest_step(), checkpointer.best_step()) == (2, 1)
+        assert bits(checkpointer.restore(2, abstract(make_state()), None)[0]) == bits(make_state(2))
+        link = checkpointer._alias.path
+        assert link.is_symlink()
+    assert not link.parent.exists()
+
+
+def test_what_was_written_and_cannot_be_read_back_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax_entropy.runs.orbax._is_harmless", lambda path: True)  # so that Orbax loses all arrays
+    with Checkpointer(tmp_path / "p[0]") as checkpointer:
+        checkpointer.save(1, make_state(), None, {})
+        with pytest.raises(UserError, match="step 1 could not be saved in .*: what was written cannot be read back"):
+            checkpointer.latest_step()
+        assert checkpointer.latest_step() is None and not os.listdir(tmp_path / "p[0]")
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
@@ -187,6 +210,7 @@ with Checkpointer(directory, notify=lambda text: print("notify", text)) as check
 
 
 def test_two_processes_agree_and_one_goes_on(tmp_path):
+    tmp_path = tmp_path / "sweep[lr=0.1]"  # an odd name, which each process works around by itself
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

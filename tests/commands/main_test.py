@@ -146,7 +146,7 @@ def test_bad_prompts(run, tmp_path, capsys):
     generate = "generate", f"--workdir={run[0]}"
     assert "empty" in sentence(capsys, *generate)
     assert "context of 32" in sentence(capsys, *generate, "--prompt=" + "word " * 100, "--tokens=1")
-    assert "--tokens=" in sentence(capsys, *generate, "--prompt=a", "--tokens=99")
+    assert "at most 31" in sentence(capsys, *generate, "--prompt=a", "--tokens=99")
     assert "temperature=-1.0" in sentence(capsys, *generate, "--prompt=a", "--temperature=-1", "--tokens=2")
     assert "/nowhere" in sentence(capsys, *generate, "--prompt_file=/nowhere")
     binary = tmp_path / "binary"
@@ -203,3 +203,20 @@ def test_help_names_every_command_and_flag(capsys):
 def test_config_json_holds_the_resolved_config(run):
     stored = json.loads((run[0] / "config.json").read_text())
     assert stored["architecture"] == "EReg(SM(t)+ScFuFFN)" and stored["train"]["num_steps"] == 8
+
+
+def test_what_needs_no_jax_does_not_wait_for_it():
+    program = """
+import sys
+from jax_entropy.commands.main import main
+assert main(["--help"]) == main(["--version"]) == main(["train", "--help"]) == 0
+assert main(["status", "nowhere"]) == 2
+slow = {"jax", "rich", "matplotlib", "tensorboardX", "orbax", "grain", "tensorflow_datasets"}
+assert not slow & set(sys.modules)
+import jax_entropy as je
+je.ModelConfig, je.architecture
+assert "jax" not in sys.modules
+print("to the end")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("to the end\n"), done.stderr

@@ -147,11 +147,11 @@ def _given_tokenizer(config: Any) -> Tokenizer | None:
 
 def _damage(directory: Path, notify: Callable[[str], None]) -> str | None:
     """What keeps a folder from being a complete corpus, None if nothing does: every byte of it is hashed."""
-    if not directory.exists():
-        return "missing"
     try:
+        if not directory.exists():
+            return "missing"
         size = sum(path.stat().st_size for path in directory.rglob("*"))
-    except OSError as error:  # another process is removing it
+    except OSError as error:  # as where another process is removing it
         return f"{error.filename} cannot be read: {error.strerror}"
     if size > _LONG_CHECK_BYTES:
         notify(f"Checking the {size / 1e9:.1f} GB of {str(directory)!r}")
@@ -175,10 +175,8 @@ def _locked(directory: Path, notify: Callable[[str], None]) -> Iterator[None]:
 def _remove_leftovers(home: Path) -> None:
     """Removes what killed preparations left: folders still being built whose lock nobody holds."""
     for building in home.glob("*.building"):
-        with (
-            contextlib.suppress(OSError),
-            FileLock(building.with_suffix(".lock"), timeout=0),
-        ):  # held, or another user's
+        # The lock is held, or another user's.
+        with contextlib.suppress(OSError), FileLock(building.with_suffix(".lock"), timeout=0):
             shutil.rmtree(building, ignore_errors=True)
 
 

@@ -134,9 +134,13 @@ def _find(given: Path, directory: Path, left_out: LeftOut) -> tuple[Path, list[P
             raise UserError(f"{field} holds no files{found}; put .py, .txt or .md files into it")
     except OSError as error:
         raise UserError(f"{field} cannot be read ({error.strerror})") from error
-    cache = os.path.join(os.path.realpath(directory), "")
-    found = [name for name in glob.glob(str(given), recursive=True) if os.path.isfile(name)]
-    paths = sorted(Path(name) for name in found if not os.path.realpath(name).startswith(cache))
+    cache, paths = Path(os.path.realpath(directory)), []
+    for name in sorted(glob.glob(str(given), recursive=True)):
+        if os.path.isfile(name):
+            if Path(os.path.realpath(name)).is_relative_to(cache):
+                left_out.add("with prepared corpora", os.path.dirname(name))
+            else:
+                paths.append(Path(name))
     if not paths:
         raise UserError(f"{field} matches no file; name a folder, a file or a glob of text")
     return Path(os.path.commonpath([name.parent for name in paths])), paths

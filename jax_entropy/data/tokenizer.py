@@ -23,6 +23,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.paths import local_path
 
 END_OF_TEXT = "<|endoftext|>"
+_MOST_IDS = 1 << 20  # four times the largest vocabulary in use; tables and embeddings have a row for each
 _BATCH_CHARACTERS, _BATCH_TEXTS = 1 << 21, 1 << 14
 _LONG_RUN = re.compile(r"\w{256,}|[^\w\s]{256,}|\s{256,}")
 
@@ -150,6 +151,8 @@ def parse_tokenizer(text: str, name: str) -> Tokenizer:
         raise UserError(f"{name} has no {END_OF_TEXT}; add it to the file's added_tokens as special")
     if dropout := settings["model"].get("dropout"):
         raise UserError(f"{name} gives one text many encodings (model.dropout={dropout}); set model.dropout to null")
+    if (largest := max(backend.get_vocab().values())) >= _MOST_IDS:
+        raise UserError(f"{name} has a token of id {largest:,}; at most {_MOST_IDS:,} ids can be used")
     backend.add_special_tokens([END_OF_TEXT])
     tokenizer = Tokenizer(backend)
     for text in _probe(token["content"] for token in settings.get("added_tokens", ())):

@@ -140,6 +140,15 @@ def test_unusable_tokenizer_file_is_one_sentence_that_names_it(tmp_path, change,
     assert "\n" not in str(error.value)
 
 
+def test_ids_that_would_fill_the_memory_are_refused(tmp_path):
+    def far(settings):
+        vocabulary = settings["model"]["vocab"]
+        return settings | {"model": settings["model"] | {"vocab": vocabulary | {"zzz": 2**31}}}
+
+    with pytest.raises(UserError, match="has a token of id 2,147,483,648; at most"):
+        load_changed(tmp_path, far)
+
+
 def changed(**parts):
     return lambda settings: {**settings, **parts}
 

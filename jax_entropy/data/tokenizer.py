@@ -24,6 +24,7 @@ from jax_entropy.paths import local_path
 
 END_OF_TEXT = "<|endoftext|>"
 _MOST_IDS = 1 << 20  # four times the largest vocabulary in use; tables and embeddings have a row for each
+_AFFIXES = ("end_of_word_suffix", "continuing_subword_prefix")
 _BATCH_CHARACTERS, _BATCH_TEXTS = 1 << 21, 1 << 14
 _LONG_RUN = re.compile(r"\w{256,}|[^\w\s]{256,}|\s{256,}")
 
@@ -142,9 +143,13 @@ def parse_tokenizer(text: str, name: str) -> Tokenizer:
     """As `load_tokenizer`, from the text of such a file; errors call it `name`."""
     try:
         settings = json.loads(text)
-        backend = tokenizers.Tokenizer.from_str(text)
+        affixes = {field: affix for field in _AFFIXES if (affix := settings["model"].get(field))}
+        # With an affix the library cuts characters in two, and can end the process.
+        backend = None if affixes else tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{name} is damaged or not a tokenizer.json ({error})") from error
+        raise UserError(f"{name} is damaged or not a tokenizer.json ({error!r})") from error
+    if affixes:
+        raise UserError(f"{name} is not byte-level BPE: its model has {affixes}; use one of GPT-2's kind")
     if settings["model"].get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(settings.get("decoder")):
         raise UserError(f"{name} is not byte-level BPE; use one of GPT-2's kind")
     if backend.token_to_id(END_OF_TEXT) is None:
@@ -211,9 +216,8 @@ def _suspects(settings: dict[str, Any]) -> Iterator[str]:
     needed = {character for character, byte in _BYTES.items() if byte in _CHARACTERS.encode()}
     if missing := sorted(_BYTES[character] for character in needed - model["vocab"].keys()):
         yield f"{len(missing)} bytes without a token (0x{missing[0]:02X}{', …' if missing[1:] else ''})"
-    for field in ("unk_token", "end_of_word_suffix", "continuing_subword_prefix"):
-        if model.get(field):
-            yield f"model.{field}={model[field]!r}"
+    if unk_token := model.get("unk_token"):
+        yield f"model.unk_token={unk_token!r}"
     if normalizer := settings.get("normalizer"):
         yield f"normalizer {normalizer['type']}"
     pre_tokenizer = settings.get("pre_tokenizer") or {"pretokenizers": []}

@@ -188,7 +188,7 @@ LOSSY = {
     ),
     "end_of_word_suffix": (
         lambda settings: settings | {"model": settings["model"] | {"end_of_word_suffix": "</w>"}},
-        "model.end_of_word_suffix='</w>'",
+        "its model has {'end_of_word_suffix': '</w>'}",
     ),
     "lstrip": (with_added("beta", lstrip=True), "'a  beta  b' comes back as 'abeta  b'; look at: .*of 'beta'"),
     "rstrip": (with_added("beta", rstrip=True), "'a  beta  b' comes back as 'a  betab'; look at: .*of 'beta'"),

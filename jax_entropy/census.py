@@ -1,10 +1,11 @@
-"""Counts what a forward pass over T tokens computes: FLOPs of the linear layers and every nonlinear operation.
+"""What a forward pass over T tokens computes: the table of its kinds of operation, FLOPs, every nonlinear operation.
 
 Counted as in Tables 3, 4, 7 and 8 of the paper, and what these leave out (the final normalisation) in rows of its own.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,46 @@ import jax.numpy as jnp
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.model import Transformer
 
-_NORMS = {"layer": "LayerNorm", "rms": "RMSNorm"}
-_ACTIVATIONS = {"gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "leaky_relu": "leaky ReLU"}
+# What tables of private execution add up and a picture has one color for.
+GROUPS = SOFTMAX, NORM, ACTIVATION, ATTENTION, FFN, VOCABULARY = (
+    "softmax", "LayerNorm", "GELU, ReLU", "attention, linear", "feed-forward, linear", "embedding, vocabulary",
+)  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """A kind of operation: its printed name, its group in reports, and the value of a config's field that asks for it.
+
+    field: "norm" or "activation", pieces of the notation; "": every model has it, or other fields decide.
+    """
+
+    name: str
+    group: str
+    field: str = ""
+    value: str = ""
+
+
+# In the order of a forward pass. A new nonlinearity is a row here, beside its function and its private stage.
+KINDS = (
+    Kind("embedding", VOCABULARY),
+    Kind("LayerNorm", NORM, "norm", "layer"),
+    Kind("RMSNorm", NORM, "norm", "rms"),
+    Kind("projections", ATTENTION),
+    Kind("temperature", ATTENTION),
+    Kind("scores", ATTENTION),
+    Kind("softmax", SOFTMAX),
+    Kind("mix", ATTENTION),
+    Kind("output projection", ATTENTION),
+    Kind("feed-forward", FFN),
+    Kind("GELU", ACTIVATION, "activation", "gelu"),
+    Kind("GELU (tanh)", ACTIVATION, "activation", "gelu_tanh"),
+    Kind("ReLU", ACTIVATION, "activation", "relu"),
+    Kind("leaky ReLU", ACTIVATION, "activation", "leaky_relu"),
+    Kind("residual", FFN),
+    Kind("vocabulary", VOCABULARY),
+    Kind("next token", VOCABULARY),
+)
+NORMS = {kind.value: kind.name for kind in KINDS if kind.field == "norm"}
+ACTIVATIONS = {kind.value: kind.name for kind in KINDS if kind.field == "activation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +106,10 @@ def census(config: ModelConfig) -> Census:
     matrices = D * D if config.ffn == "fused" else 2 * D * F
     operations = [Operation("softmax", L * N, T, T)]
     if config.norm != "none":
-        operations.append(Operation(_NORMS[config.norm], L + with_ffn, T, D))
+        operations.append(Operation(NORMS[config.norm], L + with_ffn, T, D))
     if config.activation != "identity" and with_ffn:
-        operations.append(Operation(_ACTIVATIONS[config.activation], with_ffn, T, F))
-    final = [] if config.final_norm == "none" else [Operation(_NORMS[config.final_norm], 1, T, D)]
+        operations.append(Operation(ACTIVATIONS[config.activation], with_ffn, T, F))
+    final = [] if config.final_norm == "none" else [Operation(NORMS[config.final_norm], 1, T, D)]
     return Census(
         config=config,
         ffn_flops=2 * T * matrices * with_ffn,

@@ -9,9 +9,8 @@ from rich.console import Console
 
 from jax_entropy.architecture import EXAMPLES, architecture
 from jax_entropy.census import census
-from jax_entropy.commands.census import print_census
+from jax_entropy.commands.census import print_census, print_costs
 from jax_entropy.model import Transformer
-from jax_entropy.private.cost.measure import print_costs
 
 # Table: layers, context, and as printed there FLOPs in billions of the full FFN, of the fused one, and of attention.
 TABLES = {

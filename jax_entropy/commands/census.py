@@ -1,14 +1,16 @@
-"""`jax-entropy census`: what a model computes, as tables."""
+"""`jax-entropy census`: what a model computes, as tables, and what that would cost privately."""
 
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from jax_entropy.commands.console import console, table, write_json
 from jax_entropy.commands.parse import CONFIG, JSON, Flag, OneOf, command
+from jax_entropy.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jax_entropy.architecture import ModelConfig
     from jax_entropy.census import Census
 
 ARCHITECTURE = Flag("architecture", None, "in the paper's notation, like SM+LN+G")
@@ -31,7 +33,6 @@ def census(values: Namespace) -> None:
     from jax_entropy.architecture import architecture
     from jax_entropy.census import census as count
     from jax_entropy.config import check, model_config
-    from jax_entropy.private.cost.measure import print_costs
 
     if values.source == "config":
         check(values.config)
@@ -58,3 +59,25 @@ def print_census(census: "Census", console: "Console") -> None:
     named += [(f"{operation.name}, final", operation) for operation in census.final_operations]
     rows = [(name, operation, f"{operation.elements:,}") for name, operation in named]
     console.print(table(["nonlinear operation", "shape", "elements"], rows, left=2))
+
+
+def print_costs(config: "ModelConfig", console: "Console") -> None:
+    """What a forward pass would cost under secure computation: predicted for this engine, and in the paper's system."""
+    from jax_entropy.private.cost.model import predict_total
+    from jax_entropy.private.cost.paper import paper_cost
+    from jax_entropy.private.engine.engine import Setting
+
+    setting, rows = Setting(), []
+    try:
+        for plain in (True, False):
+            total = predict_total(config, config.context_length, setting, plain)
+            name = f"{setting.protocol}, {'plain export' if plain else 'optimised'}"
+            rows.append((name, f"{total.bytes[0] / 1e6:,.1f}", f"{total.rounds:,}"))
+        console.print(table(["private, predicted", "MB sent", "rounds"], rows))
+    except UserError as error:  # of a kind of operation that is new
+        console.print(f"private execution is not predicted: {error}")
+    try:
+        papers = paper_cost(config)
+        console.print(f"in the paper's system {papers.gigabytes:.2f} GB and {papers.minutes:.2f} minutes")
+    except UserError:
+        pass  # its tables are of other sizes

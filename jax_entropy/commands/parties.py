@@ -5,20 +5,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jax_entropy.architecture import ModelConfig
 from jax_entropy.commands.private_flags import (
     SAMPLING,
     SETTING,
-    STEPS,
+    WITHOUT,
     Streamed,
     check_outputs,
+    read_rewrites,
     read_sampling,
     read_setting,
-    read_steps,
     warn,
     write_json,
 )
 from jax_entropy.errors import UserError
-from jax_entropy.private.engine import engine
+from jax_entropy.paths import local_path
+from jax_entropy.private.engine.engine import Setting
+from jax_entropy.private.engine.environment import environment_python
 
 
 def keys(parse: Any) -> None:
@@ -32,8 +35,9 @@ def keys(parse: Any) -> None:
         raise UserError("--directory is missing")
     from jax_entropy.private.session.line import make_keys
 
-    found = make_keys(Path(values.directory), values.name, values.days)
-    print(f"give {values.directory}/certificate.pem to the other party, and compare its SHA-256:\n{found}")
+    directory = local_path(values.directory, "--directory")
+    found = make_keys(directory, values.name, values.days)
+    print(f"give {directory}/certificate.pem to the other party, and compare its SHA-256:\n{found}")
 
 
 LINK = dict(
@@ -53,13 +57,13 @@ def serve(parse: Any) -> None:
         best=(False, "the best checkpoint by validation loss instead of the newest"),
         **LINK,
         **SETTING,
-        **STEPS,
+        **WITHOUT,
     )
     from jax_entropy.private.session import line as link
 
-    engine.environment_python()
-    setting, (host, port) = read_setting(values), link.address(values.listen, "listen")
-    steps = read_steps(values.without)
+    environment_python()
+    setting, (host, port) = read_setting(values), _address(values.listen, "listen")
+    rewrites = read_rewrites(values.without)
     if setting.num_parties != 2:
         raise UserError(f"--protocol={values.protocol} has {setting.num_parties} parties; serve and ask are two")
     if values.sessions < 0:
@@ -73,12 +77,13 @@ def serve(parse: Any) -> None:
     from jax_entropy.runs.workdir import Workdir
 
     loaded = load_run(values.workdir, warn, best=values.best)
-    exported = export(loaded.model.config, loaded.variables, steps)
-    check_range(exported, random_tokens(exported.shape.vocab_size, exported.shape.context_length), setting)
+    exported = export(loaded.model.config, loaded.variables, rewrites)
+    config = loaded.model.config
+    check_range(exported, random_tokens(config.vocab_size, config.context_length), setting)
     warn(dealer(setting.protocol))
     with link.listen(host, port) as door:
         try:
-            print(f"serves {exported.shape.architecture} on {host}:{port}", flush=True)
+            print(f"serves {config} on {host}:{port}", flush=True)
             run(
                 door, exported, Workdir(values.workdir).tokenizer.read_text(), setting, files,
                 sessions=values.sessions, timeout=values.timeout, notify=lambda line: print(line, flush=True),
@@ -104,14 +109,14 @@ def ask(parse: Any) -> None:
     )
     from jax_entropy.private.session import line as link
 
-    engine.environment_python()
-    server, texts, start = link.address(values.server, "server"), read_prompts(values), time.monotonic()
+    environment_python()
+    server, texts, start = _address(values.server, "server"), read_prompts(values), time.monotonic()
     if not 0 < values.port < 65536:
         raise UserError(f"--port={values.port} is no port")
     if values.patience < 0:
         raise UserError(f"--patience={values.patience} must not be negative")
     if values.protocol:
-        engine.Setting(protocol=values.protocol).check()
+        Setting(protocol=values.protocol).check()
     files, new_choose = read_link(values, server[0]), read_sampling(values)
     check_outputs(values)
     link.check_free("127.0.0.1" if values.insecure_loopback else "0.0.0.0", values.port)
@@ -120,11 +125,11 @@ def ask(parse: Any) -> None:
 
     answers = []
 
-    def questions(tokenizer: str, shape: Any, setting: engine.Setting) -> list[Question]:
+    def questions(tokenizer: str, config: ModelConfig, setting: Setting) -> list[Question]:
         if values.protocol not in ("", setting.protocol):
             raise UserError(f"the server runs --protocol={setting.protocol}, and --protocol={values.protocol} is asked")
-        warn(f"{shape.architecture}; {dealer(setting.protocol)}")
-        reader = read_tokenizer(tokenizer)
+        warn(f"{config}; {dealer(setting.protocol)}")
+        reader = read_tokenizer(tokenizer, config)
         answers.extend(Streamed(reader, text) for text in texts)
         return [
             Question(reader.encode(answer.prompt), new_choose(), reader.end_of_text, answer.token, answer.end)
@@ -143,6 +148,23 @@ def ask(parse: Any) -> None:
         answers=[dict(prompt=answer.prompt, tokens=answer.ids, text=answer.written) for answer in answers],
         programs=[dict(name=name, seconds=account.seconds) for name, account in model.accounts],
     ))  # fmt: skip
+
+
+def _address(text: str, flag: str) -> tuple[str, int]:
+    """HOST:PORT. Raises UserError if it is not one."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+        raise UserError(f"--{flag}={text!r} must be HOST:PORT, like 127.0.0.1:9500")
+    if ":" in host:
+        raise UserError(f"--{flag}={text!r} is an IPv6 address; the engine's links need an IPv4 address or a name")
+    return host, int(port)
+
+
+def _check_loopback(*hosts: str) -> None:
+    """Raises UserError unless all hosts are this machine."""
+    for host in hosts:
+        if host not in ("127.0.0.1", "localhost"):
+            raise UserError(f"--insecure_loopback is for 127.0.0.1 only, not {host}; give --keys and --peer")
 
 
 def read_prompts(values: Any) -> list[str]:
@@ -164,14 +186,23 @@ def read_prompts(values: Any) -> list[str]:
     return texts
 
 
-def read_tokenizer(text: str) -> Any:
-    """The tokenizer that a server sent."""
+def read_tokenizer(text: str, config: ModelConfig) -> Any:
+    """The tokenizer that a server sent. Raises UserError if it is none, or has tokens that the model does not know."""
     from jax_entropy.data import load_tokenizer
 
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(text)
-        file.flush()
-        return load_tokenizer(Path(file.name))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.json"
+        file.write_text(text, encoding="utf-8")
+        try:
+            tokenizer = load_tokenizer(file)
+        except Exception as error:  # a stranger's file: the reader of one's own need not foresee everything in it
+            raise UserError(f"the server's tokenizer cannot be used: {str(error)[:200]}") from None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the server's tokenizer has {tokenizer.vocab_size} entries, and its model {config.vocab_size}; they do "
+            "not belong together"
+        )
+    return tokenizer
 
 
 def dealer(protocol: str) -> str:
@@ -193,8 +224,12 @@ def read_link(values: Any, *hosts: str) -> Any:
     if values.insecure_loopback:
         if values.keys or values.peer:
             raise UserError("--insecure_loopback goes without --keys and --peer; leave one or the other out")
-        link.check_loopback(*hosts)
+        _check_loopback(*hosts)
         return None
-    files = link.read_keys(values.keys, values.peer)
+    if not values.keys:
+        raise UserError("--keys is missing: the folder that `jax-entropy private keys` made")
+    if not values.peer:
+        raise UserError("--peer is missing: the file of the other party's certificate")
+    files = link.read_keys(local_path(values.keys, "--keys"), local_path(values.peer, "--peer"))
     warn(f"accepts the certificate with SHA-256 {link.fingerprint(files.peer_certificate)} only")
     return files

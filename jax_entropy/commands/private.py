@@ -10,26 +10,30 @@ from typing import Any
 from jax_entropy.commands.console import console
 from jax_entropy.commands.parties import ask, keys, serve
 from jax_entropy.commands.private_flags import (
+    MEASURE,
     SAMPLING,
     SETTING,
-    STEPS,
+    SIZE,
+    WITHOUT,
     Streamed,
     check_outputs,
+    read_rewrites,
     read_sampling,
     read_setting,
-    read_steps,
     warn,
     write_json,
 )
 from jax_entropy.errors import UserError
-from jax_entropy.private.cost.profile import read_network
-from jax_entropy.private.engine import engine
+from jax_entropy.private.cost.account import read_network
+from jax_entropy.private.engine import environment
+from jax_entropy.private.engine.engine import Account, Engine, Setting
+from jax_entropy.private.engine.environment import environment_python
 
 
 def setup(parse: Any) -> None:
     """Makes the engine's own environment, once."""
     values = parse.flags(check=(False, "only say what is there"), force=(False, "make it anew"))
-    found = engine.check() if values.check else engine.setup(print, force=values.force)
+    found = environment.check() if values.check else environment.setup(print, force=values.force)
     print(f"engine {found['engine']} on Python {found['python']} in {found['directory']}")
 
 
@@ -44,10 +48,10 @@ def generate(parse: Any) -> None:
         json=("", "file for the account of every program that ran"),
         **SAMPLING,
         **SETTING,
-        **STEPS,
+        **WITHOUT,
     )
-    engine.environment_python()
-    setting, steps = read_setting(values), read_steps(values.without)
+    environment_python()
+    setting, rewrites = read_setting(values), read_rewrites(values.without)
     check_outputs(values)
     choose = read_sampling(values)()
     from jax_entropy.private.program.export import export
@@ -57,15 +61,14 @@ def generate(parse: Any) -> None:
     from jax_entropy.runs.load import load_run
 
     loaded = load_run(values.workdir, warn, best=values.best)
-    exported = export(loaded.model.config, loaded.variables, steps)
+    exported = export(loaded.model.config, loaded.variables, rewrites)
     ids, start = loaded.tokenizer.encode(values.prompt), time.monotonic()
-    check_request(exported.shape, ids, values.tokens, values.reveal)
+    check_request(exported.blueprint, ids, values.tokens, values.reveal)
     check_range(exported, ids, setting)
     text = Streamed(loaded.tokenizer, values.prompt)
-    with engine.Engine(setting) as started:
-        model = PrivateModel(started, exported.shape, {name: value.shape for name, value in exported.weights.items()})
+    with Engine(setting) as started:
         warn(f"sharing {sum(value.size for value in exported.weights.values()):,} weights")
-        model.share_weights(exported.weights)
+        model = PrivateModel.of(started, exported)
         warn(f"reading {len(ids)} tokens")
         new = run(
             model,
@@ -80,7 +83,7 @@ def generate(parse: Any) -> None:
     seconds = time.monotonic() - start
     warn(spent(model.accounts, len(new), seconds, setting))
     write_json(values.json, dict(
-        architecture=exported.shape.architecture, setting=setting._asdict(), seconds=seconds,
+        architecture=str(exported.blueprint.config), setting=setting, seconds=seconds,
         prompt_tokens=len(ids), tokens=new,
         programs=[dict(name=name, **account._asdict()) for name, account in model.accounts],
     ))  # fmt: skip
@@ -92,27 +95,32 @@ def profile(parse: Any) -> None:
     given = [name for name in sources if any(word.partition("=")[0] == f"--{name}" for word in parse.arguments)]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]} exclude each other: each names a model")
-    from jax_entropy.private.cost import measure
+    from jax_entropy.commands.private_tables import print_ablation, print_profile
+    from jax_entropy.private.cost.profile import measure
 
-    more = dict(ablation=(False, "measure every step alone instead"), best=(False, "the best checkpoint, of --workdir"))
-    if given not in (["workdir"], ["config"]):
-        more |= measure.SIZE | dict(architecture=("", "in the paper's notation"))
-    values = parse.flags(
-        config=given == ["config"], workdir=given == ["workdir"], **measure.MEASURE, **SETTING, **STEPS, **more
+    more = dict(
+        ablation=(False, "measure every rewrite alone instead"), best=(False, "the best checkpoint, of --workdir")
     )
-    engine.environment_python()
-    setting, network, steps = read_setting(values), read_network(values.network), read_steps(values.without)
+    if given not in (["workdir"], ["config"]):
+        more |= SIZE | dict(architecture=("", "in the paper's notation"))
+    values = parse.flags(
+        config=given == ["config"], workdir=given == ["workdir"], **MEASURE, **SETTING, **WITHOUT, **more
+    )
+    environment_python()
+    setting, network = read_setting(values), read_network(values.network)
+    rewrites = read_rewrites(values.without)
     check_outputs(values)
     if values.ablation and values.picture:
         raise UserError("--ablation draws no --picture")
     if values.ablation and values.without:
-        raise UserError("--ablation measures every step, and goes without --without")
+        raise UserError("--ablation measures every rewrite, and goes without --without")
     config, variables = _model(values, given, setting)
     if values.ablation:
-        rows = measure.print_ablation(config, variables, values.context, setting, console(), warn)
-        return write_json(values.json, dict(setting=setting._asdict(), rows=[plain_json(row) for row in rows]))
-    measured = measure.run_profile(config, variables, steps, values.context, setting, warn)
-    measure.print_profile(measured, network, values.network, console())
+        rows = _ablation(config, variables, values.context, setting)
+        print_ablation(rows, console())
+        return write_json(values.json, dict(setting=setting, rows=rows))
+    measured = measure(config, variables, rewrites, values.context, setting, warn)
+    print_profile(measured, network, values.network, console())
     files = [(values.json, values.picture)]
     if given == ["workdir"]:  # where `report` finds them
         from jax_entropy.runs.workdir import Workdir
@@ -125,9 +133,23 @@ def profile(parse: Any) -> None:
         draw([measured], network, values.network, picture)
 
 
-def _model(values: Any, given: list[str], setting: engine.Setting) -> tuple:
+def _ablation(config: Any, variables: Any, num_tokens: int, setting: Setting) -> list:
+    """Every rewrite alone and all together, after a check of the plain export's range."""
+    from jax_entropy.private.cost.ablation import ablation
+    from jax_entropy.private.program.blueprint import PLAIN
+    from jax_entropy.private.program.export import export
+    from jax_entropy.private.program.fixed_point import check_range, random_tokens
+
+    tokens = random_tokens(config.vocab_size, num_tokens)
+    check_range(export(config, variables, PLAIN), tokens, setting)
+    with Engine(setting) as engine:
+        return ablation(engine, lambda rewrites: export(config, variables, rewrites), tokens, warn)
+
+
+def _model(values: Any, given: list[str], setting: Setting) -> tuple:
     """Config and variables of what a command's flags name; its size is checked before there are any."""
-    from jax_entropy.private.cost.measure import SIZE, check_size, random_variables
+    from jax_entropy.private.cost.memory import check_size
+    from jax_entropy.private.cost.profile import random_variables
 
     if given == ["workdir"]:
         from jax_entropy.runs.load import load_run
@@ -157,14 +179,31 @@ def compare(parse: Any) -> None:
     """Architectures side by side, each exported plainly and optimised: `private compare ARCH ARCH …`."""
     names = [argument for argument in parse.arguments if not argument.startswith("-")]
     parse.arguments = [argument for argument in parse.arguments if argument.startswith("-")]
-    from jax_entropy.private.cost import measure
+    from jax_entropy.architecture import architecture
+    from jax_entropy.commands.private_tables import print_comparison
+    from jax_entropy.private.cost.memory import check_size
+    from jax_entropy.private.cost.profile import measure, random_variables
+    from jax_entropy.private.program.blueprint import PLAIN, Rewrites
 
-    values = parse.flags(**measure.MEASURE, **SETTING, **measure.SIZE)
-    engine.environment_python()
+    values = parse.flags(**MEASURE, **SETTING, **SIZE)
+    environment_python()
     setting, network = read_setting(values), read_network(values.network)
     check_outputs(values)
-    profiles = measure.compare(names, values, setting, warn)
-    measure.print_comparison(profiles, network, values.network, console())
+    if not names:
+        raise UserError("compare what? give architectures, like: private compare SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
+    size = {name: values[name].value for name in SIZE} | dict(context_length=values.context)
+    configs = [architecture(name, **size) for name in names]
+    for config in configs:
+        check_size(config, values.context, setting, plain=True)
+    profiles = []
+    for config in configs:
+        variables = random_variables(config)
+        for rewrites in (PLAIN, Rewrites()):
+            start, name = time.monotonic(), f"{config}, {rewrites}"
+            told = lambda line, name=name: warn(f"{name}: {line}")  # noqa: E731
+            profiles.append(measure(config, variables, rewrites, values.context, setting, told))
+            warn(f"{name}: measured in {time.monotonic() - start:.0f} s")
+    print_comparison(profiles, network, values.network, console())
     write_json(values.json, dict(profiles=[measured.to_json() for measured in profiles]))
     draw(profiles, network, values.network, values.picture)
 
@@ -174,22 +213,38 @@ def predict(parse: Any) -> None:
     names = [argument for argument in parse.arguments if not argument.startswith("-")]
     parse.arguments = [argument for argument in parse.arguments if argument.startswith("-")]
     from jax_entropy.architecture import architecture
-    from jax_entropy.private.cost import measure
+    from jax_entropy.commands.private_tables import print_predictions
+    from jax_entropy.private.cost.model import count_by_layers, is_known, predict_total
 
     values = parse.flags(
         num_layers=(12, "blocks"), num_heads=(12, "heads in a block"), model_dim=(768, "width"),
         vocab_size=(50257, "entries of the tokenizer"), context=(128, "tokens read"),
-        network=measure.MEASURE["network"],
-        json=measure.MEASURE["json"], **SETTING,
+        network=MEASURE["network"],
+        json=MEASURE["json"], **SETTING,
     )  # fmt: skip
     if not names:
         raise UserError("predict what? give architectures, like: private predict SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
-    size = {name: values[name].value for name in measure.SIZE}
+    size = {name: values[name].value for name in SIZE}
     configs = [architecture(name, context_length=values.context, **size) for name in names]
     setting, network = read_setting(values), read_network(values.network)
     check_outputs(values)
-    rows = measure.print_predictions(configs, setting, network, values.network, console(), warn)
-    write_json(values.json, dict(setting=setting._asdict(), num_tokens=values.context, rows=rows))
+    if not (known := is_known(setting)):
+        environment_python()
+        warn(f"no coefficients for this setting of {setting.protocol}: two blocks are measured, and counted by layers")
+    predicted = []
+    for config in configs:
+        for plain in (True, False):
+            if known:
+                total = predict_total(config, values.context, setting, plain)
+            else:
+                total = count_by_layers(config, setting, plain, warn)
+            predicted.append((config, "plain" if plain else "optimised", total))
+    print_predictions(predicted, network, values.network, console())
+    rows = [
+        dict(architecture=str(config), plain=exported == "plain", bytes=total.bytes, rounds=total.rounds)
+        for config, exported, total in predicted
+    ]
+    write_json(values.json, dict(setting=setting, num_tokens=values.context, rows=rows))
 
 
 def precision(parse: Any) -> None:
@@ -197,32 +252,35 @@ def precision(parse: Any) -> None:
     values = parse.flags(
         workdir=True, context=(64, "tokens read"), tolerance=(0.001, "of the largest logit: the largest error allowed"),
         best=(False, "the best checkpoint by validation loss instead of the newest"),
-        protocol=SETTING["protocol"], json=("", "file for everything that was measured"), **STEPS,
+        protocol=SETTING["protocol"], json=("", "file for everything that was measured"), **WITHOUT,
     )  # fmt: skip
-    engine.environment_python()
-    setting, steps = engine.Setting(protocol=values.protocol).check(), read_steps(values.without)
+    environment_python()
+    setting, rewrites = Setting(protocol=values.protocol).check(), read_rewrites(values.without)
     if not values.tolerance > 0:
         raise UserError(f"--tolerance={values.tolerance} must be positive")
     check_outputs(values)
-    from jax_entropy.private.cost import precision as measuring
-    from jax_entropy.private.cost.measure import check_size
+    from jax_entropy.commands.private_tables import print_precision
+    from jax_entropy.private.cost.memory import check_size
+    from jax_entropy.private.cost.precision import held_out_tokens, measure_precision
     from jax_entropy.private.program.export import export
     from jax_entropy.runs.load import load_run
 
     loaded = load_run(values.workdir, warn, best=values.best)
     check_size(loaded.model.config, values.context, setting, values.without == "all")
-    exported = export(loaded.model.config, loaded.variables, steps)
-    tokens = measuring.held_out_tokens(loaded, values.context, warn)
-    rows, largest = measuring.measure_precision(exported, tokens, setting, warn)
-    measuring.print_precision(rows, largest, values.tolerance, console())
-    write_json(values.json, dict(largest_logit=largest, num_tokens=len(tokens), rows=measuring.to_json(rows)))
+    exported = export(loaded.model.config, loaded.variables, rewrites)
+    tokens = held_out_tokens(loaded, values.context, warn)
+    with Engine(setting) as started:
+        rows, largest = measure_precision(started, exported, tokens, warn)
+    print_precision(rows, largest, values.tolerance, console())
+    measured = [row for row in rows if not row.refused]
+    write_json(values.json, dict(largest_logit=largest, num_tokens=len(tokens), rows=measured))
 
 
 def calibrate(parse: Any) -> None:
     """Measures the coefficients that `predict` uses under a setting: a quarter of an hour, an hour under cheetah."""
-    from jax_entropy.private.cost import measure
+    from jax_entropy.private.cost import model
 
-    measure.calibrate(read_setting(parse.flags(**SETTING)), warn)
+    model.calibrate(read_setting(parse.flags(**SETTING)), warn)
 
 
 def draw(profiles: list, network: Any, network_name: str, file: str | Path) -> None:
@@ -232,13 +290,6 @@ def draw(profiles: list, network: Any, network_name: str, file: str | Path) -> N
 
         draw_profiles(profiles, network, network_name, file)
         print(f"wrote {file}")
-
-
-def plain_json(value: Any) -> Any:
-    """Named tuples as objects, all the way down."""
-    if hasattr(value, "_asdict"):
-        return {name: plain_json(part) for name, part in value._asdict().items()}
-    return value
 
 
 WORDS = {
@@ -260,7 +311,7 @@ def private(parse: Any) -> None:
             signal.signal(number, handler)
 
 
-def spent(accounts: list, num_tokens: int, seconds: float, setting: engine.Setting) -> str:
+def spent(accounts: list, num_tokens: int, seconds: float, setting: Setting) -> str:
     """What generating took, in two lines."""
     prefill = next(account for name, account in accounts if name.startswith("prefill"))
     names = [name for name, _ in accounts]
@@ -269,17 +320,17 @@ def spent(accounts: list, num_tokens: int, seconds: float, setting: engine.Setti
     line = f"{num_tokens} tokens in {seconds:.1f} s under {setting.protocol}; the prompt {describe(prefill)}"
     if rest:
         steps = names.count("step")
-        line += f"\na token {describe(engine.Account(*(_mean(values, steps) for values in zip(*rest))))}"
+        line += f"\na token {describe(Account(*(_mean(values, steps) for values in zip(*rest, strict=True))))}"
     return line
 
 
 def _mean(values: tuple, count: int) -> Any:
     if isinstance(values[0], tuple):
-        return tuple(sum(column) / count for column in zip(*values))
+        return tuple(sum(column) / count for column in zip(*values, strict=True))
     return sum(values) / count
 
 
-def describe(account: engine.Account) -> str:
+def describe(account: Account) -> str:
     """Bytes of each party, rounds and time in a phrase."""
     each = " / ".join(f"{count / 1e6:,.2f}" for count in account.bytes)
     parties = " / ".join(map(str, range(len(account.bytes))))

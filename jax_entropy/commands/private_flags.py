@@ -1,6 +1,5 @@
 """Flags that the commands of private execution share, and how they are read."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -10,18 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from jax_entropy.errors import UserError, nearest
-from jax_entropy.private.engine import engine
-from jax_entropy.private.program.stage import PLAIN, Steps
+from jax_entropy.private.engine.engine import Setting
+from jax_entropy.private.program.blueprint import PLAIN, REWRITES, Rewrites
+from jax_entropy.runs.workdir import to_json
 
+SIZE = dict(
+    num_layers=(2, "blocks"), num_heads=(4, "heads in a block"), model_dim=(128, "width"),
+    vocab_size=(512, "entries of the tokenizer"),
+)  # fmt: skip
+MEASURE = dict(
+    context=(32, "tokens read"),
+    network=("wan", "lan | wan (the paper's) | like 100mbps,80ms"),
+    json=("", "file for everything that was measured"),
+    picture=("", "file for the picture, .png, .svg or .pdf"),
+)
 SETTING = dict(
     protocol=("semi2k", "semi2k (two parties and a dealer) | aby3 (three parties) | cheetah (two parties)"),
-    fraction_bits=(engine.Setting().fraction_bits, "of the 64 bits of a number"),
-    exponent=(engine.Setting().exponent, "taylor | pade: how the exponential is computed"),
-    exponent_iterations=(engine.Setting().exponent_iterations, "squarings of taylor"),
-    colocated=(engine.Setting().colocated, "cheetah uses that the server knows its own weights; off, they are shares"),
+    fraction_bits=(Setting().fraction_bits, "of the 64 bits of a number"),
+    exponent=(Setting().exponent, "taylor | pade: how the exponential is computed"),
+    exponent_iterations=(Setting().exponent_iterations, "squarings of taylor"),
+    colocated=(Setting().colocated, "cheetah uses that the server knows its own weights; off, they are shares"),
 )
 PICTURES = (".png", ".svg", ".pdf")
-STEPS = dict(without=("", "steps to switch off, separated by commas; 'all' exports the model plainly"))
+WITHOUT = dict(without=("", "rewrites to switch off, separated by commas; 'all' exports the model plainly"))
 
 SAMPLING = dict(
     temperature=(0.0, "of the sampling among revealed logits; 0 is greedy"),
@@ -30,22 +40,21 @@ SAMPLING = dict(
 )
 
 
-def read_setting(values: Any) -> engine.Setting:
+def read_setting(values: Any) -> Setting:
     """The engine's setting of a command's flags."""
-    fields = engine.Setting._fields
-    return engine.Setting(**{name: getattr(values, name) for name in fields}).check()
+    fields = Setting._fields
+    return Setting(**{name: getattr(values, name) for name in fields}).check()
 
 
-def read_steps(without: str) -> Steps:
-    """All steps but those named, PLAIN for "all". Raises UserError for a name that is none."""
+def read_rewrites(without: str) -> Rewrites:
+    """All rewrites but those named, PLAIN for "all". Raises UserError for a name that is none."""
     if without == "all":
         return PLAIN
-    names = [field.name for field in dataclasses.fields(Steps)]
     off = [name for name in without.split(",") if name]
     for name in off:
-        if name not in names:
-            raise UserError(f"--without={name!r} is not a step{nearest(name, [*names, 'all'])}")
-    return Steps(**{name: name not in off for name in names})
+        if name not in REWRITES:
+            raise UserError(f"--without={name!r} is not a rewrite{nearest(name, [*REWRITES, 'all'])}")
+    return Rewrites(**{name: name not in off for name in REWRITES})
 
 
 def warn(line: str) -> None:
@@ -90,7 +99,7 @@ def write_json(file: str | Path, content: dict) -> None:
     """Writes what was measured, where a file is given."""
     if file:
         try:
-            Path(file).write_text(json.dumps(content, indent=1) + "\n")
+            Path(file).write_text(json.dumps(to_json(content), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error.strerror}") from None
         print(f"wrote {file}", file=sys.stderr)

@@ -4,25 +4,18 @@ from pathlib import Path
 
 import matplotlib
 
+from jax_entropy.census import GROUPS, KINDS
 from jax_entropy.errors import UserError
-from jax_entropy.private.cost.profile import KINDS, Network, Profile, on_network
+from jax_entropy.private.cost.account import Network, on_network
+from jax_entropy.private.cost.profile import Profile
 from jax_entropy.report.drawing import paper_style, titled
 
 _MAP = matplotlib.colormaps["viridis"]
-_GROUPS = {
-    "softmax": ("softmax",),
-    "LayerNorm": ("LayerNorm", "RMSNorm"),
-    "GELU, ReLU": ("GELU", "GELU (tanh)", "ReLU", "leaky ReLU"),
-    "attention, linear": ("projections", "temperature", "scores", "mix", "output projection"),
-    "feed-forward, linear": ("feed-forward", "residual"),
-    "embedding, vocabulary": ("embedding", "vocabulary", "next token"),
-}
 
 
 @paper_style
 def draw_profiles(profiles: list[Profile], network: Network, network_name: str, file: str | Path) -> None:
     """Writes a picture of bytes, rounds and time of profiles of one context length, the first being the reference."""
-    assert {kind for kinds in _GROUPS.values() for kind in kinds} == set(KINDS)
     first = profiles[0]
     fig = titled(
         "Private execution by kind of operation",
@@ -40,8 +33,9 @@ def draw_profiles(profiles: list[Profile], network: Network, network_name: str, 
     names = [f"{profile.architecture}\n{profile.export}" for profile in profiles]
     for ax, (label, measure) in zip(axes, measures, strict=True):
         starts = [0.0] * len(profiles)
-        for i, (group, kinds) in enumerate(_GROUPS.items()):
-            color = _MAP(i / (len(_GROUPS) - 1))
+        for i, group in enumerate(GROUPS):
+            color = _MAP(i / (len(GROUPS) - 1))
+            kinds = {kind.name for kind in KINDS if kind.group == group}
             widths = [sum(measure(a) for kind, a in profile.by_kind().items() if kind in kinds) for profile in profiles]
             ax.barh(names, widths, left=starts, color=color, edgecolor="0.25", linewidth=0.5, height=0.62, label=group)
             starts = [start + width for start, width in zip(starts, widths, strict=True)]

@@ -6,22 +6,13 @@ import signal
 import pytest
 
 from jax_entropy.commands.main import main
-from jax_entropy.private.cost.profile import profile, whole
-from jax_entropy.private.program.export import export
-from jax_entropy.private.program.stage import Steps
-from tests.private.helpers import make_workdir, need_engine, start
-from tests.tiny_model import scattered, tiny
+from tests.private.helpers import start
 
+pytestmark = pytest.mark.usefixtures("installed")
 SMALL = ("--num_layers=1", "--num_heads=2", "--model_dim=16", "--vocab_size=32", "--context=8")
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return make_workdir(tmp_path_factory.mktemp("run") / "run", **{"model.context_length": 32})
-
-
 def test_generate_writes_what_the_plain_command_writes(workdir, tmp_path, capsys):
-    need_engine()
     assert main(["private", "generate", f"--workdir={workdir}", "--prompt=def f", "--tokens=6",
                  f"--json={tmp_path / 'account.json'}"]) == 0  # fmt: skip
     private, spent = capsys.readouterr()
@@ -41,7 +32,6 @@ def test_generate_writes_what_the_plain_command_writes(workdir, tmp_path, capsys
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_terminated_command_leaves_no_weights_behind(workdir, tmp_path, number):
-    need_engine()
     (tmp_path / "temporary").mkdir()
     before = signal.signal(number, signal.SIG_DFL)  # where the tests themselves run under nohup
     process = start(
@@ -57,7 +47,6 @@ def test_a_terminated_command_leaves_no_weights_behind(workdir, tmp_path, number
 
 
 def test_profile_of_a_workdir(workdir, tmp_path, capsys):
-    need_engine()
     assert main(["private", "profile", f"--workdir={workdir}", "--context=16", f"--json={tmp_path / 'profile.json'}",
                  f"--picture={tmp_path / 'profile.png'}"]) == 0  # fmt: skip
     table = capsys.readouterr().out
@@ -71,7 +60,6 @@ def test_profile_of_a_workdir(workdir, tmp_path, capsys):
 
 @pytest.mark.long
 def test_compare_and_its_ratios(tmp_path, capsys):
-    need_engine()
     assert main(["private", "compare", "SM+LN+R", "SM+ScFuFFN", *SMALL, f"--json={tmp_path / 'c.json'}"]) == 0
     table = capsys.readouterr().out
     assert table.count("SM+LN+R") == table.count("SM+ScFuFFN") == 2
@@ -81,8 +69,7 @@ def test_compare_and_its_ratios(tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_the_ablation_has_a_row_for_each_step(capsys):
-    need_engine()
+def test_the_ablation_has_a_row_for_each_rewrite(capsys):
     assert main(["private", "profile", "--architecture=SM", *SMALL, "--ablation"]) == 0
     table = capsys.readouterr().out
     rows = (
@@ -98,25 +85,11 @@ def test_the_ablation_has_a_row_for_each_step(capsys):
     assert "erfc" not in table  # there is no GELU
 
 
-def test_stages_add_up_to_the_whole_program():
-    need_engine()
-    config, tokens = tiny("SM+LN+R"), [3, 14, 15, 9, 2, 6, 5, 35]
-    from jax_entropy.private.engine.engine import Setting
-
-    exported = export(config, scattered(config), Steps())
-    parts, (cold, warm, _) = profile(exported, tokens, Setting()), whole(exported, tokens, Setting())
-    assert parts.total().bytes[0] == pytest.approx(warm.bytes[0], rel=0.01)
-    assert parts.total("cold").bytes[0] == pytest.approx(cold.bytes[0], rel=0.01)
-    assert parts.total().rounds == pytest.approx(warm.rounds, rel=0.02)
-    layers = [[e.warm.bytes for e in parts.entries if e.layer == layer] for layer in range(2)]
-    assert layers[0] == layers[1]
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
     (["profile"], "profile what? give --workdir, --config=file.py:ARCHITECTURE, or --architecture"),
     (["profile", "--architecture=SM+LX"], "'LX' is not understood"),
-    (["profile", "--architecture=SM", "--network=moon"], "--network='moon' must be"),
-    (["profile", "--architecture=SM", "--without=pack"], "--without='pack' is not a step; did you mean 'packed'?"),
+    (["profile", "--architecture=SM", "--network=moon"], "network='moon' must be"),
+    (["profile", "--architecture=SM", "--without=pack"], "--without='pack' is not a rewrite; did you mean 'packed'?"),
     (["profile", "--architecture=SM", "--protocol=semi3k"], "did you mean 'semi2k'?"),
     (["compare"], "compare what? give architectures"),
     (["predict"], "predict what? give architectures"),
@@ -126,7 +99,7 @@ def test_stages_add_up_to_the_whole_program():
     (["serve", "--workdir=nowhere", "--listen=here"], "--listen='here' must be HOST:PORT"),
     (["profit"], "did you mean 'profile'?"),
     ([], "private what? say one of setup, generate, profile"),
-    (["profile", "--architecture=SM", "--network=1.2.3mbps,80ms"], "--network='1.2.3mbps,80ms' must be"),
+    (["profile", "--architecture=SM", "--network=1.2.3mbps,80ms"], "network='1.2.3mbps,80ms' must be"),
     (["profile", "--architecture=SM", "--ablation", "--context=0"], "context_length=0 must be a whole number"),
     (["profile", "--architecture=SM", "--json=/nowhere/x.json"], "--json=/nowhere/x.json: there is no folder /nowhere"),
     (["profile", "--architecture=SM", "--json=/tmp"], "--json=/tmp is a folder"),
@@ -141,9 +114,9 @@ def test_stages_add_up_to_the_whole_program():
     (["generate", "--workdir=nowhere", "--reveal=token", "--top_k=3"], "--top_k=3 needs --reveal=logits"),
     (["generate", "--workdir=nowhere", "--seed=99999999999999999999"], "--seed=99999999999999999999 must lie"),
     (["generate", "--workdir=nowhere", "--temperature=-1"], "--temperature=-1.0 must not be negative"),
-    (["keys", "--directory=/proc/keys"], "--directory=/proc/keys cannot be written"),
-    (["keys", "--directory=keys", "--name=a/b"], "--name='a/b' must be 1 to 64 letters"),
-    (["keys", "--directory=keys", "--days=99999999"], "--days=99999999 must lie between 1 and 36500"),
+    (["keys", "--directory=/proc/keys"], "/proc/keys cannot be written"),
+    (["keys", "--directory=keys", "--name=a/b"], "name='a/b' must be 1 to 64 letters"),
+    (["keys", "--directory=keys", "--days=99999999"], "days=99999999 must lie between 1 and 36500"),
     (["serve", "--workdir=nowhere", "--listen=[::1]:9500"], "is an IPv6 address"),
     (["serve", "--workdir=nowhere", "--sessions=-1"], "--sessions=-1 must not be negative"),
     (["serve", "--workdir=nowhere", "--insecure_loopback", "--keys=x"], "goes without --keys and --peer"),
@@ -155,7 +128,6 @@ def test_stages_add_up_to_the_whole_program():
     (["ask", "--prompt=x", "--protocol=cheeta"], "did you mean 'cheetah'?"),
 ])  # fmt: skip
 def test_mistakes_are_said_in_a_sentence(arguments, message, capsys):
-    need_engine()
     assert main(["private", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1

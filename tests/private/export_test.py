@@ -2,22 +2,16 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_entropy.model import Transformer
-from jax_entropy.private.program.export import export, one_hot
-from jax_entropy.private.program.forward import forward, prefill, step
-from jax_entropy.private.program.stage import NO_STEPS, Steps, compose, external_inputs
+from jax_entropy.private.program.blueprint import NO_REWRITES, REWRITES, Rewrites
+from jax_entropy.private.program.export import export
+from jax_entropy.private.program.forward import float32_logits, prefill, step
+from jax_entropy.private.program.stage import compose, external_inputs
 from tests.tiny_model import ARCHITECTURES, VARIED, jit, random_tokens, scattered, tiny
-
-STEPS = tuple(field.name for field in dataclasses.fields(Steps))
-
-
-def tokens_of(exported, tokens_T):
-    return one_hot(tokens_T, exported.shape.vocab_size) if exported.shape.steps.one_hot else jnp.asarray(tokens_T)
 
 
 def run(exported, stages, outputs, **values):
@@ -25,20 +19,17 @@ def run(exported, stages, outputs, **values):
     return compose(stages, names, outputs)(*((exported.weights | values)[name] for name in names))
 
 
-def assert_equal_to_model(config, steps, num_tokens=16):
+def assert_equal_to_model(config, rewrites, num_tokens=16):
     tokens_1xT = random_tokens(1, num_tokens)
     expected_TxV = jit(Transformer(config).apply)(scattered(config), tokens_1xT)[0][0]
-    exported = export(config, scattered(config), steps)
-    (logits_TxV,) = run(
-        exported, forward(exported.shape, num_tokens), ("logits",), tokens=tokens_of(exported, tokens_1xT[0])
-    )
+    logits_TxV = float32_logits(export(config, scattered(config), rewrites), tokens_1xT[0])
     np.testing.assert_allclose(logits_TxV, expected_TxV, atol=2e-5 * np.abs(expected_TxV).max(), rtol=0)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("steps", [Steps(), NO_STEPS], ids=["all", "none"])
-def test_every_architecture_is_exported_as_it_is(name, steps):
-    assert_equal_to_model(tiny(name), steps)
+@pytest.mark.parametrize("rewrites", [Rewrites(), NO_REWRITES], ids=["all", "none"])
+def test_every_architecture_is_exported_as_it_is(name, rewrites):
+    assert_equal_to_model(tiny(name), rewrites)
 
 
 @pytest.mark.parametrize("overrides", [
@@ -47,35 +38,35 @@ def test_every_architecture_is_exported_as_it_is(name, steps):
 ])  # fmt: skip
 @pytest.mark.parametrize("name", VARIED)
 def test_biases_heads_and_norms_are_folded_right(name, overrides):
-    assert_equal_to_model(tiny(name, **overrides), Steps())
+    assert_equal_to_model(tiny(name, **overrides), Rewrites())
 
 
-@pytest.mark.parametrize("name", VARIED)
-@pytest.mark.parametrize("field", STEPS)
-def test_every_step_alone_and_left_out_is_the_same_function(name, field):
-    assert_equal_to_model(tiny(name, bias="all"), dataclasses.replace(NO_STEPS, **{field: True}))
-    assert_equal_to_model(tiny(name, bias="all"), dataclasses.replace(Steps(), **{field: False}))
+@pytest.mark.parametrize("name", ["SM+LN+G", "EReg(SM(t)+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN^1)"])
+@pytest.mark.parametrize("field", REWRITES)
+def test_every_rewrite_alone_and_left_out_is_the_same_function(name, field):
+    assert_equal_to_model(tiny(name, bias="all"), dataclasses.replace(NO_REWRITES, **{field: True}))
+    assert_equal_to_model(tiny(name, bias="all"), dataclasses.replace(Rewrites(), **{field: False}))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 8, 15])
 def test_any_number_of_tokens(num_tokens):
-    assert_equal_to_model(tiny("EReg(SM(t)+ScFuFFN^1)"), Steps(), num_tokens)
+    assert_equal_to_model(tiny("EReg(SM(t)+ScFuFFN^1)"), Rewrites(), num_tokens)
 
 
 @pytest.mark.parametrize("name", VARIED)
-@pytest.mark.parametrize("steps", [Steps(), NO_STEPS], ids=["all", "none"])
-def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, steps):
+@pytest.mark.parametrize("rewrites", [Rewrites(), NO_REWRITES], ids=["all", "none"])
+def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, rewrites):
     config = tiny(name)
     tokens_T = np.asarray(random_tokens(1, 16)[0])
     expected_TxV = jit(Transformer(config).apply)(scattered(config), jnp.asarray(tokens_T)[None])[0][0]
-    exported = export(config, scattered(config), steps)
+    exported = export(config, scattered(config), rewrites)
     caches = tuple(f"{layer}.{kind}" for layer in range(2) for kind in "kv")
     padded_T = np.concatenate([tokens_T[:5], [0, 0, 0]])  # a prompt of 5 in a program for 8
     logits_1xV, *cache = run(
         exported,
-        prefill(exported.shape, 8),
+        prefill(exported.blueprint, 8),
         ("logits", *caches),
-        tokens=tokens_of(exported, padded_T),
+        tokens=exported.blueprint.enter(padded_T),
         last=jnp.int32(4),
     )
     tolerance = dict(atol=2e-5 * np.abs(expected_TxV).max(), rtol=0)
@@ -83,15 +74,15 @@ def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, steps):
     for position in range(5, 16):
         past = {f"{name}.past": value for name, value in zip(caches, cache, strict=True)}
         logits_1xV, *cache = run(
-            exported, step(exported.shape), ("logits", *caches), **past,
-            tokens=tokens_of(exported, tokens_T[position : position + 1]), position=jnp.int32(position),
+            exported, step(exported.blueprint), ("logits", *caches), **past,
+            tokens=exported.blueprint.enter(tokens_T[position : position + 1]), position=jnp.int32(position),
         )  # fmt: skip
         np.testing.assert_allclose(logits_1xV[0], expected_TxV[position], **tolerance)
 
 
 def test_a_linear_feed_forward_is_one_matrix_and_an_activated_one_is_not():
     for name, merged in (("SM", True), ("SM+ScFFN", True), ("SM+R", False)):
-        assert export(tiny(name), scattered(tiny(name))).shape.one_matrix == merged
+        assert export(tiny(name), scattered(tiny(name))).blueprint.one_matrix == merged
 
 
 def test_products_of_beta_beyond_what_fixed_point_takes_are_not_folded():
@@ -103,11 +94,5 @@ def test_products_of_beta_beyond_what_fixed_point_takes_are_not_folded():
     assert "0.beta" in exported.weights
     tokens = random_tokens(1, 16)
     expected = Transformer(config).apply(variables, tokens)[0][0]
-    (logits,) = run(exported, forward(exported.shape, 16), ("logits",), tokens=one_hot(tokens[0], 61))
+    logits = float32_logits(exported, tokens[0])
     np.testing.assert_allclose(logits, expected, atol=1e-5 * float(jnp.abs(expected).max()))
-
-
-def test_what_both_parties_know_holds_no_weight():
-    exported = export(tiny("SM+LN+G"), scattered(tiny("SM+LN+G")))
-    for name, value in dataclasses.asdict(exported.shape).items():
-        assert not isinstance(value, (np.ndarray, jax.Array)), name

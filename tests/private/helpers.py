@@ -1,4 +1,4 @@
-"""The engine for the tests that need it, a workdir of a tiny model, and the parties as processes of their own."""
+"""A tiny model in the engine and in a workdir, and the parties as processes of their own."""
 
 import functools
 import os
@@ -11,15 +11,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jax_entropy.data.tokenizer import load_tokenizer, train_tokenizer
-from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
-from jax_entropy.private.engine import engine
-from jax_entropy.private.engine.engine import Engine, Setting
+from jax_entropy.private.engine.engine import Engine
+from jax_entropy.private.program.blueprint import Rewrites
 from jax_entropy.private.program.export import export
-from jax_entropy.private.program.stage import Steps
 from jax_entropy.private.session.inference import PrivateModel
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
@@ -28,27 +25,9 @@ from tests import REPOSITORY
 from tests.tiny_model import run_config, scattered
 
 
-@functools.cache
-def _why_no_engine() -> str | None:
-    try:
-        engine.setup(lambda line: None)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def need_engine() -> None:
-    """Sets the engine up once, or skips the test with the reason."""
-    if reason := _why_no_engine():
-        pytest.skip(reason)
-
-
-def private_model(started: Engine, config, variables=None, steps: Steps = Steps()) -> PrivateModel:
+def private_model(engine: Engine, config, variables=None, rewrites: Rewrites = Rewrites()) -> PrivateModel:
     """A tiny model with its weights shared."""
-    exported = export(config, scattered(config) if variables is None else variables, steps)
-    model = PrivateModel(started, exported.shape, {name: value.shape for name, value in exported.weights.items()})
-    model.share_weights(exported.weights)
-    return model
+    return PrivateModel.of(engine, export(config, scattered(config) if variables is None else variables, rewrites))
 
 
 @functools.cache
@@ -111,6 +90,3 @@ def wait_for_line(process: subprocess.Popen, text: str, seconds: float = 60) -> 
             return line
         assert time.monotonic() < deadline
     raise AssertionError(f"{text!r} never came; {process.stderr.read()}")
-
-
-__all__ = ["Engine", "Setting"]

@@ -1,6 +1,5 @@
 """Under the real engine: logits and texts are the plain model's, keys and values stay shares, rounds are counted."""
 
-import contextlib
 import dataclasses
 
 import jax
@@ -9,13 +8,12 @@ import pytest
 
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
-from jax_entropy.private.engine.engine import PROTOCOLS, Engine, Setting
+from jax_entropy.private.engine.engine import PROTOCOLS, Setting
+from jax_entropy.private.program.blueprint import NO_REWRITES, Rewrites
 from jax_entropy.private.program.export import export
-from jax_entropy.private.program.fixed_point import check_range
-from jax_entropy.private.program.forward import forward
-from jax_entropy.private.program.stage import NO_STEPS, Steps
+from jax_entropy.private.program.stage import lower
 from jax_entropy.private.session.inference import CLIENT, SERVER, generate
-from tests.private.helpers import greedy, need_engine, private_model
+from tests.private.helpers import greedy, private_model
 from tests.tiny_model import ARCHITECTURES, VARIED, jit, random_tokens, scattered, tiny
 
 PROMPT = (0, 5, 3)
@@ -23,24 +21,16 @@ PRECISE = Setting(fraction_bits=22, exponent_iterations=10)
 THREE = ("SM+LN+G", "EReg(SM(t)+ScFuFFN)", "SM+LR(layer)")
 
 
-@contextlib.contextmanager
-def engine(setting=Setting()):
-    need_engine()
-    with Engine(setting) as started:
-        yield started
-
-
 @pytest.fixture
-def semi2k():
-    with engine(PRECISE) as started:
-        yield started
+def semi2k(engine):
+    return engine(PRECISE)
 
 
-def logits_of(started, config, steps=Steps()):
-    model = private_model(started, config, steps=steps)
+def logits_of(engine, config, rewrites=Rewrites()):
+    model = private_model(engine, config, rewrites=rewrites)
     model.put_tokens(np.asarray(random_tokens(1, 16)[0]).tolist())
-    model.run("forward", forward(model.shape, 16), ("logits",), 16)
-    return started.get(["logits"], CLIENT)["logits"]
+    model.forward(16)
+    return engine.get(["logits"], CLIENT)["logits"]
 
 
 def plain_logits(config):
@@ -62,16 +52,16 @@ def test_logits_are_the_plain_models(semi2k, name):
 def test_logits_of_a_plain_export_are_the_same(semi2k, name):
     config = tiny(name)
     expected = plain_logits(config)
-    steps = dataclasses.replace(NO_STEPS, one_hot=True)
-    assert np.abs(logits_of(semi2k, config, steps) - expected).max() < 0.01 * np.abs(expected).max()
+    rewrites = dataclasses.replace(NO_REWRITES, one_hot=True)
+    assert np.abs(logits_of(semi2k, config, rewrites) - expected).max() < 0.01 * np.abs(expected).max()
 
 
 def test_a_secret_index_finds_the_same_row(semi2k):
     config = tiny("SM+ScFuFFN", vocab_size=13)
     tokens = [3, 12, 0, 7]
-    model = private_model(semi2k, config, steps=dataclasses.replace(Steps(), one_hot=False))
+    model = private_model(semi2k, config, rewrites=dataclasses.replace(Rewrites(), one_hot=False))
     model.put_tokens(tokens)
-    model.run("forward", forward(model.shape, 4), ("logits",), 4)
+    model.forward(4)
     found = semi2k.get(["logits"], CLIENT)["logits"]
     expected = Transformer(config).apply(scattered(config), np.asarray([tokens]))[0][0]
     assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
@@ -80,26 +70,25 @@ def test_a_secret_index_finds_the_same_row(semi2k):
 @pytest.mark.parametrize("name", THREE)
 @pytest.mark.parametrize("protocol", ["semi2k", "aby3"])
 @pytest.mark.parametrize("reveal", ["logits", "token"])
-def test_the_text_is_the_plain_models(protocol, name, reveal):
+def test_the_text_is_the_plain_models(engine, protocol, name, reveal):
     config = tiny(name)
-    with engine(Setting(protocol=protocol)) as started:
-        model = private_model(started, config)
-        for _ in range(2):  # a second prompt after one set-up
-            assert generate(model, PROMPT, 8, reveal=reveal) == greedy(config, PROMPT, 8)
+    model = private_model(engine(Setting(protocol=protocol)), config)
+    for _ in range(2):  # a second prompt after one set-up
+        assert generate(model, PROMPT, 8, reveal=reveal) == greedy(config, PROMPT, 8)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", THREE)
-def test_the_text_under_cheetah(name):
+def test_the_text_under_cheetah(engine, name):
     config = tiny(name)
-    with engine(Setting(protocol="cheetah")) as started:
-        assert generate(private_model(started, config), PROMPT, 3) == greedy(config, PROMPT, 3)
+    model = private_model(engine(Setting(protocol="cheetah")), config)
+    assert generate(model, PROMPT, 3) == greedy(config, PROMPT, 3)
 
 
-def test_cheetah_gives_a_token():
+def test_cheetah_gives_a_token(engine):
     config = tiny("SM+ScFuFFN", num_layers=1, context_length=8)
-    with engine(Setting(protocol="cheetah")) as started:
-        assert generate(private_model(started, config), PROMPT, 2) == greedy(config, PROMPT, 2)
+    model = private_model(engine(Setting(protocol="cheetah")), config)
+    assert generate(model, PROMPT, 2) == greedy(config, PROMPT, 2)
 
 
 def test_one_step_program_serves_all_lengths_and_keeps_keys_and_values_as_shares(semi2k):
@@ -117,22 +106,39 @@ def test_one_step_program_serves_all_lengths_and_keeps_keys_and_values_as_shares
     assert len({account.bytes for account in steps}) == 1
 
 
-def test_weights_are_opened_once():
+def test_weights_are_opened_once(engine):
     config = tiny("SM+ScFuFFN", model_dim=64)
     sent = {}
     for cached in (True, False):
-        with engine() as started:
-            model = private_model(started, config, steps=Steps(cached=cached))
-            generate(model, PROMPT, 3)
-            sent[cached] = model.accounts[-1][1].bytes[0]
+        model = private_model(engine(Setting()), config, rewrites=Rewrites(cached=cached))
+        generate(model, PROMPT, 3)
+        sent[cached] = model.accounts[-1][1].bytes[0]
     weights = sum(value.size for name, value in export(config, scattered(config)).weights.items() if "kernel" in name)
     assert sent[False] - sent[True] > 0.9 * 8 * weights
 
 
-def test_an_engine_with_opened_weights_holds_one_model(semi2k):
-    private_model(semi2k, tiny("SM"))
-    with pytest.raises(RuntimeError, match="holds one model"):
+def test_an_engine_with_opened_weights_holds_one_model_until_it_is_reset(semi2k):
+    for _ in range(3):
         private_model(semi2k, tiny("SM"))
+        with pytest.raises(RuntimeError, match="holds one model"):
+            private_model(semi2k, tiny("SM"))
+        semi2k.reset(PRECISE)
+
+
+def test_a_reset_engine_has_forgotten_everything(engine):
+    def sent():
+        model = private_model(engine(PRECISE), tiny("SM"))
+        model.put_tokens(range(16))
+        for _ in range(2):
+            model.forward(16)
+        return [account.bytes for _, account in model.accounts]
+
+    first, started = sent(), engine(Setting(protocol="aby3"))
+    with pytest.raises(UserError, match=r"failed \(run\)"):
+        started.run("forward 16", ["tokens"], ["logits"])
+    with pytest.raises(UserError, match=r"failed \(get\)"):
+        started.get(["logits"], CLIENT)
+    assert sent() == first
 
 
 def test_what_is_drawn_among_revealed_logits_is_the_clients_choice(semi2k):
@@ -153,9 +159,9 @@ def test_it_ends_at_the_end_of_text(semi2k):
 @pytest.mark.parametrize(("prompt", "options", "message"), [
     ((), {}, "the prompt is empty"),
     ((1,) * 16, {}, "16 tokens and 4 new ones do not fit into the context of 16; shorten"),
-    ((1,) * 14, {}, "ask for at most --tokens=2"),
+    ((1,) * 14, {}, "ask for at most num_tokens=2"),
     ((1,), dict(num_tokens=0), "num_tokens=0 must be at least 1"),
-    ((1,), dict(reveal="all"), "--reveal='all' is not known"),
+    ((1,), dict(reveal="all"), "reveal='all' is not known"),
 ])  # fmt: skip
 def test_what_cannot_be_generated_is_said(semi2k, prompt, options, message):
     model = private_model(semi2k, tiny("SM+ScFuFFN"))
@@ -174,8 +180,6 @@ def test_settings_without_meaning_are_said(setting, message):
 
 def test_two_rounds_of_a_product_are_two_rounds(semi2k):
     """The count is causal: a product opens both factors at once, and its truncation follows."""
-    from jax_entropy.private.program.export import lower
-
     matrix = jax.ShapeDtypeStruct((8, 8), np.float32)
     semi2k.load("product", lower(lambda a, b: a @ b, [matrix, matrix]), ["secret"] * 2, {})
     semi2k.put(["a", "b"], CLIENT, dict(a=np.eye(8, dtype=np.float32), b=np.full((8, 8), 2, np.float32)))
@@ -187,55 +191,28 @@ def test_two_rounds_of_a_product_are_two_rounds(semi2k):
     np.testing.assert_allclose(semi2k.get(["c"], CLIENT)["c"], 2, atol=1e-4)
 
 
-def test_a_server_that_uses_that_it_knows_its_weights_sends_less():
-    from jax_entropy.private.program.export import lower
-
+def test_a_server_that_uses_that_it_knows_its_weights_sends_less(engine):
     matrix, accounts = jax.ShapeDtypeStruct((64, 64), np.float32), {}
     for colocated in (True, False):
-        with engine(Setting(protocol="cheetah", colocated=colocated)) as started:
-            started.load("product", lower(jax.numpy.matmul, [matrix, matrix]), ["secret"] * 2, {})
-            started.put(["x"], CLIENT, dict(x=np.eye(64, dtype=np.float32)))
-            started.put(["w"], SERVER, dict(w=np.eye(64, dtype=np.float32)), colocated=colocated)
-            accounts[colocated] = [started.run("product", ["x", "w"], ["y"]) for _ in range(3)][-1]
+        started = engine(Setting(protocol="cheetah", colocated=colocated))
+        started.load("product", lower(jax.numpy.matmul, [matrix, matrix]), ["secret"] * 2, {})
+        started.put(["x"], CLIENT, dict(x=np.eye(64, dtype=np.float32)))
+        started.put(["w"], SERVER, dict(w=np.eye(64, dtype=np.float32)), colocated=colocated)
+        accounts[colocated] = [started.run("product", ["x", "w"], ["y"]) for _ in range(3)][-1]
     assert sum(accounts[True].bytes) < 0.6 * sum(accounts[False].bytes)
 
 
-def test_what_goes_on_at_the_same_time_is_not_counted_one_after_the_other():
+def test_what_goes_on_at_the_same_time_is_not_counted_one_after_the_other(engine):
     """CHEETAH's threads share 20,000 comparisons, each on a link of its own; 1,000 are done by one."""
-    from jax_entropy.private.program.export import lower
-
-    rounds = {}
-    with engine(Setting(protocol="cheetah")) as started:
-        for count in (1000, 20_000):
-            values = jax.ShapeDtypeStruct((count,), np.float32)
-            started.load("relu", lower(lambda x: jax.numpy.maximum(x, 0), [values]), ["secret"], {})
-            started.put(["x"], CLIENT, dict(x=np.linspace(-1, 1, count, dtype=np.float32)))
-            runs = [started.run("relu", ["x"], ["y"]) for _ in range(4)]
-            rounds[count] = min(run.rounds for run in runs)
+    rounds, started = {}, engine(Setting(protocol="cheetah"))
+    for count in (1000, 20_000):
+        values = jax.ShapeDtypeStruct((count,), np.float32)
+        started.load("relu", lower(lambda x: jax.numpy.maximum(x, 0), [values]), ["secret"], {})
+        started.put(["x"], CLIENT, dict(x=np.linspace(-1, 1, count, dtype=np.float32)))
+        runs = [started.run("relu", ["x"], ["y"]) for _ in range(4)]
+        rounds[count] = min(run.rounds for run in runs)
     assert runs[-1].messages[0] > 1.5 * rounds[20_000]  # there were threads
     assert rounds[1000] <= rounds[20_000] <= rounds[1000] + 2
-
-
-def test_numbers_beyond_fixed_point_are_refused_with_layer_and_value():
-    config = tiny("SM")
-    variables = jax.tree.map(lambda x: x, scattered(config))
-    up = variables["params"]["blocks"]["ffn"]["up"]
-    variables["params"]["blocks"]["ffn"]["up"] = {"kernel": up["kernel"] * np.array([1, 5e7])[:, None, None]}
-    with pytest.raises(UserError, match=r"layer 1 reaches .*e\+.*fraction_bits=18"):
-        check_range(export(config, variables, Steps(merged=False)), list(PROMPT), Setting())
-    check_range(export(config, scattered(config)), list(PROMPT), Setting())
-
-
-def test_scores_beyond_the_exponential_are_refused():
-    config = tiny("SM")
-    variables = {"params": dict(scattered(config)["params"])}
-    block = dict(variables["params"]["blocks"])
-    attention = dict(block["attention"])
-    attention["query"] = jax.tree.map(lambda x: x * 12000, attention["query"])
-    variables["params"]["blocks"] = block | dict(attention=attention)
-    with pytest.raises(UserError, match="softmax of layer 1 .* --exponent=pade"):
-        check_range(export(config, variables), list(PROMPT), Setting())
-    check_range(export(config, variables), list(PROMPT), Setting(exponent="pade"))
 
 
 def test_protocols_have_their_parties():

@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from jax_entropy.private.cost.profile import Network, on_network, whole
+from jax_entropy.private.cost.account import Network, on_network, run_whole
 from jax_entropy.private.engine.engine import Engine, Link, Setting
 from jax_entropy.private.program.export import export
-from jax_entropy.private.program.forward import forward
 from jax_entropy.private.session.inference import CLIENT, SERVER, PrivateModel
-from tests.private.helpers import free_ports, need_engine
+from tests.private.helpers import free_ports
 from tests.tiny_model import random_tokens, scattered, tiny
 
 
@@ -59,26 +58,24 @@ class Shaper:
 
 
 @pytest.mark.parametrize("network", [Network(0.010, 1.25e8), Network(0.001, 2e6)], ids=["rounds", "bytes"])
-def test_the_time_on_a_network_is_that_of_a_shaped_link(network):
+def test_the_time_on_a_network_is_that_of_a_shaped_link(engine, network):
     """Two engines whose every byte goes through a shaper take what rounds, latency, bytes and bandwidth say."""
-    need_engine()
     config = tiny("EReg(SM(t)+ScFuFFN)", model_dim=64, context_length=64)
     tokens = np.asarray(random_tokens(1, 64)[0]).tolist()
     exported = export(config, scattered(config))
-    _, account, expected = whole(exported, tokens, Setting())
+    _, account, expected = run_whole(engine(Setting()), exported, tokens)
     ports = free_ports(2)
     shaped = [Shaper(port, network).address for port in ports]
-    types = {name: value.shape for name, value in exported.weights.items()}
 
     def party(rank):
         addresses = [f"127.0.0.1:{port}" if i == rank else shaped[i] for i, port in enumerate(ports)]
-        with Engine(Setting(), Link(rank, tuple(addresses), None)) as engine:
-            model = PrivateModel(engine, exported.shape, types)
+        with Engine(Setting(), Link(rank, tuple(addresses), None)) as own:
+            model = PrivateModel(own, exported.blueprint)
             model.share_weights(exported.weights if rank == SERVER else None)
             model.put_tokens(tokens if rank == CLIENT else None)
             for _ in range(2):
-                model.run("forward", forward(exported.shape, len(tokens)), ("logits",), len(tokens))
-            return engine.get(["logits"], CLIENT), model.accounts[-1][1].seconds
+                model.forward(len(tokens))
+            return own.get(["logits"], CLIENT), model.accounts[-1][1].seconds
 
     with ThreadPoolExecutor(2) as pool:
         (revealed, seconds), _ = pool.map(party, (CLIENT, SERVER))

@@ -17,23 +17,16 @@ import numpy as np
 import pytest
 
 from jax_entropy.errors import UserError
-from jax_entropy.private.engine.engine import environment_python
 from jax_entropy.private.session.line import connect, fingerprint, make_keys, read_keys
-from jax_entropy.private.session.parties import _GREETING
+from jax_entropy.private.session.parties import GREETING
 from tests.private.helpers import (
     free_ports,
-    make_workdir,
-    need_engine,
     start,
     wait_for_line,
 )
 
+pytestmark = pytest.mark.usefixtures("installed")
 PROMPT = "the private prompt"
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return make_workdir(tmp_path_factory.mktemp("run") / "run", **{"model.context_length": 32})
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +34,8 @@ def keys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("keys")
     for name in ("server", "client", "stranger"):
         make_keys(folder / name, name, 2)
+    certificate = folder / "server" / "certificate.pem"  # as openssl's `x509 -text` writes it
+    certificate.write_text(f"Certificate: of the tests, Zürich\n{certificate.read_text()}and after it")
     return folder
 
 
@@ -48,7 +43,6 @@ class Server:
     """`private serve` in a folder of its own."""
 
     def __init__(self, workdir, keys, folder, peer="client", *flags):
-        need_engine()
         self.port, self.client_port = free_ports(2)
         tls = () if keys is None else (f"--keys={keys / 'server'}", f"--peer={keys / peer / 'certificate.pem'}")
         self.process = start(
@@ -147,8 +141,8 @@ def test_no_certificate_is_refused_by_the_server_which_goes_on(server, keys, tmp
 
 
 def test_nonsense_from_an_accepted_client_does_not_end_the_server(server, keys, tmp_path, plain_text):
-    files = read_keys(str(keys / "client"), str(keys / "server/certificate.pem"))
-    greeting = dict(greeting=_GREETING, jax=jax.__version__)
+    files = read_keys(keys / "client", keys / "server/certificate.pem")
+    greeting = dict(greeting=GREETING, jax=jax.__version__)
     for message in (dict(), dict(port=1), greeting, greeting | dict(port=[3]), greeting | dict(port="9600")):
         line = connect("127.0.0.1", server.port, files, patience=5, timeout=5)
         line.send(message)
@@ -162,7 +156,6 @@ def test_nonsense_from_an_accepted_client_does_not_end_the_server(server, keys, 
 
 
 def test_it_does_not_start_without_certificates(workdir, tmp_path):
-    need_engine()
     for command in (("serve", f"--workdir={workdir}"), ("ask", "--prompt=x")):
         process = start(*command, cwd=tmp_path / "here")
         _, err = process.communicate(timeout=60)
@@ -173,23 +166,52 @@ def test_it_does_not_start_without_certificates(workdir, tmp_path):
 
 
 def test_keys_are_checked_before_anything_else(keys, tmp_path):
-    peer = str(keys / "server/certificate.pem")
-    assert read_keys(str(keys / "client"), peer).certificate == keys / "client/certificate.pem"
+    peer = keys / "server/certificate.pem"
+    assert read_keys(keys / "client", peer).certificate == keys / "client/certificate.pem"
     assert (keys / "client/private_key.pem").stat().st_mode & 0o077 == 0
     assert re.fullmatch("[0-9a-f]{64}", fingerprint(keys / "client/certificate.pem"))
     with pytest.raises(UserError, match="holds keys already"):
         make_keys(keys / "client", "client", 1)
     with pytest.raises(UserError, match="is missing"):
-        read_keys(str(tmp_path), peer)
+        read_keys(tmp_path, peer)
     (tmp_path / "bad.pem").write_text("no certificate")
     with pytest.raises(UserError, match="is no certificate"):
-        read_keys(str(keys / "client"), str(tmp_path / "bad.pem"))
+        read_keys(keys / "client", tmp_path / "bad.pem")
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     (mixed / "certificate.pem").write_bytes((keys / "client/certificate.pem").read_bytes())
     (mixed / "private_key.pem").write_bytes((keys / "server/private_key.pem").read_bytes())
     with pytest.raises(UserError, match="is not the key of"):
-        read_keys(str(mixed), peer)
+        read_keys(mixed, peer)
+
+
+def openssl(*arguments, cwd):
+    subprocess.run(["openssl", *arguments], cwd=cwd, check=True, capture_output=True)
+
+
+def test_certificates_that_are_not_one_in_pem_are_refused(keys, tmp_path):
+    certificate = keys / "server/certificate.pem"
+    openssl("x509", "-in", str(certificate), "-outform", "der", "-out", "certificate.der", cwd=tmp_path)
+    with pytest.raises(UserError, match="perhaps one in DER; write it anew: openssl x509 -inform der"):
+        read_keys(keys / "client", tmp_path / "certificate.der")
+    (tmp_path / "two.pem").write_bytes(2 * (certificate.read_bytes() + b"\n"))
+    with pytest.raises(UserError, match="holds 2 certificates"):
+        read_keys(keys / "client", tmp_path / "two.pem")
+    for nonsense in (b"\xff\xfe", b"-----BEGIN CERTIFICATE-----\n\xe9\n-----END CERTIFICATE-----", b""):
+        (tmp_path / "bad.pem").write_bytes(nonsense)
+        with pytest.raises(UserError, match="is no certificate"):
+            read_keys(keys / "client", tmp_path / "bad.pem")
+
+
+def test_a_key_that_cannot_be_used_is_refused_and_nobody_is_asked(keys, tmp_path):
+    (tmp_path / "certificate.pem").write_bytes((keys / "client/certificate.pem").read_bytes())
+    key = str(keys / "client/private_key.pem")
+    openssl("pkey", "-in", key, "-aes256", "-passout", "pass:secret", "-out", "private_key.pem", cwd=tmp_path)
+    with pytest.raises(UserError, match="is locked by a pass phrase.*openssl pkey"):
+        read_keys(tmp_path, keys / "server/certificate.pem")
+    openssl("pkey", "-in", key, "-outform", "der", "-out", "private_key.pem", cwd=tmp_path)
+    with pytest.raises(UserError, match="is no private key in PEM"):
+        read_keys(tmp_path, keys / "server/certificate.pem")
 
 
 def expired(keys: Path, folder: Path) -> Path:
@@ -209,9 +231,9 @@ def test_an_expired_certificate_is_refused_on_both_sides(keys, tmp_path):
     except subprocess.CalledProcessError:
         pytest.skip("this openssl does not make expired certificates")
     with pytest.raises(UserError, match="has expired"):
-        read_keys(str(folder), str(keys / "server/certificate.pem"))
+        read_keys(folder, keys / "server/certificate.pem")
     with pytest.raises(UserError, match="has expired"):
-        read_keys(str(keys / "server"), str(folder / "certificate.pem"))
+        read_keys(keys / "server", folder / "certificate.pem")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
@@ -296,7 +318,6 @@ def memory_of(pid: int) -> bytes:
 @pytest.mark.parametrize("tls", [True, False], ids=["tls", "plain"])
 def test_neither_side_holds_what_the_other_has(workdir, keys, tmp_path, tls):
     """Searched for: the prompt in the server's memory and on the line, a row of a weight in the client's and there."""
-    environment_python()
     from jax_entropy.runs.load import load_run
 
     params = load_run(workdir, print).variables["params"]
@@ -325,4 +346,4 @@ def test_neither_side_holds_what_the_other_has(workdir, keys, tmp_path, tls):
     assert not any(needle in memory for memory in clients)
     assert len(tap.heard) > 1000
     assert prompt.encode() not in tap.heard and needle not in tap.heard
-    assert (b'"shape"' in tap.heard) != tls  # the tap hears
+    assert (b'"blueprint"' in tap.heard) != tls  # the tap hears

@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jax_entropy.commands.main import main
-from jax_entropy.private.cost.precision import Precision, cheapest, held_out_tokens, measure_precision, print_precision
+from jax_entropy.commands.private_tables import print_precision
+from jax_entropy.private.cost.precision import Precision, cheapest, held_out_tokens, measure_precision
 from jax_entropy.private.engine.engine import Account, Setting
 from jax_entropy.private.program.export import export
 from jax_entropy.runs.load import load_run
-from tests.private.helpers import make_workdir, need_engine
 from tests.tiny_model import changed, scattered, tiny
 
 
@@ -25,12 +26,13 @@ def test_the_cheapest_is_the_smallest_of_those_that_are_good_enough():
     assert cheapest(rows, 0.0001, largest_logit=1.0) is None
 
 
-def test_closer_exponentials_are_dearer():
+def test_closer_exponentials_are_dearer(engine):
     """Scores of some units, so that the exponential's error is what shows."""
-    need_engine()
     config = tiny("SM+ScFuFFN", vocab_size=13)
     sharp = changed(scattered(config), "params/blocks/attention/query/kernel", lambda x: x * 8)
-    rows, largest = measure_precision(export(config, sharp), [3, 12, 0, 7, 1, 1, 8, 2], Setting(), lambda line: None)
+    rows, largest = measure_precision(
+        engine(Setting()), export(config, sharp), [3, 12, 0, 7, 1, 1, 8, 2], lambda line: None
+    )
     by_name = {(r.setting.fraction_bits, r.setting.exponent, r.setting.exponent_iterations): r for r in rows[:-2]}
     few, many, pade = by_name[22, "taylor", 8], by_name[22, "taylor", 10], rows[-1]
     assert few.mean_error > many.mean_error > pade.mean_error > 0
@@ -38,22 +40,17 @@ def test_closer_exponentials_are_dearer():
     assert pade.largest_error < 0.001 * largest
 
 
-def test_what_leaves_the_range_is_a_row_that_says_so(capsys):
-    need_engine()
-    from rich.console import Console
-
+def test_what_leaves_the_range_is_a_row_that_says_so(engine, capsys):
     config = tiny("SM+ScFuFFN", vocab_size=13)
     large = changed(scattered(config), "params/token_embedding", lambda x: x * 3e5)
-    rows, largest = measure_precision(export(config, large), [3, 12, 0, 7], Setting(), lambda line: None)
+    rows, largest = measure_precision(engine(Setting()), export(config, large), [3, 12, 0, 7], lambda line: None)
     assert {r.setting.fraction_bits for r in rows if r.refused} >= {22}
     print_precision(rows, largest, 0.01, Console())
     assert "refused: " in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_run_is_read_on_its_own_held_out_text(tmp_path, capsys):
-    need_engine()
-    workdir = make_workdir(tmp_path / "run", **{"model.context_length": 32})
+def test_a_run_is_read_on_its_own_held_out_text(installed, workdir, tmp_path, capsys):
     loaded = load_run(workdir, print)
     tokens = held_out_tokens(loaded, 16, print)
     assert len(tokens) == 16 and np.unique(tokens).size > 2
@@ -68,7 +65,6 @@ def test_a_run_is_read_on_its_own_held_out_text(tmp_path, capsys):
     (["--tolerance=0"], "--tolerance=0.0 must be positive"), (["--protocol=semi"], "did you mean 'semi2k'?"),
     (["--json=/nowhere/x"], "there is no folder /nowhere"),
 ])  # fmt: skip
-def test_mistakes_are_said(arguments, message, capsys):
-    need_engine()
+def test_mistakes_are_said(installed, arguments, message, capsys):
     assert main(["private", "precision", "--workdir=nowhere", *arguments]) == 2
     assert message in capsys.readouterr().err

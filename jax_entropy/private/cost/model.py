@@ -1,30 +1,34 @@
-"""Bytes and rounds of a forward pass predicted from its shape, by coefficients fitted to measured small ones.
+"""Bytes and rounds of a forward pass predicted from its sizes, by coefficients fitted to measured small ones.
 
 Each kind of operation has a few counts that its cost is proportional to; coefficients are data, in costs.json.
 """
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.optimize
 
-from jax_entropy.architecture import ModelConfig
+from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.errors import UserError
-from jax_entropy.private.cost.profile import Profile, add
+from jax_entropy.private.cost.account import add, times
+from jax_entropy.private.cost.memory import check_size
+from jax_entropy.private.cost.profile import Profile, measure, random_variables
 from jax_entropy.private.cost.work import Work, ciphertexts, linear, work
 from jax_entropy.private.engine.engine import Account, Setting
+from jax_entropy.private.program.blueprint import PLAIN, Rewrites
 
 _FILE = Path(__file__).with_name("costs.json")
-# What is measured for the coefficients, every architecture on every shape, plain and optimised.
+# What is measured for the coefficients, every architecture at every size, plain and optimised.
 ARCHITECTURES = (
     ("SM+LN+G", {}), ("SM+LN+G", dict(activation="gelu_tanh")), ("SM+R", {}), ("EReg(SM(t)+ScFuFFN)", {}),
     ("SM+RN+LR(0.01)", dict(final_norm="rms")),
 )  # fmt: skip
-SHAPES = tuple(
+SIZES = tuple(
     dict(num_layers=L, num_heads=N, model_dim=D, context_length=T, vocab_size=V)
     for L, N, D, T, V in (
         (1, 2, 32, 16, 64),
@@ -38,7 +42,7 @@ SHAPES = tuple(
         (1, 1, 48, 32, 96),
         (2, 1, 64, 64, 80),
         (1, 1, 256, 96, 64),
-    )  # fmt: skip
+    )
 )
 
 
@@ -71,14 +75,15 @@ def fit(measured: Iterable[tuple[ModelConfig, Profile]]) -> dict[str, Any]:
     """Coefficients by kind from warm profiles of one setting, by least squares without negative ones."""
     rows: dict[str, list[tuple[Work, Profile, Account]]] = {}
     for config, profile in measured:
-        consists = work(config, profile.num_tokens, profile.plain)
+        plain = profile.export == str(PLAIN)
+        consists = work(config, profile.num_tokens, plain)
         for kind, account in profile.by_kind().items():
-            rows.setdefault(_key(kind, config, profile.plain), []).append((consists[kind], profile, account))
+            rows.setdefault(_key(kind, config, plain), []).append((consists[kind], profile, account))
     coefficients = {}
     for key, found in rows.items():
         counts, costs = [], []
         for of, profile, account in found:
-            parties = _byte_counts(of, profile.setting.protocol, profile.plain)
+            parties = _byte_counts(of, profile.setting.protocol, profile.export == str(PLAIN))
             costs += account.bytes if len(parties) > 1 else [np.mean(account.bytes)]
             for party, (own, both) in enumerate(parties):
                 before, after = ([0] * len(own) * count for count in (party, len(parties) - party - 1))
@@ -157,3 +162,36 @@ def predict(
 def predict_total(config: ModelConfig, num_tokens: int, setting: Setting, plain: bool = False) -> Account:
     """The sum over kinds."""
     return add(predict(config, num_tokens, setting, plain).values())
+
+
+def count_by_layers(config: ModelConfig, setting: Setting, plain: bool, notify: Callable[[str], None]) -> Account:
+    """A warm forward pass whose blocks are measured, two of each kind at full size, and counted as often as they occur.
+
+    For settings that the cost model does not know. Raises UserError if the two blocks do not fit into memory.
+    """
+    of_each = [config.num_layers - config.ffn_free_layers, config.ffn_free_layers]
+    few = [min(2, count) for count in of_each]
+    small = dataclasses.replace(config, num_layers=sum(few), ffn_free_layers=few[1])
+    rewrites = PLAIN if plain else Rewrites()
+    check_size(small, config.context_length, setting, plain)
+    measured = measure(small, random_variables(small), rewrites, config.context_length, setting, notify)
+    sums = [add(e.warm for e in measured.entries if e.layer is None)]
+    for count, layers in ((of_each[0], range(few[0])), (of_each[1], range(few[0], sum(few)))):
+        if layers:
+            blocks = add(entry.warm for entry in measured.entries if entry.layer in layers)
+            sums.append(times(blocks, count / len(layers)))
+    return add(sums)
+
+
+def calibrate(setting: Setting, notify: Callable[[str], None]) -> None:
+    """Measures what the cost model is fitted to and writes the coefficients of this setting into the package."""
+    check_writable()
+    measured = []
+    for name, fields in ARCHITECTURES:
+        for size in SIZES:
+            config = architecture(name, **size, **fields)
+            variables, T = random_variables(config), config.context_length
+            for rewrites in (PLAIN, Rewrites()):
+                measured.append((config, measure(config, variables, rewrites, T, setting, lambda line: None)))
+            notify(f"{len(measured)} of {2 * len(ARCHITECTURES) * len(SIZES)} measured")
+    write_costs(setting, fit(measured))

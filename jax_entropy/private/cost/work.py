@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 from jax_entropy.architecture import ModelConfig
+from jax_entropy.census import ACTIVATIONS, NORMS
 from jax_entropy.private.program.attention import tile_edge
 
 
@@ -56,7 +57,7 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
             squared=(seen, N * T),
             multiplied=seen if plain else 0,
             waits=(1, halvings),
-        ),  # fmt: skip
+        ),
         "mix": Work(L, ((T, T, H),) * N, False, multiplied=0 if plain else T * D, waits=(1, N)),
         "output projection": Work(L, ((T, D, D),)),
         "vocabulary": Work(1, ((T, D, V),)),
@@ -64,14 +65,14 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
     if ffn:
         found["feed-forward"] = Work(ffn, matrices, waits=(len(matrices),))
         found["residual"] = Work(ffn, elements=(T * D,), scaled=T * D)
-    for norm, kind in (("layer", "LayerNorm"), ("rms", "RMSNorm")):
+    for norm, kind in NORMS.items():
         if norms := (L + ffn) * (config.norm == norm) + (config.final_norm == norm):
             found[kind] = Work(norms, elements=(T * D, T), multiplied=T * D, scaled=T * D if plain else 0)
     if tempered and not plain:
         found["temperature"] = Work(L, elements=(T * D,), scaled=T * D)
-    names = {"gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "leaky_relu": "leaky ReLU"}
     if not linear and ffn:
-        found[names[config.activation]] = Work(ffn, elements=(T * F,), squared=(T * F,), multiplied=T * F, scaled=T * F)
+        size, kind = T * F, ACTIVATIONS[config.activation]
+        found[kind] = Work(ffn, elements=(size,), squared=(size,), multiplied=size, scaled=size)
     return found
 
 
@@ -117,30 +118,14 @@ def ciphertexts(work: Work, party: int) -> tuple[list[float], list[float]]:
     return [work.parts * count for count in numbers], [work.parts * count for count in sent]
 
 
-def ciphertext_memory(found: dict[str, Work]) -> float:
-    """Bytes that CHEETAH's two parties hold at their peak, roughly, beside what they hold of any model.
-
-    The largest product's factors and results as polynomials, and some 16 kB for each number of the largest nonlinear
-    operation.
-    """
-    polynomial = 3 * 8 * SLOTS  # three moduli
-    most = max((max((*of.elements, of.multiplied), default=0) for of in found.values()), default=0)
-    return max(map(_polynomials, {shape for of in found.values() for shape in of.products})) * polynomial + 16e3 * most
-
-
-def _blocks(shape: tuple[int, int, int]) -> tuple[int, ...]:
+def blocks(shape: tuple[int, int, int]) -> tuple[int, ...]:
     """How many tiles a product has along each size."""
     return tuple(math.ceil(size / tile) for size, tile in zip(shape, _tiles(shape), strict=True))
 
 
-def _polynomials(shape: tuple[int, int, int]) -> int:
-    rows, inner, columns = _blocks(shape)
-    return rows * inner + inner * columns + rows * columns
-
-
 def _matrix_bytes(shape: tuple[int, int, int], left: int, party: int) -> int:
     """What a party sends in a product of one's left factor with the other's right one; the smaller is encrypted."""
-    rows, inner, columns = _blocks(shape)
+    rows, inner, columns = blocks(shape)
     encrypts = left if rows < columns else 1 - left
     if party == encrypts:
         return MATRIX_SENT * min(rows, columns) * inner

@@ -1,28 +1,25 @@
-"""The engine of secure computation (SecretFlow SPU): its own virtual environment, and the subprocess that runs in it.
+"""The engine of secure computation (SecretFlow SPU): a subprocess that holds shares and runs programs on them.
 
-Its wheel pins another JAX, so that the two environments never import each other; nothing else talks to the subprocess.
+It knows nothing of models; nothing else talks to the subprocess, which runs in an environment of its own.
 """
 
+import contextlib
 import json
 import os
-import platform
 import re
 import select
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 
 from jax_entropy.errors import UserError, nearest
+from jax_entropy.private.engine.environment import environment_python
 
-REQUIREMENT = "spu==0.10.0.dev20251211"
 PROTOCOLS = {"semi2k": 2, "aby3": 3, "cheetah": 2}  # parties
 _RUNNER = Path(__file__).with_name("runner.py")
 
@@ -47,13 +44,13 @@ class Setting(NamedTuple):
     def check(self) -> "Setting":
         """Raises UserError if a field has no meaning."""
         if self.protocol not in PROTOCOLS:
-            raise UserError(f"--protocol={self.protocol!r} is not known{nearest(self.protocol, list(PROTOCOLS))}")
+            raise UserError(f"protocol={self.protocol!r} is not known{nearest(self.protocol, list(PROTOCOLS))}")
         if self.exponent not in ("taylor", "pade"):
-            raise UserError(f"--exponent={self.exponent!r} is not known{nearest(self.exponent, ('taylor', 'pade'))}")
+            raise UserError(f"exponent={self.exponent!r} is not known{nearest(self.exponent, ('taylor', 'pade'))}")
         if not 10 <= self.fraction_bits <= 26:
-            raise UserError(f"--fraction_bits={self.fraction_bits} must lie between 10 and 26")
+            raise UserError(f"fraction_bits={self.fraction_bits} must lie between 10 and 26")
         if not 4 <= self.exponent_iterations <= 12:
-            raise UserError(f"--exponent_iterations={self.exponent_iterations} must lie between 4 and 12")
+            raise UserError(f"exponent_iterations={self.exponent_iterations} must lie between 4 and 12")
         return self
 
     def for_engine(self) -> dict[str, Any]:
@@ -63,108 +60,6 @@ class Setting(NamedTuple):
         if self.protocol == "cheetah" and self.colocated:
             config["experimental_enable_colocated_optimization"] = True
         return config
-
-
-def default_directory() -> Path:
-    """Where the environment lives: $JAX_ENTROPY_ENGINE, or under the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("JAX_ENTROPY_ENGINE") or cache / "jax_entropy" / REQUIREMENT.replace("==", "-"))
-
-
-def environment_python(directory: Path | None = None) -> Path:
-    """The environment's Python. Raises UserError if it is not set up."""
-    directory = directory or default_directory()
-    python = directory / "bin" / "python"
-    if not (directory / "ready").exists():
-        raise UserError(f"the engine is not set up in {directory}; run: jax-entropy private setup")
-    if not os.access(python, os.X_OK):
-        raise UserError(f"the engine in {directory} is damaged; run: jax-entropy private setup --force")
-    return python
-
-
-def why_not() -> str | None:
-    """Why the engine cannot run on this machine, in a sentence; None if it can."""
-    machine = platform.machine().lower()
-    if platform.system() != "Linux" or machine not in ("x86_64", "amd64"):
-        return f"the engine's wheel is for Linux on x86-64, and this is {platform.system()} on {platform.machine()}"
-    if _python311() is None:
-        here = platform.python_version()
-        return f"the engine's wheel is for CPython 3.11; this is {here}, and there is no python3.11 on the PATH"
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    lacking = {"avx", "aes"} - set(flags[1].split()) if flags else set()
-    return f"the engine needs a CPU with {' and '.join(sorted(lacking)).upper()}" if lacking else None
-
-
-def _python311() -> str | None:
-    return sys.executable if sys.version_info[:2] == (3, 11) else shutil.which("python3.11")
-
-
-def check(directory: Path | None = None) -> dict[str, str]:
-    """What is set up: {"engine": version, "python": version, "directory": path}; raises UserError if it fails."""
-    python = environment_python(directory)
-    code = (
-        "import importlib.metadata as m, platform, spu.libspu as l; "
-        "print('VERSIONS', m.version('spu'), platform.python_version())"
-    )
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300)
-    found = re.search(r"VERSIONS (\S+) (\S+)", done.stdout)
-    if not found:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"the engine in {python.parent.parent} does not start ({last}); run: jax-entropy private setup --force"
-        )
-    return dict(engine=found[1], python=found[2], directory=str(python.parent.parent))
-
-
-def setup(notify: Callable[[str], None], directory: Path | None = None, *, force: bool = False) -> dict[str, str]:
-    """Makes the engine's environment, or goes on with one that was interrupted; returns what `check` does.
-
-    Raises UserError, in a sentence, where platform, Python, CPU, disk or network do not allow it.
-    """
-    if reason := why_not():
-        raise UserError(reason)
-    directory = directory or default_directory()
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{directory}.lock"):
-            if force:
-                shutil.rmtree(directory, ignore_errors=True)
-            if not (directory / "ready").exists():
-                _install(notify, directory)
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be written: {error.strerror}; set JAX_ENTROPY_ENGINE to another folder"
-        ) from None
-    return check(directory)
-
-
-def _install(notify: Callable[[str], None], directory: Path) -> None:
-    needed, free = 1.5e9, shutil.disk_usage(directory.parent).free
-    if free < needed:
-        raise UserError(
-            f"the engine needs {needed / 1e9:.1f} GB in {directory.parent}, and {free / 1e9:.1f} GB are free"
-        )
-    log, start = Path(f"{directory}.log"), time.monotonic()
-    pip = [directory / "bin" / "python", "-m", "pip"]
-    commands = [
-        ("makes a Python 3.11 environment", [_python311(), "-m", "venv", directory]),
-        (
-            f"installs {REQUIREMENT} (about 730 MB on disk)",
-            [*pip, "install", "--disable-pip-version-check", "--pre", REQUIREMENT],
-        ),
-    ]
-    for line, command in commands:
-        notify(f"{line} …")
-        with log.open("w") as stream:
-            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
-        if code:
-            errors = [text for text in log.read_text().splitlines() if "error" in text.lower()] or ["see the log"]
-            raise UserError(f"the engine was not installed: {errors[-1].strip()} ({log}); the same command goes on")
-    (directory / "ready").touch()
-    notify(f"done in {time.monotonic() - start:.0f} s")
 
 
 class Account(NamedTuple):
@@ -195,16 +90,10 @@ class Engine:
     """
 
     def __init__(
-        self,
-        setting: Setting,
-        link: Link | None = None,
-        *,
-        peer: Any = None,
-        directory: Path | None = None,
+        self, setting: Setting, link: Link | None = None, *, peer: Any = None, directory: Path | None = None,
         timeout: float = 3600,
-    ):
+    ):  # fmt: skip
         self.setting, self.link, self.peer, self.timeout = setting.check(), link, peer, timeout
-        self.has_opened = False  # weights, once and for all
         python = environment_python(directory)
         self.folder = tempfile.TemporaryDirectory(prefix="jax_entropy_private_")
         self.log = Path(self.folder.name) / "log"
@@ -220,15 +109,26 @@ class Engine:
         os.close(replies)
         self._buffer = b""
         try:
-            joins = {} if link is None else dict(
-                link=dict(rank=link.rank, addresses=link.addresses, tls=link.tls, connect_seconds=link.connect_seconds,
-                          timeout_ms=1000 * link.timeout_seconds)
-            )  # fmt: skip
-            limit = timeout if link is None else link.connect_seconds + 5
-            self.ask("open", limit, num_parties=setting.num_parties, config=setting.for_engine(), **joins)
+            self._open()
         except BaseException:
             self.close()
             raise
+
+    def _open(self) -> None:
+        self.has_opened, link, joins, limit = False, self.link, {}, self.timeout  # weights, once and for all
+        if link is not None:
+            joins["link"] = dict(
+                rank=link.rank, addresses=link.addresses, tls=link.tls, connect_seconds=link.connect_seconds,
+                timeout_ms=1000 * link.timeout_seconds,
+            )  # fmt: skip
+            limit = link.connect_seconds + 5
+        self.ask("open", limit, num_parties=self.setting.num_parties, config=self.setting.for_engine(), **joins)
+
+    def reset(self, setting: Setting) -> "Engine":
+        """The engine as it would start under a setting: every array and program is gone. For one without a link."""
+        self.setting = setting.check()
+        self._open()
+        return self
 
     def __enter__(self) -> "Engine":
         return self
@@ -239,10 +139,8 @@ class Engine:
     def close(self) -> None:
         """Ends the subprocess; what it shared is gone."""
         for descriptor in (self._requests, self._replies):
-            try:
+            with contextlib.suppress(OSError):
                 os.close(descriptor)
-            except OSError:
-                pass
         self.process.kill()
         self.process.wait()
         self.folder.cleanup()
@@ -286,14 +184,9 @@ class Engine:
         self.ask("load", name=name, file=str(file), visibility=list(visibility), options=dict(options))
 
     def put(
-        self,
-        names: Sequence[str],
-        owner: int,
-        arrays: Mapping[str, np.ndarray] | None,
-        *,
-        public: bool = False,
+        self, names: Sequence[str], owner: int, arrays: Mapping[str, np.ndarray] | None, *, public: bool = False,
         colocated: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Shares the arrays of one party with all; the others call it with the same names and no arrays."""
         file = None
         if arrays is not None:
@@ -323,8 +216,9 @@ class Engine:
         result = self.ask("run", program=program, inputs=list(inputs), outputs=list(outputs))
         return Account(result["seconds"], tuple(result["bytes"]), tuple(result["messages"]), result["rounds"])
 
-    def delete(self, names: Sequence[str]) -> None:
-        self.ask("delete", names=list(names))
+    def peak_memory(self) -> int:
+        """Bytes that the subprocess, all of its parties together, held at most."""
+        return self.ask("peak_memory")
 
 
 def _in_a_sentence(do: str, error: str, link: Link | None) -> str:

@@ -73,9 +73,9 @@ class Clock:
     def _join(self, link):
         """Before the main thread goes on at a link: takes over the clocks of those that it has waited for."""
         for name, beside in list(self.beside.items()):
-            helps = name == link or name == self.link and not beside.sends  # receives for the main thread
+            helps = name == link or (name == self.link and not beside.sends)  # receives for the main thread
             waited = link != self.link or beside.events == self.events
-            if helps or waited and not os.path.exists(f"/proc/self/task/{beside.thread}"):
+            if helps or (waited and not os.path.exists(f"/proc/self/task/{beside.thread}")):
                 self.rounds = max(self.rounds, beside.rounds)
                 del self.beside[name]
 
@@ -170,7 +170,11 @@ class Machine:
     """The parties of a computation that this process holds, and what they can be asked to do."""
 
     def open(self, num_parties, config, link=None):
-        """Starts all parties, or with a link ({rank, addresses, timeout_ms, tls}) the one that this process is."""
+        """Starts all parties, or with a link ({rank, addresses, timeout_ms, tls}) the one that this process is.
+
+        Whatever was there before is gone: arrays, programs, and what a runtime knows of weights that it opened.
+        """
+        self.contexts = self.runtimes = None
         self.num_parties, self.programs, config = num_parties, {}, engine_config(config)
         self.io = spu.Io(num_parties, config)
         description = libspu.link.Desc()
@@ -240,7 +244,7 @@ class Machine:
                         self._send_share(rank, shares[rank])
                     self.runtimes[0].set_var(name, shares[self.ranks[0]])
                 else:
-                    for runtime, share in zip(self.runtimes, shares):
+                    for runtime, share in zip(self.runtimes, shares, strict=True):
                         runtime.set_var(name, share)
             else:
                 self.runtimes[0].set_var(name, self._receive_share(owner))
@@ -275,15 +279,10 @@ class Machine:
         self._together(run)
         return dict(
             seconds=time.perf_counter() - start,
-            bytes=[sum(clock.sent) - sent for clock, (sent, _) in zip(self.clocks, before)],
-            messages=[clock.messages - count for clock, (_, count) in zip(self.clocks, before)],
+            bytes=[sum(clock.sent) - sent for clock, (sent, _) in zip(self.clocks, before, strict=True)],
+            messages=[clock.messages - count for clock, (_, count) in zip(self.clocks, before, strict=True)],
             rounds=max((clock.rounds for clock in self.clocks), default=0) - start_rounds,
         )
-
-    def delete(self, names):
-        for runtime in self.runtimes:
-            for name in names:
-                runtime.del_var(name)
 
     def peak_memory(self):
         """Bytes of memory that this process held at most."""

@@ -1,1 +1,1 @@
-"""The model as it is executed privately: weights, stages, and their compiled form."""
+"""The model as it is executed privately: a public blueprint, secret weights, and stages that the engine compiles."""

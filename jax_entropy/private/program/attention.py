@@ -11,12 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_entropy.private.program.stage import POSITION, Shape, Stage, present
+from jax_entropy.private.program.blueprint import Blueprint
+from jax_entropy.private.program.stage import PAST, POSITION, Stage
 
 
-def _tempered(shape: Shape, layer: int, rows) -> list[Stage]:
+def _tempered(blueprint: Blueprint, layer: int, rows) -> list[Stage]:
     """Queries times their constants 1/(t·√H), where these are not in the kernel already."""
-    factor = present(shape, f"{layer}.inverse_temperature")
+    factor = blueprint.present(f"{layer}.inverse_temperature")
     function = lambda q_TxNxH, c_NxS, *at: q_TxNxH * rows(c_NxS, *at).T[:, :, None]  # noqa: E731
     at = () if isinstance(rows, _Rows) else (POSITION,)
     return [Stage("temperature", layer, function, (f"{layer}.q", *factor, *at), (f"{layer}.q",))] if factor else []
@@ -35,50 +36,50 @@ def _column(values_NxS, position):
     return jax.lax.dynamic_slice_in_dim(values_NxS, position, 1, axis=1)
 
 
-def _divisor(shape: Shape, temperature_NxT):
+def _divisor(blueprint: Blueprint, temperature_NxT):
     """What scores are divided by where nothing is folded."""
-    root = math.sqrt(shape.head_dim)
+    root = math.sqrt(blueprint.config.head_dim)
     return root if temperature_NxT is None else temperature_NxT[..., None] * root
 
 
-def attention(shape: Shape, layer: int, num_tokens: int) -> list[Stage]:
+def attention(blueprint: Blueprint, layer: int, num_tokens: int) -> list[Stage]:
     q, k, v = (f"{layer}.{name}" for name in "qkv")
-    divided = present(shape, f"{layer}.temperature")
+    divided = blueprint.present(f"{layer}.temperature")
     rows = _Rows(num_tokens)
 
     def scores(q_TxNxH, k_TxNxH, *temperature_NxS):
         scores_NxTxT = jnp.einsum("TNH,SNH->NTS", q_TxNxH, k_TxNxH)
-        if shape.steps.temperature:
+        if blueprint.rewrites.temperature:
             return scores_NxTxT
-        return scores_NxTxT / _divisor(shape, rows(*temperature_NxS) if temperature_NxS else None)
+        return scores_NxTxT / _divisor(blueprint, rows(*temperature_NxS) if temperature_NxS else None)
 
     return [
-        *_tempered(shape, layer, rows),
+        *_tempered(blueprint, layer, rows),
         Stage("scores", layer, scores, (q, k, *divided), ("scores",)),
-        *_softmax(shape, layer, functools.partial(_causal_exponentials, shape.steps.packed)),
-        _mix(shape, layer, v, "NTS,SNH->TNH"),
+        *_softmax(blueprint, layer, functools.partial(_causal_exponentials, blueprint.rewrites.packed)),
+        _mix(blueprint, layer, v, "NTS,SNH->TNH"),
     ]
 
 
-def _softmax(shape: Shape, layer: int, exponentials: Callable, *extra: str) -> list[Stage]:
+def _softmax(blueprint: Blueprint, layer: int, exponentials: Callable, *extra: str) -> list[Stage]:
     """scores → weights, or unnormalised ones and the reciprocals of their sums."""
 
     def function(*arrays):
         weights, total = exponentials(*arrays)
-        return (weights, 1 / total) if shape.steps.denominator else weights / total[..., None]
+        return (weights, 1 / total) if blueprint.rewrites.denominator else weights / total[..., None]
 
-    outputs = ("weights", "reciprocal") if shape.steps.denominator else ("weights",)
+    outputs = ("weights", "reciprocal") if blueprint.rewrites.denominator else ("weights",)
     return [Stage("softmax", layer, function, ("scores", *extra), outputs)]
 
 
-def _mix(shape: Shape, layer: int, values: str, equation: str) -> Stage:
+def _mix(blueprint: Blueprint, layer: int, values: str, equation: str) -> Stage:
     def function(weights_NxTxS, v_SxNxH, *reciprocal_NxT):
         out_TxNxH = jnp.einsum(equation, weights_NxTxS, v_SxNxH)
         for factor_NxT in reciprocal_NxT:
             out_TxNxH = out_TxNxH * factor_NxT.T[..., None]
-        return out_TxNxH.reshape(-1, shape.model_dim)
+        return out_TxNxH.reshape(-1, blueprint.config.model_dim)
 
-    reciprocal = ("reciprocal",) if shape.steps.denominator else ()
+    reciprocal = ("reciprocal",) if blueprint.rewrites.denominator else ()
     return Stage("mix", layer, function, ("weights", values, *reciprocal), ("mixed",))
 
 
@@ -121,21 +122,22 @@ def tile_edge(num_tokens: int) -> int:
     return next((num_tokens // n for n in (8, 4, 2) if num_tokens % n == 0 and num_tokens // n >= 4), num_tokens)
 
 
-def cached_attention(shape: Shape, layer: int) -> list[Stage]:
+def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
     q, k, v = (f"{layer}.{name}" for name in "qkv")
-    divided = present(shape, f"{layer}.temperature")
+    divided = blueprint.present(f"{layer}.temperature")
 
     def scores(q_1xNxH, k_SxNxH, *temperature):
-        if shape.steps.one_dot:
-            scores_Nx1xS = (k_SxNxH.reshape(shape.context_length, -1) @ _block_diagonal(q_1xNxH[0])).T[:, None]
+        if blueprint.rewrites.one_dot:
+            scores_SxN = k_SxNxH.reshape(blueprint.config.context_length, -1) @ _block_diagonal(q_1xNxH[0])
+            scores_Nx1xS = scores_SxN.T[:, None]
         else:
             scores_Nx1xS = jnp.einsum("TNH,SNH->NTS", q_1xNxH, k_SxNxH)
-        if shape.steps.temperature:
+        if blueprint.rewrites.temperature:
             return scores_Nx1xS
-        return scores_Nx1xS / _divisor(shape, _column(*temperature) if temperature else None)
+        return scores_Nx1xS / _divisor(blueprint, _column(*temperature) if temperature else None)
 
     def exponentials(scores_Nx1xS, position):
-        seen_1x1xS = (jnp.arange(shape.context_length) <= position).astype(jnp.float32)[None, None]
+        seen_1x1xS = (jnp.arange(blueprint.config.context_length) <= position).astype(jnp.float32)[None, None]
         own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, position, 1, axis=2)
         scores_Nx1xS = scores_Nx1xS * seen_1x1xS + own_Nx1x1 * (1 - seen_1x1xS)
         e_Nx1xS = jnp.exp(scores_Nx1xS - scores_Nx1xS.max(-1, keepdims=True)) * seen_1x1xS
@@ -145,12 +147,12 @@ def cached_attention(shape: Shape, layer: int) -> list[Stage]:
         return jax.lax.dynamic_update_slice_in_dim(cache_SxNxH, new_1xNxH, position, axis=0)
 
     return [
-        *_tempered(shape, layer, _column),
+        *_tempered(blueprint, layer, _column),
         # the projections wrote the new key and value over the names of the cache, which came in as past
-        *(Stage("cache", layer, write, (f"{name}.past", name, POSITION), (name,)) for name in (k, v)),
+        *(Stage("cache", layer, write, (name + PAST, name, POSITION), (name,)) for name in (k, v)),
         Stage("scores", layer, scores, (q, k, *divided, *((POSITION,) if divided else ())), ("scores",)),
-        *_softmax(shape, layer, exponentials, POSITION),
-        _cached_mix(shape, layer, v) if shape.steps.one_dot else _mix(shape, layer, v, "NTS,SNH->TNH"),
+        *_softmax(blueprint, layer, exponentials, POSITION),
+        _cached_mix(blueprint, layer, v) if blueprint.rewrites.one_dot else _mix(blueprint, layer, v, "NTS,SNH->TNH"),
     ]
 
 
@@ -160,14 +162,14 @@ def _block_diagonal(q_NxH):
     return (jnp.eye(N)[:, None] * q_NxH[:, :, None]).reshape(N * H, N)
 
 
-def _cached_mix(shape: Shape, layer: int, values: str) -> Stage:
+def _cached_mix(blueprint: Blueprint, layer: int, values: str) -> Stage:
     def function(weights_Nx1xS, v_SxNxH, *reciprocal_Nx1):
-        N, H = shape.num_heads, shape.head_dim
+        N, H = blueprint.config.num_heads, blueprint.config.head_dim
         out_NxNxH = (weights_Nx1xS[:, 0] @ v_SxNxH.reshape(-1, N * H)).reshape(N, N, H)
         out_NxH = jnp.stack([out_NxNxH[head, head] for head in range(N)])
         for factor_Nx1 in reciprocal_Nx1:
             out_NxH = out_NxH * factor_Nx1
-        return out_NxH.reshape(1, shape.model_dim)
+        return out_NxH.reshape(1, blueprint.config.model_dim)
 
-    reciprocal = ("reciprocal",) if shape.steps.denominator else ()
+    reciprocal = ("reciprocal",) if blueprint.rewrites.denominator else ()
     return Stage("mix", layer, function, ("weights", values, *reciprocal), ("mixed",))

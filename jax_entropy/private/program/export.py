@@ -1,38 +1,37 @@
 """From a trained model to what is executed privately: flat numpy weights with everything folded that is free, and HLO.
 
-The exported program equals the model in float32 arithmetic for every architecture and every set of steps.
+The exported program equals the model in float32 arithmetic for every architecture and every set of rewrites.
 """
 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.layers import temperature
-from jax_entropy.private.program.stage import LAST, POSITION, TOKENS, Shape, Steps
+from jax_entropy.private.program.blueprint import Blueprint, Rewrites
 
 _FOLDABLE = 16.0  # products of β beyond this, or below its inverse, would cost precision in fixed point
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A model as it is executed: its shape, which both parties know, and its weights by name, float32."""
+    """A model as it is executed: its blueprint, which both parties know, and its weights by name, float32."""
 
-    shape: Shape
+    blueprint: Blueprint
     weights: dict[str, np.ndarray]
 
 
-def export(config: ModelConfig, variables: Any, steps: Steps = Steps()) -> Export:
+def export(config: ModelConfig, variables: Any, rewrites: Rewrites = Rewrites()) -> Export:
     """The exported form of a model.
 
     Args:
       config: of the model; its dtype and its attention implementation do not matter here.
       variables: of `Transformer(config)`.
-      steps: what makes it cheaper at equal function.
+      rewrites: what makes it cheaper at equal function.
     """
     layers = [_layer(config, variables, layer) for layer in range(config.num_layers)]
     params = variables["params"]
@@ -43,31 +42,17 @@ def export(config: ModelConfig, variables: Any, steps: Steps = Steps()) -> Expor
     if config.final_norm != "none":
         weights |= {f"final_norm.{k}": np.asarray(v, np.float64) for k, v in params["final_norm"].items()}
     for layer in layers:
-        _heads(layer, config, steps)
-        if steps.merged and config.activation == "identity" and "up.kernel" in layer:
+        _heads(layer, config, rewrites)
+        if rewrites.merged and config.activation == "identity" and "up.kernel" in layer:
             _merge(layer)
-    if steps.folded:
+    if rewrites.folded:
         _fold(config, layers, weights)
     for number, layer in enumerate(layers):
-        if steps.qkv:
+        if rewrites.qkv:
             _join(layer)
         weights |= {f"{number}.{name}": value for name, value in layer.items()}
     weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
-    shape = Shape(
-        architecture=str(config),
-        steps=steps,
-        **{name: getattr(config, name) for name in ("num_layers", "num_heads", "model_dim", "context_length")},
-        vocab_size=config.vocab_size,
-        norm=config.norm,
-        final_norm=config.final_norm,
-        epsilon=None if any(name.endswith(".epsilon") for name in weights) else config.norm_epsilon,
-        activation=config.activation,
-        negative_slope=None if any(name.endswith(".slope") for name in weights) else config.negative_slope,
-        ffn_layers=config.num_layers - config.ffn_free_layers,
-        one_matrix=any(name.endswith(".fused.kernel") for name in weights),
-        weights=tuple(weights),
-    )
-    return Export(shape, weights)
+    return Export(Blueprint(config, rewrites, {name: value.shape for name, value in weights.items()}), weights)
 
 
 def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndarray]:
@@ -116,9 +101,9 @@ def _effective(matrix: np.ndarray, gain: np.ndarray | None, vectors: tuple | Non
     return matrix / (vectors[0] @ matrix @ vectors[1]) if vectors else matrix
 
 
-def _heads(layer: dict[str, np.ndarray], config: ModelConfig, steps: Steps) -> None:
+def _heads(layer: dict[str, np.ndarray], config: ModelConfig, rewrites: Rewrites) -> None:
     """1/(t·√H) into the queries: into their kernel what is the same for all positions, beside it what is not."""
-    if not steps.temperature:
+    if not rewrites.temperature:
         return
     root = np.sqrt(config.head_dim)
     if "temperature" in layer:
@@ -209,32 +194,3 @@ def _join(layer: dict[str, np.ndarray]) -> None:
     layer["qkv.kernel"] = np.concatenate([layer.pop(f"{name}.kernel") for name in "qkv"], axis=1)
     if any(bias is not None for bias in biases):
         layer["qkv.bias"] = np.concatenate([np.zeros(width) if bias is None else bias for bias in biases])
-
-
-def one_hot(tokens_T, vocab_size: int) -> np.ndarray:
-    """Rows [T, V] that are 1 at their token."""
-    return np.eye(vocab_size, dtype=np.float32)[np.asarray(tokens_T)]
-
-
-def abstract_inputs(
-    exported: Shape, names, num_tokens: int, known: dict[str, jax.ShapeDtypeStruct]
-) -> list[jax.ShapeDtypeStruct]:
-    """Types of a program's inputs: weights and stage outputs from `known`, the rest from their names."""
-    S, N, H = exported.context_length, exported.num_heads, exported.head_dim
-    f32, i32 = jnp.float32, jnp.int32
-    tokens = ((num_tokens, exported.vocab_size), f32) if exported.steps.one_hot else ((num_tokens,), i32)
-    special = {TOKENS: tokens, LAST: ((), i32), POSITION: ((), i32)}
-
-    def one(name):
-        if name in known:
-            return known[name]
-        shape, dtype = special.get(name, ((S, N, H), f32))
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    return [one(name) for name in names]
-
-
-def lower(function, inputs: list[jax.ShapeDtypeStruct]) -> bytes:
-    """A serialized HLO module that the engine compiles."""
-    lowered = jax.jit(function, keep_unused=True).trace(*inputs).lower(lowering_platforms=("cpu",))
-    return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()

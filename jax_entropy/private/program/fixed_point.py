@@ -3,16 +3,21 @@
 With f fraction bits of 64, a product carries 2f of them, and the exponential's Taylor form only holds above −2ⁿ⁺¹.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
+import jax.extend
+import jax.numpy as jnp
 import numpy as np
 
 from jax_entropy.errors import UserError
 from jax_entropy.private.engine.engine import Setting
-from jax_entropy.private.program.export import Export, one_hot
+from jax_entropy.private.program.export import Export
 from jax_entropy.private.program.forward import forward
-from jax_entropy.private.program.stage import TOKENS, external_inputs, run_stage
+from jax_entropy.private.program.stage import PUBLIC, TOKENS, Stage
+
+_CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")  # of functions, whose operations count
 
 
 def largest_value(setting: Setting) -> float:
@@ -21,55 +26,81 @@ def largest_value(setting: Setting) -> float:
 
 
 def lowest_exponent(setting: Setting) -> float:
-    """Lowest difference from a row's largest score that the exponential takes to 0."""
+    """The lowest argument that the exponential takes to 0."""
     return -1.9 * 2.0**setting.exponent_iterations if setting.exponent == "taylor" else -np.inf
 
 
-def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> dict[str, float]:
-    """Runs a model in float32 on tokens and returns the largest magnitude of every kind of stage.
+def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> None:
+    """Runs a model in float32 on tokens, and looks at every value that an operation of a stage leaves.
 
     Raises UserError naming the layer and the value that fixed point would not hold.
     """
-    shape, stages = exported.shape, forward(exported.shape, len(tokens))
-    entered = one_hot(tokens, shape.vocab_size) if shape.steps.one_hot else np.asarray(tokens, np.int32)
-    known = {name: (exported.weights | {TOKENS: entered})[name] for name in external_inputs(stages)}
+    known = exported.weights | {TOKENS: exported.blueprint.enter(tokens)}
     for name, value in exported.weights.items():
-        _check(f"the weight {name}", float(np.abs(value).max()), setting)
-    largest: dict[str, float] = {}
-    for stage in stages:
+        _check(f"the weight {name}", value, setting)
+    for stage in forward(exported.blueprint, len(tokens)):
         where = stage.kind if stage.layer is None else f"{stage.kind} of layer {stage.layer}"
-        if stage.kind in ("LayerNorm", "RMSNorm"):  # it sums squares
-            x = np.asarray(known["x"], np.float64)
-            _check(
-                f"a sum of squares in {where}", float(np.square(x - x.mean(-1, keepdims=True)).sum(-1).max()), setting
+
+        def look(operation: str, arguments: list[Any], results: list[Any], where: str = where) -> None:
+            if operation == "exp":
+                _check_exponent(f"an exponent in the {where}", arguments[0], setting)
+            for value in results:
+                _check(f"a value in {where}", value, setting)
+
+        known |= zip(stage.outputs, _run_watched(stage, known, look), strict=True)
+
+
+def _run_watched(stage: Stage, known: dict[str, Any], look: Callable[[str, list, list], None]) -> list[Any]:
+    """The stage's outputs; `look` is shown every operation on secrets: its name, what goes in and what comes out."""
+    inputs = [jnp.asarray(known[name]) for name in stage.inputs]
+    closed = jax.make_jaxpr(stage.function)(*inputs)
+    secret = [name not in PUBLIC for name in stage.inputs]
+    return [value for value, _ in _evaluate(closed.jaxpr, closed.consts, zip(inputs, secret, strict=True), look)]
+
+
+def _evaluate(
+    jaxpr: Any, constants: Sequence[Any], inputs: Iterable[tuple[Any, bool]], look: Callable[[str, list, list], None]
+) -> list[tuple[Any, bool]]:
+    """The values of a jaxpr's outputs, each with whether a secret went into it."""
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    known |= {var: (value, False) for var, value in zip(jaxpr.constvars, constants, strict=True)}
+
+    def read(atom: Any) -> tuple[Any, bool]:
+        return (atom.val, False) if isinstance(atom, jax.extend.core.Literal) else known[atom]
+
+    for equation in jaxpr.eqns:
+        arguments = [read(atom) for atom in equation.invars]
+        if equation.primitive.name in _CALLS:
+            inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+            results = _evaluate(inner.jaxpr, inner.consts, arguments, look)
+        else:
+            values = [value for value, _ in arguments]
+            found = equation.primitive.bind(*values, **equation.params)
+            found = found if equation.primitive.multiple_results else [found]
+            secret = any(secret for _, secret in arguments)
+            if secret:
+                look(equation.primitive.name, values, found)
+            results = [(value, secret) for value in found]
+        known |= zip(equation.outvars, results, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _check(what: str, value: Any, setting: Setting) -> None:
+    if jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        size, limit = float(jnp.abs(value).max()), largest_value(setting)
+        if not size <= limit:
+            raise UserError(
+                f"{what} reaches {size:.4g}, and with fraction_bits={setting.fraction_bits} fixed point holds "
+                f"{limit:.4g}; fewer fraction bits hold more"
             )
-        if stage.kind == "softmax":
-            _check_scores(np.asarray(known["scores"]), where, setting)
-        results = run_stage(stage, known)
-        for value in results:
-            size = float(np.abs(np.asarray(value)).max())
-            _check(f"a value in {where}", size, setting)
-            largest[stage.kind] = max(largest.get(stage.kind, 0.0), size)
-        known |= zip(stage.outputs, results, strict=True)
-    return largest
 
 
-def _check(what: str, value: float, setting: Setting) -> None:
-    if not value <= (limit := largest_value(setting)):
+def _check_exponent(what: str, value: Any, setting: Setting) -> None:
+    lowest, limit = float(jnp.min(value)), lowest_exponent(setting)
+    if lowest < limit:
         raise UserError(
-            f"{what} reaches {value:.4g}, and with --fraction_bits={setting.fraction_bits} fixed point holds "
-            f"{limit:.4g}; fewer fraction bits hold more"
-        )
-
-
-def _check_scores(scores_NxTxT: np.ndarray, where: str, setting: Setting) -> None:
-    seen_TxT = np.tril(np.ones(scores_NxTxT.shape[1:], bool))
-    lowest = np.where(seen_TxT, scores_NxTxT, np.inf).min(-1) - np.where(seen_TxT, scores_NxTxT, -np.inf).max(-1)
-    if (value := float(lowest.min())) < (limit := lowest_exponent(setting)):
-        raise UserError(
-            f"a score in the {where} lies {-value:.4g} below its row's largest, and the exponential with "
-            f"--exponent_iterations={setting.exponent_iterations} holds down to {limit:.4g}; raise them, or take "
-            "--exponent=pade"
+            f"{what} is {lowest:.4g}, and the exponential with exponent_iterations={setting.exponent_iterations} "
+            f"holds down to {limit:.4g}; raise them, or take exponent=pade"
         )
 
 

@@ -3,49 +3,65 @@
 One list serves the whole program (all stages in one executable) and the account of it (each stage measured alone).
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jax_entropy.census import ACTIVATIONS, NORMS
 from jax_entropy.private.program.attention import attention, cached_attention
-from jax_entropy.private.program.stage import LAST, POSITION, TOKENS, Shape, Stage, present
+from jax_entropy.private.program.blueprint import Blueprint
+from jax_entropy.private.program.export import Export
+from jax_entropy.private.program.stage import LAST, POSITION, TOKENS, Stage, compose, external_inputs
 
 
-def forward(shape: Shape, num_tokens: int) -> list[Stage]:
+def forward(blueprint: Blueprint, num_tokens: int) -> list[Stage]:
     """Tokens → logits [T, V] of every position."""
-    stages = [_embed(shape, slice(0, num_tokens))]
-    for layer in range(shape.num_layers):
-        stages += _block(shape, layer, attention(shape, layer, num_tokens))
-    return [*stages, *_head(shape)]
+    stages = [_embed(blueprint, slice(0, num_tokens))]
+    for layer in range(blueprint.config.num_layers):
+        stages += _block(blueprint, layer, attention(blueprint, layer, num_tokens))
+    return [*stages, *_head(blueprint)]
 
 
-def prefill(shape: Shape, num_tokens: int) -> list[Stage]:
+def prefill(blueprint: Blueprint, num_tokens: int) -> list[Stage]:
     """As `forward`, but for the logits [1, V] of row `last` only; keys and values [S, N, H] stay as `3.k`, `3.v`."""
-    stages = [_embed(shape, slice(0, num_tokens))]
-    room = ((0, shape.context_length - num_tokens), (0, 0), (0, 0))
-    for layer in range(shape.num_layers):
-        stages += _block(shape, layer, attention(shape, layer, num_tokens))
+    stages = [_embed(blueprint, slice(0, num_tokens))]
+    room = ((0, blueprint.config.context_length - num_tokens), (0, 0), (0, 0))
+    for layer in range(blueprint.config.num_layers):
+        stages += _block(blueprint, layer, attention(blueprint, layer, num_tokens))
         for name in "kv":
             stages.append(Stage("cache", layer, lambda x: jnp.pad(x, room), (f"{layer}.{name}",), (f"{layer}.{name}",)))
-    row = Stage("cache", None, lambda x, last: jax.lax.dynamic_slice_in_dim(x, last, 1), ("x", LAST), ("x",))
-    return [*stages, row, *_head(shape)]
+    row = Stage("last row", None, lambda x, last: jax.lax.dynamic_slice_in_dim(x, last, 1), ("x", LAST), ("x",))
+    return [*stages, row, *_head(blueprint)]
 
 
-def step(shape: Shape) -> list[Stage]:
+def step(blueprint: Blueprint) -> list[Stage]:
     """One token that stands at `position` → logits [1, V]; keys and values are read, and written with its own."""
-    stages = [_embed(shape, None)]
-    for layer in range(shape.num_layers):
-        stages += _block(shape, layer, cached_attention(shape, layer))
-    return [*stages, *_head(shape)]
+    stages = [_embed(blueprint, None)]
+    for layer in range(blueprint.config.num_layers):
+        stages += _block(blueprint, layer, cached_attention(blueprint, layer))
+    return [*stages, *_head(blueprint)]
 
 
-def last_logits(logits_1xV: jax.Array) -> jax.Array:
+def likeliest(logits_1xV: jax.Array) -> jax.Array:
     """The one-hot row [1, V] of the largest logit, found without argmax; equals share it."""
     return (logits_1xV >= logits_1xV.max(-1, keepdims=True)).astype(jnp.float32)
 
 
-def _embed(shape: Shape, rows: slice | None) -> Stage:
-    def look_up(tokens, table_VxD):
-        return tokens @ table_VxD if shape.steps.one_hot else jnp.take(table_VxD, tokens, axis=0)
+def float32_logits(exported: Export, tokens: Sequence[int]) -> np.ndarray:
+    """The exported program's logits [T, V] as no engine rounds them."""
+    stages = forward(exported.blueprint, len(tokens))
+    names, known = external_inputs(stages), exported.weights | {TOKENS: exported.blueprint.enter(tokens)}
+    (logits_TxV,) = compose(stages, names, ("logits",))(*(known[name] for name in names))
+    return np.asarray(logits_TxV)
+
+
+def _embed(blueprint: Blueprint, rows: slice | None) -> Stage:
+    """Tokens at the first positions of the context; without rows, one token at `position`."""
+
+    def look_up(tokens: jax.Array, table_VxD: jax.Array) -> jax.Array:
+        return tokens @ table_VxD if blueprint.rewrites.one_hot else jnp.take(table_VxD, tokens, axis=0)
 
     if rows is None:
         function = lambda tokens, table, positions_SxD, position: (  # noqa: E731
@@ -56,50 +72,54 @@ def _embed(shape: Shape, rows: slice | None) -> Stage:
     return Stage("embedding", None, function, (TOKENS, "embedding", "positions"), ("x",))
 
 
-def _norm(shape: Shape, kind: str, layer: int | None, name: str) -> list[Stage]:
+def _norm(blueprint: Blueprint, field: str, layer: int | None, name: str) -> tuple[list[Stage], str]:
+    """The normalisation that a field of the config asks for, and the name of what it leaves for its readers."""
+    kind = getattr(blueprint.config, field)
     if kind == "none":
-        return [Stage("cache", layer, lambda x: x, ("x",), ("y",))]
+        return [], "x"
     scale, bias, epsilon = (f"{name}.{part}" for part in ("scale", "bias", "epsilon"))
-    found = present(shape, scale, bias, epsilon)
+    found = blueprint.present(scale, bias, epsilon)
 
-    def function(x_TxD, *weights):
+    def function(x_TxD: jax.Array, *weights: jax.Array) -> jax.Array:
         weights = dict(zip(found, weights, strict=True))
         if kind == "layer":
             x_TxD = x_TxD - x_TxD.mean(-1, keepdims=True)
-        added = weights[epsilon].reshape(1, 1) if epsilon in weights else shape.epsilon
+        added = weights[epsilon].reshape(1, 1) if epsilon in weights else blueprint.config.norm_epsilon
         y_TxD = x_TxD * jax.lax.rsqrt(jnp.square(x_TxD).mean(-1, keepdims=True) + added)
         if scale in weights:
             y_TxD = y_TxD * weights[scale][None]
         return y_TxD + weights[bias][None] if bias in weights else y_TxD
 
-    return [Stage("LayerNorm" if kind == "layer" else "RMSNorm", layer, function, ("x", *found), ("y",))]
+    return [Stage(NORMS[kind], layer, function, ("x", *found), ("y",))], "y"
 
 
-def _linear(shape: Shape, kind: str, layer: int | None, name: str, source: str, target: str) -> Stage:
+def _linear(blueprint: Blueprint, kind: str, layer: int | None, name: str, source: str, target: str) -> Stage:
     """target = source · kernel (+ bias)."""
-    found = present(shape, f"{name}.bias")
+    found = blueprint.present(f"{name}.bias")
 
-    def function(x_TxI, kernel_IxO, *bias_O):
+    def function(x_TxI: jax.Array, kernel_IxO: jax.Array, *bias_O: jax.Array) -> jax.Array:
         y_TxO = x_TxI @ kernel_IxO
         return y_TxO + bias_O[0][None] if bias_O else y_TxO
 
     return Stage(kind, layer, function, (source, f"{name}.kernel", *found), (target,))
 
 
-def _block(shape: Shape, layer: int, attended: list[Stage]) -> list[Stage]:
-    stages = [*_norm(shape, shape.norm, layer, f"{layer}.norm1"), *_projections(shape, layer), *attended]
-    stages.append(_linear(shape, "output projection", layer, f"{layer}.out", "mixed", "y"))
+def _block(blueprint: Blueprint, layer: int, attended: list[Stage]) -> list[Stage]:
+    stages, read = _norm(blueprint, "norm", layer, f"{layer}.norm1")
+    stages += [*_projections(blueprint, layer, read), *attended]
+    stages.append(_linear(blueprint, "output projection", layer, f"{layer}.out", "mixed", "y"))
     stages.append(Stage("residual", layer, jnp.add, ("x", "y"), ("x",)))
-    if layer >= shape.ffn_layers:
+    if layer >= blueprint.config.num_layers - blueprint.config.ffn_free_layers:
         return stages
-    stages += _norm(shape, shape.norm, layer, f"{layer}.norm2")
-    if shape.one_matrix:
-        stages.append(_linear(shape, "feed-forward", layer, f"{layer}.fused", "y", "y"))
+    norm, read = _norm(blueprint, "norm", layer, f"{layer}.norm2")
+    stages += norm
+    if blueprint.one_matrix:
+        stages.append(_linear(blueprint, "feed-forward", layer, f"{layer}.fused", read, "y"))
     else:
-        stages.append(_linear(shape, "feed-forward", layer, f"{layer}.up", "y", "h"))
-        stages += _activation(shape, layer)
-        stages.append(_linear(shape, "feed-forward", layer, f"{layer}.down", "h", "y"))
-    scales = present(shape, f"{layer}.alpha", f"{layer}.beta")
+        stages.append(_linear(blueprint, "feed-forward", layer, f"{layer}.up", read, "h"))
+        stages += _activation(blueprint, layer)
+        stages.append(_linear(blueprint, "feed-forward", layer, f"{layer}.down", "h", "y"))
+    scales = blueprint.present(f"{layer}.alpha", f"{layer}.beta")
     if len(scales) == 2:
         function = lambda x, y, alpha, beta: x * beta.reshape(1, 1) + y / alpha.reshape(1, 1)  # noqa: E731
     elif scales:
@@ -110,49 +130,45 @@ def _block(shape: Shape, layer: int, attended: list[Stage]) -> list[Stage]:
     return stages
 
 
-def _projections(shape: Shape, layer: int) -> list[Stage]:
-    heads = (shape.num_heads, shape.head_dim)
+def _projections(blueprint: Blueprint, layer: int, read: str) -> list[Stage]:
+    heads = (blueprint.config.num_heads, blueprint.config.head_dim)
     names = tuple(f"{layer}.{name}" for name in "qkv")
-    if shape.steps.qkv:
+    if blueprint.rewrites.qkv:
         split = lambda y: tuple(part.reshape(-1, *heads) for part in jnp.split(y, 3, axis=-1))  # noqa: E731
         return [
-            _linear(shape, "projections", layer, f"{layer}.qkv", "y", "qkv"),
-            Stage("cache", layer, split, ("qkv",), names),
+            _linear(blueprint, "projections", layer, f"{layer}.qkv", read, "qkv"),
+            Stage("heads", layer, split, ("qkv",), names),
         ]
-    stages = [_linear(shape, "projections", layer, name, "y", name) for name in names]
+    stages = [_linear(blueprint, "projections", layer, name, read, name) for name in names]
     split = lambda *parts: tuple(part.reshape(-1, *heads) for part in parts)  # noqa: E731
-    return [*stages, Stage("cache", layer, split, names, names)]
+    return [*stages, Stage("heads", layer, split, names, names)]
 
 
-def _activation(shape: Shape, layer: int) -> list[Stage]:
-    kinds = {"gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "leaky_relu": "leaky ReLU"}
-    if shape.activation == "identity":
+def _activation(blueprint: Blueprint, layer: int) -> list[Stage]:
+    activation = blueprint.config.activation
+    if activation == "identity":
         return []
-    slope = present(shape, f"{layer}.slope")
+    slope = blueprint.present(f"{layer}.slope")
 
-    def function(h_TxF, *slope):
-        match shape.activation:
+    def function(h_TxF: jax.Array, *slope: jax.Array) -> jax.Array:
+        match activation:
             case "gelu":
-                half = 0.5 * h_TxF
-                return (
-                    half * (1 + jax.lax.erf(h_TxF * 0.5**0.5))
-                    if shape.steps.erf
-                    else jax.nn.gelu(h_TxF, approximate=False)
-                )
+                if not blueprint.rewrites.erf:
+                    return jax.nn.gelu(h_TxF, approximate=False)
+                return 0.5 * h_TxF * (1 + jax.lax.erf(h_TxF * 0.5**0.5))
             case "gelu_tanh":
                 return jax.nn.gelu(h_TxF, approximate=True)
             case "relu":
                 return jnp.maximum(h_TxF, 0)
             case "leaky_relu":
                 positive = jnp.maximum(h_TxF, 0)
-                factor = slope[0].reshape(1, 1) if slope else shape.negative_slope
+                factor = slope[0].reshape(1, 1) if slope else blueprint.config.negative_slope
                 return positive + factor * (h_TxF - positive)
+        raise NotImplementedError(f"activation={activation!r} has no stage")
 
-    return [Stage(kinds[shape.activation], layer, function, ("h", *slope), ("h",))]
+    return [Stage(ACTIVATIONS[activation], layer, function, ("h", *slope), ("h",))]
 
 
-def _head(shape: Shape) -> list[Stage]:
-    return [
-        *_norm(shape, shape.final_norm, None, "final_norm"),
-        _linear(shape, "vocabulary", None, "head", "y", "logits"),
-    ]
+def _head(blueprint: Blueprint) -> list[Stage]:
+    norm, read = _norm(blueprint, "final_norm", None, "final_norm")
+    return [*norm, _linear(blueprint, "vocabulary", None, "head", read, "logits")]

@@ -1,79 +1,24 @@
-"""What a private program is made of: the steps that make it cheaper, the public shape of its model, and its stages."""
+"""A private program is a list of stages, each a plain function of named arrays; one or all of them are compiled.
 
-import dataclasses
+Arrays are weights by their names in the blueprint, what stages write, and the few that are put there for each token.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
+from jax_entropy.private.program.blueprint import Blueprint
 
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """What makes a program cheaper without changing its function; each can be switched off.
-
-    one_hot: tokens enter as one-hot rows that their owner makes; off, as secret indices of a gather.
-    packed: the softmax sees the tiles on and under the diagonal only; off, the whole square.
-    denominator: one reciprocal a row, multiplied after the product with V; off, every weight is divided.
-    temperature: 1/(t·√H) multiplies the queries, 1/√H disappears in their kernel; off, scores are divided.
-    folded: scales and biases of norms, α, β and biases disappear in the matrices beside them.
-    merged: two matrices with nothing between them are one.
-    qkv: queries, keys and values are one product.
-    erf: GELU as x/2·(1 + erf(x/√2)); off, through erfc.
-    one_dot: a single query meets the keys of all heads in one product, and so do its weights the values; off, in N.
-    cached: weights are opened once, masked, and not at each use (SEMI2K; the others gain nothing).
-    """
-
-    one_hot: bool = True
-    packed: bool = True
-    denominator: bool = True
-    temperature: bool = True
-    folded: bool = True
-    merged: bool = True
-    qkv: bool = True
-    erf: bool = True
-    one_dot: bool = True
-    cached: bool = True
-
-
-NO_STEPS = Steps(**{field.name: False for field in dataclasses.fields(Steps)})
-# As the model is written, where GELU is in its erf form. The client makes one-hot rows even so: a secret index of a
-# real vocabulary is out of the question.
-PLAIN = dataclasses.replace(NO_STEPS, one_hot=True, erf=True)
-
-
-def export_name(steps: Steps) -> str:
-    """What an export is called in tables: "optimised", "plain", or without what."""
-    off = [field.name for field in dataclasses.fields(Steps) if not getattr(steps, field.name)]
-    return "plain" if steps == PLAIN else f"without {', '.join(off)}" if off else "optimised"
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """All that a program says about its model, and all that both parties know of it; no weight is in it."""
-
-    architecture: str
-    steps: Steps
-    num_layers: int
-    num_heads: int
-    model_dim: int
-    context_length: int
-    vocab_size: int
-    norm: str
-    final_norm: str
-    epsilon: float | None  # None: a secret one for each norm
-    activation: str
-    negative_slope: float | None  # None: a secret one for each layer
-    ffn_layers: int
-    one_matrix: bool  # the feed-forward is a single matrix
-    weights: tuple[str, ...]  # names
-
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
+LAST, POSITION, TOKENS = "last", "position", "tokens"
+PUBLIC = (LAST, POSITION)
+# The name of a cache as a step finds it, before its own key or value is written.
+PAST = ".past"
 
 
 class Stage(NamedTuple):
-    """One step of a program: `function(*inputs)` gives the outputs. kind is what it is accounted under."""
+    """One part of a program: `function(*inputs)` gives the outputs. kind is what it is accounted under."""
 
     kind: str
     layer: int | None
@@ -82,25 +27,22 @@ class Stage(NamedTuple):
     outputs: tuple[str, ...]
 
 
-LAST, POSITION, TOKENS = "last", "position", "tokens"
-PUBLIC = (LAST, POSITION)
+def run_stage(stage: Stage, known: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """The stage's outputs, its inputs being among the known arrays."""
+    results = stage.function(*(known[name] for name in stage.inputs))
+    return results if isinstance(results, tuple) else (results,)
 
 
 def compose(stages: Sequence[Stage], inputs: Sequence[str], outputs: Sequence[str]) -> Callable:
     """The stages as one function of arrays in the order of `inputs`."""
 
-    def function(*arrays):
+    def function(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         known = dict(zip(inputs, arrays, strict=True))
         for stage in stages:
             known |= zip(stage.outputs, run_stage(stage, known), strict=True)
         return tuple(known[name] for name in outputs)
 
     return function
-
-
-def run_stage(stage: Stage, known: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-    results = stage.function(*(known[name] for name in stage.inputs))
-    return results if isinstance(results, tuple) else (results,)
 
 
 def external_inputs(stages: Sequence[Stage]) -> tuple[str, ...]:
@@ -112,5 +54,30 @@ def external_inputs(stages: Sequence[Stage]) -> tuple[str, ...]:
     return tuple(read)
 
 
-def present(shape: Shape, *names: str) -> tuple[str, ...]:
-    return tuple(name for name in names if name in shape.weights)
+def input_types(
+    blueprint: Blueprint, names: Sequence[str], num_tokens: int, known: Mapping[str, jax.ShapeDtypeStruct] = {}
+) -> list[jax.ShapeDtypeStruct]:
+    """Types of a program's inputs: what stages wrote is in `known`, the rest are weights, tokens, positions, caches."""
+    config, index = blueprint.config, jax.ShapeDtypeStruct((), np.int32)
+    cache = jax.ShapeDtypeStruct((config.context_length, config.num_heads, config.head_dim), np.float32)
+
+    def one(name: str) -> jax.ShapeDtypeStruct:
+        if name in known:
+            return known[name]
+        if name in blueprint.weights:
+            return jax.ShapeDtypeStruct(tuple(blueprint.weights[name]), np.float32)
+        if name == TOKENS:
+            return blueprint.token_type(num_tokens)
+        if name in PUBLIC:
+            return index
+        if name.endswith((f".k{PAST}", f".v{PAST}")):
+            return cache
+        raise KeyError(f"nothing writes {name!r}, which a stage reads")
+
+    return [one(name) for name in names]
+
+
+def lower(function: Callable, inputs: Sequence[jax.ShapeDtypeStruct]) -> bytes:
+    """A serialized HLO module that the engine compiles."""
+    lowered = jax.jit(function, keep_unused=True).trace(*inputs).lower(lowering_platforms=("cpu",))
+    return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()

@@ -1,1 +1,1 @@
-"""Text under secure computation, in one process or between parties."""
+"""A private model at work: text token by token, all parties in one process or each in its own."""

@@ -3,7 +3,7 @@
 The same code runs all parties in one process, or one of a link: party 0 has the prompt, party 1 the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +13,43 @@ from jax_entropy.errors import UserError, nearest
 from jax_entropy.generate import check_sampling
 from jax_entropy.generate import choose as choose_token
 from jax_entropy.private.engine.engine import Account, Engine
-from jax_entropy.private.program.export import abstract_inputs, lower, one_hot
-from jax_entropy.private.program.forward import last_logits, prefill, step
-from jax_entropy.private.program.stage import LAST, POSITION, PUBLIC, TOKENS, Shape, Stage, compose, external_inputs
+from jax_entropy.private.program.blueprint import Blueprint
+from jax_entropy.private.program.export import Export
+from jax_entropy.private.program.forward import forward, likeliest, prefill, step
+from jax_entropy.private.program.stage import (
+    LAST,
+    PAST,
+    POSITION,
+    PUBLIC,
+    TOKENS,
+    Stage,
+    compose,
+    external_inputs,
+    input_types,
+    lower,
+)
+from jax_entropy.private.session.messages import Message, Progress, Prompt
 
 CLIENT, SERVER = 0, 1
 REVEALED = ("logits", "token")
-# An option of the engine's compiler that divides before it broadcasts; part of the step `denominator`.
+# An option of the engine's compiler that divides before it broadcasts; part of the rewrite `denominator`.
 COMPILER = "enable_optimize_denominator_with_broadcast"
-
-
-def compiler_options(shape: Shape) -> dict[str, bool]:
-    return {COMPILER: shape.steps.denominator}
 
 
 class PrivateModel:
     """A model inside an engine: its weights as shares, its programs compiled when they are first needed."""
 
-    def __init__(self, engine: Engine, shape: Shape, types: dict[str, tuple[int, ...]]):
-        """types: the shape of every weight, which both parties know."""
-        self.engine, self.shape = engine, shape
-        self.types = {name: jax.ShapeDtypeStruct(dims, jnp.float32) for name, dims in types.items()}
+    def __init__(self, engine: Engine, blueprint: Blueprint):
+        self.engine, self.blueprint = engine, blueprint
         self.programs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self.accounts: list[tuple[str, Account]] = []
+
+    @classmethod
+    def of(cls, engine: Engine, exported: Export) -> "PrivateModel":
+        """An exported model with its weights shared; for the party that has them, or all parties in one process."""
+        model = cls(engine, exported.blueprint)
+        model.share_weights(exported.weights)
+        return model
 
     @property
     def role(self) -> int | None:
@@ -43,61 +57,77 @@ class PrivateModel:
 
     def share_weights(self, weights: dict[str, np.ndarray] | None) -> None:
         """Shares the server's weights with all parties, and opens them once, masked, where that saves traffic."""
-        names, setting = list(self.shape.weights), self.engine.setting
+        names, setting = list(self.blueprint.weights), self.engine.setting
         colocated = setting.protocol == "cheetah" and setting.colocated
         self.engine.put(names, SERVER, weights, colocated=colocated)
-        if self.shape.steps.cached and setting.protocol == "semi2k":
+        if self.blueprint.rewrites.cached and setting.protocol == "semi2k":
             # the engine knows opened arrays by their addresses, which those of another model might be given again
             if self.engine.has_opened:
-                raise RuntimeError("an engine with opened weights holds one model")
+                raise RuntimeError("an engine with opened weights holds one model; reset it first")
             self.engine.has_opened = True
             multiplied = tuple(name for name in names if not name.endswith((".bias", ".epsilon", "positions")))
             cached = Stage("weights, once", None, lambda *arrays: tuple(map(_cached, arrays)), multiplied, multiplied)
-            self.run("open weights", [cached], multiplied)
+            self.run("open weights", [cached], multiplied, 0)
+
+    def forward(self, num_tokens: int) -> None:
+        """Reads `tokens` [num_tokens] → `logits` [num_tokens, V] of every position."""
+        self.run(f"forward {num_tokens}", forward(self.blueprint, num_tokens), ("logits",), num_tokens)
 
     def prefill(self, num_tokens: int) -> None:
         """Reads `tokens` [num_tokens] → `logits` [1, V] after row `last`, and the caches."""
-        self.run(f"prefill {num_tokens}", prefill(self.shape, num_tokens), ("logits", *self._caches()), num_tokens)
+        self.run(f"prefill {num_tokens}", prefill(self.blueprint, num_tokens), ("logits", *self._caches()), num_tokens)
 
     def step(self) -> None:
         """Reads one of `tokens` at `position` → `logits`, and the caches with it."""
-        self.run("step", step(self.shape), ("logits", *self._caches()))
+        self.run("step", step(self.blueprint), ("logits", *self._caches()), 1)
 
     def choose(self) -> None:
         """`logits` → `tokens`, the one-hot row of the largest, which stays inside."""
-        stage = Stage("next token", None, last_logits, ("logits",), (TOKENS,))
-        self.types["logits"] = jax.ShapeDtypeStruct((1, self.shape.vocab_size), jnp.float32)
-        self.run("choose", [stage], (TOKENS,))
+        stage = Stage("next token", None, likeliest, ("logits",), (TOKENS,))
+        row = jax.ShapeDtypeStruct((1, self.blueprint.config.vocab_size), jnp.float32)
+        self.run("choose", [stage], (TOKENS,), 1, dict(logits=row))
 
     def _caches(self) -> tuple[str, ...]:
-        return tuple(f"{layer}.{name}" for layer in range(self.shape.num_layers) for name in "kv")
+        return tuple(f"{layer}.{name}" for layer in range(self.blueprint.config.num_layers) for name in "kv")
 
-    def run(self, name: str, stages: list[Stage], outputs: Sequence[str], num_tokens: int = 1) -> None:
-        """Runs stages as one program, compiled when its name is new; what they write stays inside, as shares."""
+    def run(
+        self, name: str, stages: list[Stage], outputs: Sequence[str], num_tokens: int,
+        known: Mapping[str, jax.ShapeDtypeStruct] = {},
+    ) -> Account:  # fmt: skip
+        """Runs stages as one program, compiled when its name is new; what they write stays inside, as shares.
+
+        Args:
+          known: types of what earlier programs wrote.
+        """
         if name not in self.programs:
             inputs = external_inputs(stages)
-            hlo = lower(compose(stages, inputs, outputs), abstract_inputs(self.shape, inputs, num_tokens, self.types))
-            visibility = ["public" if value in PUBLIC else "secret" for value in inputs]
-            self.engine.load(name, hlo, visibility, compiler_options(self.shape))
-            self.programs[name] = tuple(value.removesuffix(".past") for value in inputs), tuple(outputs)
-        self.accounts.append((name, self.engine.run(name, *self.programs[name])))
+            self.load(name, compose(stages, inputs, outputs), inputs, outputs, num_tokens, known)
+        account = self.engine.run(name, *self.programs[name])
+        self.accounts.append((name, account))
+        return account
+
+    def load(
+        self, name: str, function: Callable, inputs: Sequence[str], outputs: Sequence[str], num_tokens: int,
+        known: Mapping[str, jax.ShapeDtypeStruct],
+    ) -> None:  # fmt: skip
+        """Compiles a function of named arrays as a program."""
+        hlo = lower(function, input_types(self.blueprint, inputs, num_tokens, known))
+        visibility = ["public" if value in PUBLIC else "secret" for value in inputs]
+        self.engine.load(name, hlo, visibility, {COMPILER: self.blueprint.rewrites.denominator})
+        self.programs[name] = tuple(value.removesuffix(PAST) for value in inputs), tuple(outputs)
 
     def put_public(self, name: str, value: int | None) -> None:
         self.engine.put([name], CLIENT, None if value is None else {name: np.int32(value)}, public=True)
 
     def put_tokens(self, tokens: Sequence[int] | None) -> None:
         """Shares the client's tokens."""
-        if tokens is not None:
-            tokens = (
-                one_hot(tokens, self.shape.vocab_size) if self.shape.steps.one_hot else np.asarray(tokens, np.int32)
-            )
-        self.engine.put([TOKENS], CLIENT, None if tokens is None else {TOKENS: tokens})
+        self.engine.put([TOKENS], CLIENT, None if tokens is None else {TOKENS: self.blueprint.enter(tokens)})
 
-    def tell(self, message: dict | None) -> dict:
-        """A message from the client to the server; each gets it back."""
+    def tell(self, message: Message | None, kind: type[Message]) -> Message:
+        """A message of the client to the server; each gets it back."""
         if self.role == CLIENT:
             self.engine.peer.send(message)
-        return self.engine.peer.receive() if self.role == SERVER else message
+        return self.engine.peer.receive(kind) if self.role == SERVER else message
 
 
 def _cached(array: jax.Array) -> jax.Array:
@@ -132,11 +162,11 @@ def generate(
       UserError: a prompt that is empty or does not fit, or a `reveal` that is not known.
     """
     if model.role != SERVER:
-        check_request(model.shape, prompt, num_tokens, reveal)
-    message = None if prompt is None else dict(length=len(prompt), reveal=reveal)
-    message = model.tell(message)
-    length, reveal = message["length"], message["reveal"]
-    padded = padded_length(length, model.shape.context_length)
+        check_request(model.blueprint, prompt, num_tokens, reveal)
+    length, reveal = model.tell(None if prompt is None else Prompt(len(prompt), reveal), Prompt)
+    if model.role == SERVER and not (1 <= length < model.blueprint.config.context_length and reveal in REVEALED):
+        raise UserError(f"a prompt of {length} tokens and reveal={reveal!r} cannot be answered")
+    padded = padded_length(length, model.blueprint.config.context_length)
     model.put_tokens(None if prompt is None else [*prompt, *[0] * (padded - length)])
     model.put_public(LAST, None if prompt is None else length - 1)
     model.prefill(padded)
@@ -150,11 +180,13 @@ def generate(
                 new.append(token)
                 notify(token)
             done = ended or len(new) == num_tokens
-        if model.tell(None if done is None else dict(done=done))["done"]:
+        if model.tell(None if done is None else Progress(done), Progress).done:
             return new
         if reveal == "logits":
             model.put_tokens(None if token is None else [token])
         model.put_public(POSITION, None if prompt is None else position)
+        if position == model.blueprint.config.context_length:  # only of a client that was not checked
+            raise UserError(f"the context of {position} tokens is full")
         model.step()
         position += 1
 
@@ -180,19 +212,19 @@ def _next_token(model: PrivateModel, choose: Callable[[np.ndarray], int], reveal
     return int(choose(row_V) if reveal == "logits" else np.argmax(row_V))
 
 
-def check_request(shape: Shape, prompt: Sequence[int], num_tokens: int, reveal: str) -> None:
+def check_request(blueprint: Blueprint, prompt: Sequence[int], num_tokens: int, reveal: str) -> None:
     """Raises UserError for what `generate` cannot do, before anything is shared."""
     if reveal not in REVEALED:
-        raise UserError(f"--reveal={reveal!r} is not known{nearest(reveal, REVEALED)}")
-    if reveal == "token" and not shape.steps.one_hot:
-        raise UserError("--reveal=token needs the step one_hot: the token stays inside as a one-hot row")
+        raise UserError(f"reveal={reveal!r} is not known{nearest(reveal, REVEALED)}")
+    if reveal == "token" and not blueprint.rewrites.one_hot:
+        raise UserError("reveal=token needs the rewrite one_hot: the token stays inside as a one-hot row")
     if not len(prompt):
         raise UserError("the prompt is empty; give at least one character")
     if num_tokens < 1:
-        raise UserError(f"--tokens={num_tokens} must be at least 1")
-    room = shape.context_length - len(prompt)
-    if num_tokens > room:
+        raise UserError(f"num_tokens={num_tokens} must be at least 1")
+    context = blueprint.config.context_length
+    if num_tokens > (room := context - len(prompt)):
         raise UserError(
-            f"the prompt's {len(prompt)} tokens and {num_tokens} new ones do not fit into the context of "
-            f"{shape.context_length}; " + (f"ask for at most --tokens={room}" if room > 0 else "shorten the prompt")
+            f"the prompt's {len(prompt)} tokens and {num_tokens} new ones do not fit into the context of {context}; "
+            + (f"ask for at most num_tokens={room}" if room > 0 else "shorten the prompt")
         )

@@ -4,7 +4,6 @@ Shapes, settings and lengths go over this line; shares go over the engine's own 
 """
 
 import hashlib
-import json
 import re
 import select
 import shutil
@@ -13,9 +12,10 @@ import ssl
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax_entropy.errors import UserError
+from jax_entropy.private.session import messages
 
 HANDSHAKE_SECONDS = 8
 _WELCOME = b"jax_entropy\n"
@@ -44,11 +44,11 @@ def make_keys(directory: Path, name: str, days: int) -> str:
     """
     certificate, key = directory / "certificate.pem", directory / "private_key.pem"
     if certificate.exists() or key.exists():
-        raise UserError(f"{directory} holds keys already; choose another --directory")
+        raise UserError(f"{directory} holds keys already; choose another folder")
     if not 1 <= days <= 36500:
-        raise UserError(f"--days={days} must lie between 1 and 36500")
+        raise UserError(f"days={days} must lie between 1 and 36500")
     if not re.fullmatch(r"[\w .-]{1,64}", name):
-        raise UserError(f"--name={name!r} must be 1 to 64 letters, digits, spaces, dots or dashes")
+        raise UserError(f"name={name!r} must be 1 to 64 letters, digits, spaces, dots or dashes")
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         _openssl(
@@ -57,7 +57,7 @@ def make_keys(directory: Path, name: str, days: int) -> str:
         )  # fmt: skip
         key.chmod(0o600)
     except OSError as error:
-        raise UserError(f"--directory={directory} cannot be written: {error.strerror}") from None
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
     except UserError:
         key.unlink(missing_ok=True)
         raise
@@ -73,78 +73,93 @@ def _openssl(*arguments: str) -> str:
     return done.stdout
 
 
-def read_keys(directory: str, peer: str) -> Keys:
-    """The files of one party. Raises UserError if one is missing, damaged, expired, or does not fit its key."""
-    if not directory:
-        raise UserError("--keys is missing: the folder that `jax-entropy private keys` made")
-    if not peer:
-        raise UserError("--peer is missing: the file of the other party's certificate")
-    keys = Keys(Path(directory) / "certificate.pem", Path(directory) / "private_key.pem", Path(peer))
+def read_keys(folder: Path, peer: Path) -> Keys:
+    """The files of one party, and its peer's certificate.
+
+    Raises UserError if one is missing, damaged, expired, or does not fit its key.
+    """
+    keys = Keys(folder / "certificate.pem", folder / "private_key.pem", peer)
     for path in keys:
         if not path.is_file():
             raise UserError(f"{path} is missing; make keys with `jax-entropy private keys`, and exchange certificates")
     for path in (keys.certificate, keys.peer_certificate):
-        try:
-            _openssl("x509", "-in", str(path), "-noout")
-        except UserError:
-            raise UserError(f"{path} is no certificate") from None
+        _read_certificate(path)
         try:
             _openssl("x509", "-in", str(path), "-noout", "-checkend", "0")
         except UserError:
             raise UserError(
                 f"the certificate {path} has expired; make new ones with `jax-entropy private keys`"
             ) from None
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(keys.certificate, keys.private_key)
-    except ssl.SSLError:
-        raise UserError(f"{keys.private_key} is not the key of {keys.certificate}") from None
+    _context(keys, server=True)
     return keys
+
+
+def _read_certificate(path: Path) -> bytes:
+    """The certificate, DER, of a PEM file, in which text may stand before and after it.
+
+    Raises UserError unless there is exactly one: a peer is pinned by its certificate and by no other.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    blocks = re.findall(rb"^-----BEGIN CERTIFICATE-----\s.*?^-----END CERTIFICATE-----", data, re.DOTALL | re.MULTILINE)
+    if len(blocks) > 1:
+        raise UserError(f"{path} holds {len(blocks)} certificates; name a file with the one that is meant")
+    if not blocks and data[:1] == b"\x30":  # how DER begins
+        raise UserError(
+            f"{path} is no certificate in PEM, but perhaps one in DER; write it anew: "
+            f"openssl x509 -inform der -in {path} -out certificate.pem"
+        )
+    try:
+        der = ssl.PEM_cert_to_DER_cert(b"".join(blocks).decode("ascii"))
+        ssl.create_default_context(cadata=der)
+    except (ValueError, ssl.SSLError):
+        raise UserError(f"{path} is no certificate") from None
+    return der
 
 
 def fingerprint(certificate: Path) -> str:
     """SHA-256 of a certificate, to compare by telephone."""
-    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.read_text())).hexdigest()
-
-
-def address(text: str, flag: str) -> tuple[str, int]:
-    """HOST:PORT. Raises UserError if it is not one."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
-        raise UserError(f"--{flag}={text!r} must be HOST:PORT, like 127.0.0.1:9500")
-    if ":" in host:
-        raise UserError(f"--{flag}={text!r} is an IPv6 address; the engine's links need an IPv4 address or a name")
-    return host, int(port)
-
-
-def check_loopback(*hosts: str) -> None:
-    """Raises UserError unless all hosts are this machine, for --insecure_loopback."""
-    for host in hosts:
-        if host not in ("127.0.0.1", "localhost"):
-            raise UserError(f"--insecure_loopback is for 127.0.0.1 only, not {host}; give --keys and --peer")
+    return hashlib.sha256(_read_certificate(certificate)).hexdigest()
 
 
 def _context(keys: Keys, server: bool) -> ssl.SSLContext:
+    """TLS between the two. Raises UserError, and asks nobody, if the private key cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the certificate itself is the trust
     context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(keys.certificate, keys.private_key)
-    context.load_verify_locations(keys.peer_certificate)
+
+    def pass_phrase() -> str:
+        raise UserError(
+            f"{keys.private_key} is locked by a pass phrase, which the engine cannot be given; write it without: "
+            f"openssl pkey -in {keys.private_key} -out unlocked.pem"
+        )
+
+    try:
+        context.load_cert_chain(keys.certificate, keys.private_key, password=pass_phrase)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise UserError(f"{keys.private_key} is not the key of {keys.certificate}") from None
+        raise UserError(f"{keys.private_key} is no private key in PEM") from None
+    except OSError as error:
+        raise UserError(f"{keys.private_key} cannot be read: {error.strerror or error}") from None
+    context.load_verify_locations(cadata=_read_certificate(keys.peer_certificate))
     return context
 
 
 class Line:
-    """JSON messages between two processes. Raises UserError, in a sentence, when the other is gone or silent."""
+    """Messages between two processes. Raises UserError, in a sentence, when the other is gone or silent."""
 
     def __init__(self, connection: socket.socket, keys: Keys | None, *, server: bool, timeout: float):
-        self.timeout, self._buffer = timeout, b""
+        self.timeout, self._buffer = timeout, bytearray()
         connection.settimeout(HANDSHAKE_SECONDS)
         try:
             if keys:
                 connection = _context(keys, server).wrap_socket(connection, server_side=server)
-                pinned = ssl.PEM_cert_to_DER_cert(keys.peer_certificate.read_text())
-                if connection.getpeercert(binary_form=True) != pinned:
-                    raise UserError("the other party's certificate is not the one in --peer")
+                if connection.getpeercert(binary_form=True) != _read_certificate(keys.peer_certificate):
+                    raise UserError("the other party's certificate is not the one that is accepted")
             # only what the server says first tells a client that its own certificate was accepted
             if server:
                 connection.sendall(_WELCOME)
@@ -163,14 +178,15 @@ class Line:
         """The addresses of this end and of the other."""
         return self.connection.getsockname()[0], self.connection.getpeername()[0]
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: NamedTuple) -> None:
+        """Sends one of `messages`."""
         try:
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
+            self.connection.sendall(messages.write(message))
         except OSError:
             raise UserError("the other party is gone") from None
 
-    def receive(self, timeout: float | None = None) -> dict[str, Any]:
-        """The next message, waited for `timeout` s."""
+    def receive(self, *kinds: type[messages.Message], timeout: float | None = None) -> messages.Message:
+        """The next message, of one of these kinds, waited for `timeout` s."""
         limit = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
         while b"\n" not in self._buffer:
@@ -180,10 +196,7 @@ class Line:
                 raise UserError(f"the other party said nothing for {limit:.0f} s")
             self.read_available()
         line, _, self._buffer = self._buffer.partition(b"\n")
-        try:
-            return dict(json.loads(line))
-        except (TypeError, ValueError):
-            raise UserError("the other party does not speak this protocol") from None
+        return messages.read(bytes(line), *kinds)
 
     def read_available(self) -> None:
         """Takes in what has arrived. Raises UserError if the other party has ended the connection."""

@@ -1,24 +1,24 @@
 """Two real parties: `serve` holds the weights, `ask` the prompt, and neither gets what the other has.
 
-Both make their programs from the public shape themselves, so that neither runs code of the other's.
+Both make their programs from the blueprint themselves, so that neither runs code of the other's.
 """
 
-import dataclasses
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from jax_entropy.architecture import ModelConfig
 from jax_entropy.errors import UserError
 from jax_entropy.private.engine.engine import Engine, Link, Setting
 from jax_entropy.private.program.export import Export
-from jax_entropy.private.program.stage import Shape, Steps
 from jax_entropy.private.session.inference import CLIENT, SERVER, PrivateModel, check_request, generate
 from jax_entropy.private.session.line import Keys, Line, connect
+from jax_entropy.private.session.messages import Agreement, Hello, More, Offer, Refusal
 
-_GREETING = "jax_entropy private 2"
+GREETING = "jax_entropy private 3"
 
 
 def serve(
@@ -47,8 +47,6 @@ def serve(
             answered += 1
         except UserError as error:
             notify(f"the session with {peer} has ended: {error}")
-        except (KeyError, TypeError, ValueError) as error:  # what the client sent is not what it should be
-            notify(f"the session with {peer} has ended: the other party does not speak this protocol ({error!r})")
         finally:
             line.close()
 
@@ -57,23 +55,16 @@ def _answer(
     line: Line, exported: Export, tokenizer: str, setting: Setting, keys: Keys | None, port: int, timeout: int
 ) -> int:
     """One client's prompts; returns their number."""
-    hello = line.receive(10)
-    if hello.get("greeting") != _GREETING or hello.get("jax") != jax.__version__:
-        line.send(dict(error=f"this server runs {_GREETING!r} on jax {jax.__version__}"))
+    hello = line.receive(Hello, timeout=10)
+    if (hello.greeting, hello.jax) != (GREETING, jax.__version__):
+        line.send(Refusal(f"this server runs {GREETING!r} on jax {jax.__version__}"))
         raise UserError("its version differs")
-    types = {name: value.shape for name, value in exported.weights.items()}
-    line.send(dict(
-        shape=dataclasses.asdict(exported.shape), types=types, setting=setting._asdict(), tokenizer=tokenizer,
-        port=port,
-    ))  # fmt: skip
-    if not line.receive(timeout).get("agreed"):
+    line.send(Offer(exported.blueprint, setting, tokenizer, port))
+    if not line.receive(Agreement).agreed:
         raise UserError("the client does not agree")
-    link = _link(SERVER, line, hello, port, keys, timeout)
-    with Engine(setting, link, peer=line) as engine:
-        model = PrivateModel(engine, exported.shape, types)
-        model.share_weights(exported.weights)
-        prompts = 0
-        while line.receive(max(timeout, 600)).get("more"):
+    with Engine(setting, _link(SERVER, line, port, hello.port, keys, timeout), peer=line) as engine:
+        model, prompts = PrivateModel.of(engine, exported), 0
+        while line.receive(More, timeout=max(timeout, 600)).more:
             generate(model, None)
             prompts += 1
         return prompts
@@ -91,61 +82,52 @@ class Question(NamedTuple):
 
 def ask(
     server: tuple[str, int], port: int, keys: Keys | None, num_tokens: int, *,
-    questions: Callable[[str, Shape, Setting], Sequence[Question]], reveal: str, timeout: int, patience: float,
+    questions: Callable[[str, ModelConfig, Setting], Sequence[Question]], reveal: str, timeout: int, patience: float,
 ) -> PrivateModel:  # fmt: skip
     """Asks the model of `serve` one question after another.
 
     Args:
       server: host and port of its door.
       port: where the server's engine reaches this one.
-      questions: given the server's tokenizer as JSON, its model's shape and its setting, what to ask; may raise
+      questions: given the server's tokenizer as JSON, its model's config and its setting, what to ask; may raise
         UserError if these will not do. All questions are checked before anything is shared.
       timeout: seconds for which the server may be silent; patience: seconds to wait for its start.
     """
     line = connect(*server, keys, patience=patience, timeout=timeout)
     try:
-        line.send(dict(greeting=_GREETING, jax=jax.__version__, port=port))
-        hello = line.receive()
-        if "error" in hello:
-            raise UserError(f"{hello['error']}, and this is jax {jax.__version__}")
-        try:
-            shape, setting = _shape(hello["shape"]), Setting(**hello["setting"]).check()
-        except (KeyError, TypeError) as error:
-            raise UserError(f"the other party does not speak this protocol ({error!r})") from None
-        asked = questions(hello["tokenizer"], shape, setting)
+        line.send(Hello(GREETING, jax.__version__, port))
+        offer = line.receive(Offer, Refusal)
+        if isinstance(offer, Refusal):
+            raise UserError(f"the server refuses: {offer.error[:300]!a}; this is {GREETING!r} on jax {jax.__version__}")
+        asked = questions(offer.tokenizer, offer.blueprint.config, offer.setting)
         for number, question in enumerate(asked, 1):
             try:
-                check_request(shape, question.tokens, num_tokens, reveal)
+                check_request(offer.blueprint, question.tokens, num_tokens, reveal)
             except UserError as error:
                 raise UserError(f"prompt {number}: {error}" if len(asked) > 1 else str(error)) from None
-        line.send(dict(agreed=True))
-        link = _link(CLIENT, line, hello, port, keys, timeout)
-        with Engine(setting, link, peer=line) as engine:
-            model = PrivateModel(engine, shape, {name: tuple(dims) for name, dims in hello["types"].items()})
+        line.send(Agreement(True))
+        with Engine(offer.setting, _link(CLIENT, line, port, offer.port, keys, timeout), peer=line) as engine:
+            model = PrivateModel(engine, offer.blueprint)
             model.share_weights(None)
             for question in asked:
-                line.send(dict(more=True))
+                line.send(More(True))
                 generate(
                     model, question.tokens, num_tokens, choose=question.choose, end_of_text=question.end_of_text,
                     reveal=reveal, notify=question.notify,
                 )  # fmt: skip
                 question.end()
-            line.send(dict(more=False))
+            line.send(More(False))
             return model
     finally:
         line.close()
 
 
-def _link(rank: int, line: Line, hello: dict[str, Any], port: int, keys: Keys | None, timeout: int) -> Link:
+def _link(rank: int, line: Line, port: int, other_port: int, keys: Keys | None, timeout: int) -> Link:
     """The engines reach each other at the addresses that the line goes between, and the ports of both."""
-    if type(hello.get("port")) is not int:
-        raise UserError("the other party does not speak this protocol")
-    own, other = (f"{host}:{at}" for host, at in zip(line.hosts(), (port, hello["port"]), strict=True))
+    if not 0 < other_port < 65536:
+        raise UserError(f"the other party's engine cannot be at port {other_port}")
+    own, other = (f"{host}:{at}" for host, at in zip(line.hosts(), (port, other_port), strict=True))
     return Link(
         rank, (own, other) if rank == CLIENT else (other, own), keys.for_engine() if keys else None,
         timeout_seconds=timeout, connect_seconds=20,
     )  # fmt: skip
-
-
-def _shape(fields: dict[str, Any]) -> Shape:
-    return Shape(**fields | dict(steps=Steps(**fields["steps"]), weights=tuple(fields["weights"])))

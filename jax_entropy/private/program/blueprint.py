@@ -1,0 +1,118 @@
+"""What both parties know of a private program: the model's config, how it was rewritten, and its weights by name.
+
+A blueprint may come from a peer; making one refuses what no export writes.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrites:
+    """What makes a program cheaper without changing its function; each can be switched off.
+
+    one_hot: tokens enter as one-hot rows that their owner makes; off, as secret indices of a gather.
+    packed: the softmax sees the tiles on and under the diagonal only; off, the whole square.
+    denominator: one reciprocal a row, multiplied after the product with V; off, every weight is divided.
+    temperature: 1/(t·√H) multiplies the queries, 1/√H disappears in their kernel; off, scores are divided.
+    folded: scales and biases of norms, α, β and biases disappear in the matrices beside them.
+    merged: two matrices with nothing between them are one.
+    qkv: queries, keys and values are one product.
+    erf: GELU as x/2·(1 + erf(x/√2)); off, through erfc.
+    one_dot: a single query meets the keys of all heads in one product, and so do its weights the values; off, in N.
+    cached: weights are opened once, masked, and not at each use (SEMI2K; the others gain nothing).
+    """
+
+    one_hot: bool = True
+    packed: bool = True
+    denominator: bool = True
+    temperature: bool = True
+    folded: bool = True
+    merged: bool = True
+    qkv: bool = True
+    erf: bool = True
+    one_dot: bool = True
+    cached: bool = True
+
+    def __str__(self) -> str:
+        """What an export is called in tables: "optimised", "plain", or without what."""
+        off = [name for name in REWRITES if not getattr(self, name)]
+        return "plain" if self == PLAIN else f"without {', '.join(off)}" if off else "optimised"
+
+
+REWRITES = tuple(field.name for field in dataclasses.fields(Rewrites))
+NO_REWRITES = Rewrites(**dict.fromkeys(REWRITES, False))
+# As the model is written, where GELU is in its erf form. The client makes one-hot rows even so: a secret index of a
+# real vocabulary is out of the question.
+PLAIN = dataclasses.replace(NO_REWRITES, one_hot=True, erf=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """A private program's public description; no weight is in it, only what each is called and its shape.
+
+    Raises UserError for a weight that no export of such a model writes.
+    """
+
+    config: ModelConfig
+    rewrites: Rewrites
+    weights: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        of_model, of_layer = _weight_shapes(self.config)
+        for name, shape in self.weights.items():
+            layer, _, bare = name.partition(".")
+            if re.fullmatch(r"0|[1-9][0-9]{0,7}", layer) and int(layer) < self.config.num_layers:
+                expected = of_layer.get(bare)
+            else:
+                expected = of_model.get(name)
+            if expected is None:
+                raise UserError(f"a private program of {self.config} has no weight {name[:60]!r}")
+            if tuple(shape) != expected:
+                raise UserError(f"the weight {name} of {self.config} has the shape {expected}, not {tuple(shape)}")
+
+    def present(self, *names: str) -> tuple[str, ...]:
+        """Those of the names that weights have."""
+        return tuple(name for name in names if name in self.weights)
+
+    @property
+    def one_matrix(self) -> bool:
+        """Whether the feed-forward is a single matrix."""
+        return any(name.endswith(".fused.kernel") for name in self.weights)
+
+    def token_type(self, num_tokens: int) -> jax.ShapeDtypeStruct:
+        """What tokens enter as: one-hot rows [T, V], or indices [T]."""
+        if self.rewrites.one_hot:
+            return jax.ShapeDtypeStruct((num_tokens, self.config.vocab_size), np.float32)
+        return jax.ShapeDtypeStruct((num_tokens,), np.int32)
+
+    def enter(self, tokens_T: Sequence[int]) -> np.ndarray:
+        """Tokens as their owner makes them, of `token_type`."""
+        if self.rewrites.one_hot:
+            return np.eye(self.config.vocab_size, dtype=np.float32)[np.asarray(tokens_T)]
+        return np.asarray(tokens_T, np.int32)
+
+
+def _weight_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes by name of all that exports write: once for the model, and in a layer, there behind "3."."""
+    D, F, V, S, N = config.model_dim, config.hidden_dim, config.vocab_size, config.context_length, config.num_heads
+
+    def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.kernel": (inputs, outputs), f"{name}.bias": (outputs,)}
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.scale": (D,), f"{name}.bias": (D,), f"{name}.epsilon": (1,)}
+
+    model = dict(embedding=(V, D), positions=(S, D)) | linear("head", D, V) | norm("final_norm")
+    layer = norm("norm1") | norm("norm2") | linear("qkv", D, 3 * D) | linear("up", D, F) | linear("down", F, D)
+    for name in ("q", "k", "v", "out", "fused"):
+        layer |= linear(name, D, D)
+    layer |= dict.fromkeys(("temperature", "inverse_temperature"), (N, S))
+    return model, layer | dict.fromkeys(("alpha", "beta", "slope"), (1,))

@@ -1,0 +1,148 @@
+"""Whatever a peer sends is a sound message or a sentence: never another error, never a value of another type."""
+
+import copy
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jax_entropy.errors import UserError
+from jax_entropy.private.engine.engine import Setting
+from jax_entropy.private.program.blueprint import PLAIN, Blueprint, Rewrites
+from jax_entropy.private.program.export import export
+from jax_entropy.private.session.messages import Agreement, Hello, More, Offer, Progress, Prompt, Refusal, read, write
+from tests.tiny_model import VARIED, scattered, tiny
+
+KINDS = (Hello, Refusal, Offer, Agreement, More, Prompt, Progress)
+
+
+def offer(name="EReg(SM(t)+ScFuFFN^1)", rewrites=Rewrites()):
+    config = tiny(name)
+    return Offer(export(config, scattered(config), rewrites).blueprint, Setting(), '{"a": "tokenizer"}', 9501)
+
+
+EXAMPLES = (
+    Hello("jax_entropy private 3", "0.10.2", 9600), Refusal("another version"), offer(), Agreement(True), More(False),
+    Prompt(17, "logits"), Progress(True),
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_a_message_is_read_as_it_was_written(message):
+    line = write(message)
+    assert line.endswith(b"\n") and line.count(b"\n") == 1
+    assert read(line, *KINDS) == message
+
+
+@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("rewrites", [Rewrites(), PLAIN], ids=str)
+def test_every_export_can_be_offered(name, rewrites):
+    made = offer(name, rewrites)
+    assert read(write(made), Offer) == made
+
+
+def parts(value, path=()):
+    """The paths of everything in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from parts(item, (*path, key))
+
+
+def sound(value, hint):
+    """Whether each field of a record is of the type that it says."""
+    if dataclasses.is_dataclass(value):
+        return all(sound(getattr(value, field.name), field.type) for field in dataclasses.fields(value))
+    if hasattr(value, "_fields"):
+        return all(sound(item, value.__annotations__[name]) for name, item in zip(value._fields, value, strict=True))
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and all(type(n) is int for n in item) for name, item in value.items())
+    return type(value) in getattr(hint, "__args__", (hint,))
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_message_with_something_else_in_it_is_sound_or_refused(message, data):
+    fields = {"whole": json.loads(write(message))}
+    *way, last = data.draw(st.sampled_from([path for path in parts(fields) if path]))
+    place = fields = copy.deepcopy(fields)
+    for key in way:
+        place = place[key]
+    if data.draw(st.booleans()):
+        place[last] = data.draw(VALUES)
+    else:
+        del place[last]
+    try:
+        found = read(json.dumps(fields.get("whole")).encode(), *KINDS)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 400
+    else:
+        assert sound(found, type(found))
+
+
+@given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
+@example(b"[" * 100_000)
+@example(b'{"more":' * 100_000)
+@example(b'{"more": NaN}')
+@example(b'{"length": 1' + b"0" * 5000 + b', "reveal": "logits"}')
+@example(b'{"error": "\\ud800"}')
+@settings(max_examples=300, deadline=None)
+def test_nonsense_is_refused(line):
+    with pytest.raises(UserError, match="does not speak this protocol"):
+        read(line, *KINDS)
+
+
+def test_a_message_out_of_turn_is_refused():
+    with pytest.raises(UserError, match="no Offer or Refusal"):
+        read(write(Hello("a", "b", 1)), Offer, Refusal)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(num_heads=7), "not divisible"),
+    (dict(num_layers=3), "is missing, or nothing reads it"),
+    (dict(num_layers=100_000), "100000 layers with so few weights"),
+    (dict(activation="gelu2"), "did you mean 'gelu'"),
+    (dict(model_dim=32), r"has the shape \(61, 32\), not \(61, 16\)"),
+])  # fmt: skip
+def test_an_offer_whose_parts_do_not_fit_is_refused(change, message):
+    fields = json.loads(write(offer()))
+    fields["blueprint"]["config"] |= change
+    with pytest.raises(UserError, match=message):
+        read(json.dumps(fields).encode(), Offer)
+
+
+def test_an_offer_of_three_parties_is_refused():
+    with pytest.raises(UserError, match="is not one of two parties"):
+        read(write(offer()._replace(setting=Setting(protocol="aby3"))), Offer)
+
+
+@pytest.mark.parametrize(("name", "shape", "message"), [
+    ("0.qkv.kernel", (16, 49), r"has the shape \(16, 48\), not \(16, 49\)"),
+    ("5.qkv.kernel", (16, 48), "has no weight '5.qkv.kernel'"),
+    ("00.qkv.kernel", (16, 48), "has no weight"), ("²", (), "has no weight"), ("secret", (1,), "has no weight"),
+    ("9" * 5000 + ".alpha", (1,), "has no weight"),
+])  # fmt: skip
+def test_a_blueprint_knows_the_weights_of_its_model(name, shape, message):
+    known = offer().blueprint
+    with pytest.raises(UserError, match=message):
+        Blueprint(known.config, known.rewrites, {**known.weights, name: shape})
+
+
+def test_what_both_parties_know_holds_no_weight():
+    def leaves(value):
+        if isinstance(value, dict | list):
+            return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in leaves(item)]
+        return [value]
+
+    for leaf in leaves(json.loads(write(offer("SM+LN+G")))):
+        assert not isinstance(leaf, np.ndarray | jax.Array), leaf

@@ -38,7 +38,7 @@ def print_profile(measured: Profile, network: Network, network_name: str, consol
             kind, *each, f"{account.rounds:,}", f"{account.seconds:.2f}", f"{on_network(account, network):.2f}"
         )
     console.print(table)
-    console.print(f"peak memory of the engine, all parties: {measured.memory / 1e9:.2f} GB")
+    console.print(f"peak memory of the engine, all parties: {measured.peak_memory_bytes / 1e9:.2f} GB")
 
 
 def _table(*numbers: str) -> Table:

@@ -18,6 +18,7 @@ import pytest
 
 from jax_entropy.errors import UserError
 from jax_entropy.private.session.line import connect, fingerprint, make_keys, read_keys
+from jax_entropy.private.session.messages import Offer
 from jax_entropy.private.session.parties import GREETING
 from tests.private.helpers import (
     free_ports,
@@ -142,14 +143,14 @@ def test_no_certificate_is_refused_by_the_server_which_goes_on(server, keys, tmp
 
 def test_nonsense_from_an_accepted_client_does_not_end_the_server(server, keys, tmp_path, plain_text):
     files = read_keys(keys / "client", keys / "server/certificate.pem")
-    greeting = dict(greeting=GREETING, jax=jax.__version__)
-    for message in (dict(), dict(port=1), greeting, greeting | dict(port=[3]), greeting | dict(port="9600")):
+    hello = dict(greeting=GREETING, jax=jax.__version__, port=9600)
+    for message in (dict(), dict(port=1), hello | dict(port=[3]), hello | dict(port="9600"), hello | dict(port=0)):
         line = connect("127.0.0.1", server.port, files, patience=5, timeout=5)
-        line.send(message)
-        line.receive()
+        line.connection.sendall(json.dumps(message).encode() + b"\n")
         with contextlib.suppress(UserError):
-            line.send(dict(agreed=True))
-            line.receive(2)
+            line.receive(Offer)
+            line.connection.sendall(b'{"agreed": true}\n')
+            line.receive(Offer, timeout=2)
         line.close()
     out, err = server.ask(tmp_path, keys).communicate(timeout=120)
     assert out == plain_text(PROMPT) + "\n", err

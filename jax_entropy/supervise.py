@@ -4,15 +4,17 @@ A killed process takes its peers down without a Python exception, so nothing ins
 host has a supervisor; `launch/local.sh --restart` has one above all of its processes. Needs the standard library only.
 """
 
+import argparse
 import collections
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
 
-USAGE = "python -m jax_entropy.supervise [--restart=N] [--backoff=SECONDS] -- COMMAND [ARGUMENT …]"
 LONGEST = 300.0  # seconds of pause at most
 _SIGNALS = {number.value: number.name for number in signal.Signals}
 HEALTHY = 600.0  # seconds after which an attempt counts as a good one, and the count starts anew
@@ -40,7 +42,7 @@ class Supervisor:
                 if failures > self.restart:
                     _say(f"the command {how}, {failures} times in a row; no more restarts")
                     return code
-                pause = min(self.backoff * 2 ** (failures - 1), LONGEST)
+                pause = min(self.backoff * 2 ** min(failures - 1, 20), LONGEST)
                 _say(f"the command {how}; restart {failures} of {self.restart} in {pause:g} s")
                 if self._wait(pause):
                     return code
@@ -66,7 +68,7 @@ class Supervisor:
             time.sleep(min(0.1, max(0.0, end - time.monotonic())))
         return bool(self.wanted)
 
-    def _receive(self, number, frame) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
         self.signals.append(number)
         self._pass_on()
@@ -81,28 +83,47 @@ def _say(line: str) -> None:
     print(f"supervise: {line}", file=sys.stderr, flush=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line on a mistake, where argparse writes several."""
+        self.exit(2, f"supervise: {message}; usage: {self.usage}\n")
+
+
+def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Reads a finite number of this kind that is not negative."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -1
+        if not 0 <= value < float("inf"):
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what} of at least 0")
+        return value
+
+    return read
+
+
 def main(argv: Sequence[str]) -> int:
     """Parses the options and supervises; 2 for a mistake in them."""
-    options, dashes, command = list(argv), "", []
-    if "--" in options:
-        at = options.index("--")
-        options, dashes, command = options[:at], "--", options[at + 1 :]
-    values = {"restart": 10.0, "backoff": 1.0}
-    for option in options:
-        name, _, value = option.removeprefix("--").partition("=")
-        if option in ("-h", "--help"):
-            print(f"usage: {USAGE}")
-            return 0
-        number = value.replace(".", "", 1) if name == "backoff" else value
-        if name not in values or not option.startswith("--") or not (number.isascii() and number.isdigit()):
-            _say(f"{option!r} is not understood; usage: {USAGE}")
-            return 2
-        values[name] = float(value)
-    if not dashes or not command:
-        _say(f"the command is missing; usage: {USAGE}")
-        return 2
+    parser = _Parser(
+        usage="python -m jax_entropy.supervise [--restart=N] [--backoff=SECONDS] -- COMMAND [ARGUMENT ...]",
+        description="Starts a command, and again all of it when it dies.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--restart", type=_number(int), default=10, metavar="N", help="failures in a row that are forgiven"
+    )
+    parser.add_argument(
+        "--backoff", type=_number(float), default=1.0, metavar="SECONDS", help="seconds of pause, doubled each time"
+    )
+    dashes = argv.index("--") if "--" in argv else len(argv)
+    options, command = parser.parse_args(argv[:dashes]), argv[dashes + 1 :]
+    if not command:
+        parser.error("the command is missing")
     try:
-        return Supervisor(command, int(values["restart"]), values["backoff"]).run()
+        return Supervisor(command, options.restart, options.backoff).run()
     except OSError as error:
         _say(f"{command[0]} cannot be started: {error.strerror or error}")
         return 2

@@ -154,10 +154,11 @@ def test_nothing_of_a_dead_attempt_stays_behind(tmp_path, supervised):
     [
         ([], "the command is missing"),
         (["--"], "the command is missing"),
-        (["--restart=many", "--", "true"], "'--restart=many' is not understood"),
-        (["--restart=-1", "--", "true"], "'--restart=-1' is not understood"),
-        (["--retries=2", "--", "true"], "'--retries=2' is not understood"),
-        (["true"], "'true' is not understood"),
+        (["--restart=many", "--", "true"], "--restart: 'many' is no whole number of at least 0"),
+        (["--restart=-1", "--", "true"], "--restart: '-1' is no whole number of at least 0"),
+        (["--backoff=nan", "--", "true"], "--backoff: 'nan' is no number of at least 0"),
+        (["--retries=2", "--", "true"], "unrecognized arguments: --retries=2"),
+        (["true"], "unrecognized arguments: true"),
         (["--", "/no/such/program"], "/no/such/program cannot be started"),
     ],
 )

@@ -63,3 +63,13 @@ def writing(path: str | os.PathLike, name: str = "") -> Iterator[None]:
     except OSError as error:
         given = f"{name}={os.fspath(path)}" if name else os.fspath(path)
         raise UserError(f"{given} cannot be written: {error.strerror or error}; choose another place") from error
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, name: str = "") -> Iterator[None]:
+    """Turns what the operating system refuses while `path` is read, given by `name`, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        given = f"{name}={os.fspath(path)!r}" if name else repr(os.fspath(path))
+        raise UserError(f"{given} cannot be read: {error.strerror or error}") from error

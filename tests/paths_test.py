@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jax_entropy.errors import UserError
-from jax_entropy.paths import cache_directory, local_path, writing
+from jax_entropy.paths import cache_directory, local_path, reading, writing
 
 
 def test_the_home_folder_is_expanded(monkeypatch):
@@ -39,7 +39,10 @@ def test_the_cache_follows_xdg(monkeypatch):
     assert cache_directory() == Path("/somewhere/.cache/jax_entropy")
 
 
-def test_what_cannot_be_written_is_a_sentence(tmp_path):
+def test_what_cannot_be_read_or_written_is_a_sentence(tmp_path):
+    sentence = f"--prompt_file={str(tmp_path)!r} cannot be read: Is a directory"
+    with pytest.raises(UserError, match=sentence), reading(tmp_path, "--prompt_file"):
+        tmp_path.read_text()
     sentence = f"--json={tmp_path} cannot be written: Is a directory"
     with pytest.raises(UserError, match=sentence), writing(tmp_path, "--json"):
         tmp_path.write_text("x")

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from jax_entropy.errors import UserError, nearest
+from jax_entropy.paths import reading
 
 BLOCK_BYTES = 1 << 17
 
@@ -61,7 +62,7 @@ class Document:
           UserError: the file behind it is gone, cannot be read, or is no longer the text that it was.
         """
         try:
-            with self.open() as stream:
+            with reading(self.name), self.open() as stream:
                 begin, end = _whole_characters(stream, begin), _whole_characters(stream, end)
                 stream.seek(begin)
                 decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
@@ -76,10 +77,8 @@ class Document:
                     yield text[:cut]
                 if rest:
                     yield rest
-        except OSError as error:
-            raise UserError(f"config.data.files: {self.name!r} cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"config.data.files: {self.name!r} changed while it was read; start again") from error
+            raise UserError(f"{self.name!r} changed while it was read; start again") from error
 
 
 class TextFiles:
@@ -131,11 +130,8 @@ class Rows:
         self.shards, self.column, self.left_out = shards, column, left_out or LeftOut()
         digest = hashlib.sha256(column.encode())
         for shard in _told(shards, " shards"):
-            try:
-                with shard.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            except OSError as error:
-                raise UserError(f"{str(shard)!r} cannot be read ({error.strerror})") from error
+            with reading(shard), shard.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
         self.digest = digest.hexdigest()
 
     def __iter__(self) -> Iterator[Document]:
@@ -232,7 +228,7 @@ def _digest_of_text(path: Path) -> tuple[int, str] | None:
     """Size and SHA-256 of a UTF-8 file, None for anything else; raises UserError where it cannot be read."""
     decoder, digest, size = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 0
     try:
-        with path.open("rb") as stream:
+        with reading(path), path.open("rb") as stream:
             while data := stream.read(BLOCK_BYTES):
                 decoder.decode(data)
                 if b"\0" in data:
@@ -242,8 +238,6 @@ def _digest_of_text(path: Path) -> tuple[int, str] | None:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return None
-    except OSError as error:
-        raise UserError(f"config.data.files: {str(path)!r} cannot be read ({error.strerror})") from error
     return size, digest.hexdigest()
 
 

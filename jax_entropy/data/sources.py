@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from jax_entropy.data.documents import LeftOut, Rows, TextFiles
 from jax_entropy.errors import UserError
-from jax_entropy.paths import local_path, writing
+from jax_entropy.paths import local_path, reading, writing
 
 
 class Source(NamedTuple):
@@ -122,7 +122,7 @@ def _text_files(given: Path, root: Path, paths: list[Path], left_out: LeftOut) -
 def _find(given: Path, directory: Path, left_out: LeftOut) -> tuple[Path, list[Path]]:
     """Returns the root folder and the sorted files of a folder (hidden ones left out), a single file or a glob."""
     field = f"config.data.files={str(given)!r}"
-    try:
+    with reading(given, "config.data.files"):
         if given.is_file():
             return given.parent, [given]
         if given.is_dir():
@@ -132,8 +132,6 @@ def _find(given: Path, directory: Path, left_out: LeftOut) -> tuple[Path, list[P
                 return given, paths
             found = str(left_out) and f", but {left_out}"
             raise UserError(f"{field} holds no files{found}; put .py, .txt or .md files into it")
-    except OSError as error:
-        raise UserError(f"{field} cannot be read ({error.strerror})") from error
     cache, paths = Path(os.path.realpath(directory)), []
     for name in sorted(glob.glob(str(given), recursive=True)):
         if os.path.isfile(name):
@@ -150,7 +148,7 @@ def _walk(root: Path, directory: Path, left_out: LeftOut) -> list[Path]:
     """The files below a folder, in order. Links to folders are followed, but not back, and to no folder twice."""
     paths, real_root, cache = [], Path(os.path.realpath(root)), os.path.realpath(directory)
     seen = {str(real_root)}
-    for folder, subfolders, names in os.walk(root, onerror=_unreadable, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
         relative, kept = Path(folder).relative_to(root), []
         for name in sorted(subfolders):
             shown, real = (relative / name).as_posix(), Path(os.path.realpath(Path(folder, name)))
@@ -175,8 +173,9 @@ def _walk(root: Path, directory: Path, left_out: LeftOut) -> list[Path]:
     return sorted(paths)
 
 
-def _unreadable(error: OSError) -> NoReturn:
-    raise UserError(f"config.data.files: {error.filename!r} cannot be read ({error.strerror})")
+def _refuse(error: OSError) -> NoReturn:
+    with reading(error.filename):
+        raise error
 
 
 def _shards(paths: list[Path]) -> list[Path]:

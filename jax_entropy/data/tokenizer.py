@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jax_entropy.errors import UserError
-from jax_entropy.paths import local_path
+from jax_entropy.paths import local_path, reading
 
 END_OF_TEXT = "<|endoftext|>"
 _MOST_IDS = 1 << 20  # four times the largest vocabulary in use; tables and embeddings have a row for each
@@ -126,28 +126,24 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     path = local_path(path, "tokenizer")
     name = f"tokenizer {str(path)!r}"
-    try:
+    with reading(path, "tokenizer"):
         if path.is_dir():
             raise UserError(f"{name} is a folder; name the tokenizer.json in it")
         if not path.is_file():
             raise UserError(f"{name} does not exist; name a tokenizer.json, or nothing to train one")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{name} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is damaged or not a tokenizer.json ({error})") from error
-    return parse_tokenizer(text, name)
+        return parse_tokenizer(path.read_bytes(), name)
 
 
-def parse_tokenizer(text: str, name: str) -> Tokenizer:
-    """As `load_tokenizer`, from the text of such a file; errors call it `name`."""
+def parse_tokenizer(text: str | bytes, name: str) -> Tokenizer:
+    """As `load_tokenizer`, from the content of such a file; errors call it `name`."""
     try:
+        text = text if isinstance(text, str) else text.decode()
         settings = json.loads(text)
         affixes = {field: affix for field in _AFFIXES if (affix := settings["model"].get(field))}
         # With an affix the library cuts characters in two, and can end the process.
         backend = None if affixes else tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{name} is damaged or not a tokenizer.json ({error!r})") from error
+        raise UserError(f"{name} is damaged or not a tokenizer.json ({type(error).__name__}: {error})") from error
     if affixes:
         raise UserError(f"{name} is not byte-level BPE: its model has {affixes}; use one of GPT-2's kind")
     if settings["model"].get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(settings.get("decoder")):

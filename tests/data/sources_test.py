@@ -137,7 +137,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "corpus", count=3)
     documents = opened(tmp_path, folder)
     (folder / "package1" / "module01.py").unlink()
-    with pytest.raises(UserError, match=r"'package1/module01.py' cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"'package1/module01.py' cannot be read: No such file"):
         texts(documents)
     path = folder / "package0" / "module00.py"
     path.write_bytes(b"\xff" * path.stat().st_size)
@@ -148,9 +148,9 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert "module00.py' cannot be read (Permission denied)" in error_of(tmp_path, folder)
+    assert "module00.py' cannot be read: Permission denied" in error_of(tmp_path, folder)
     monkeypatch.setattr(Path, "is_dir", refuse)
-    assert f"config.data.files={str(folder)!r} cannot be read (Permission denied)" in error_of(tmp_path, folder)
+    assert f"config.data.files={str(folder)!r} cannot be read: Permission denied" in error_of(tmp_path, folder)
 
 
 def test_single_file_and_glob_take_any_suffix(tmp_path):

@@ -1,10 +1,16 @@
 """Every test sees eight virtual CPU devices and refuses silent rank promotion; tests of runs share one unbroken run."""
 
 import os
+from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # chosen before jax is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("PIP_CONSTRAINT", None)  # the versions of this environment, not of the engine's own
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+# Programs this small are compiled for longer than they run; the second option is gone from later versions of XLA.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
@@ -14,6 +20,14 @@ from tests.tiny_config import get_config
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilations(tmp_path_factory):
+    """What the processes that tests start have compiled: the same small steps, once for all of them."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compilations"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="session")

@@ -16,24 +16,29 @@
 # # Attention entropy, watched and steered
 #
 # Under encryption the linear parts of a language model are cheap and the nonlinear ones are not. Take LayerNorm and GELU
-# out of a GPT and only softmax is left, but training breaks, in two ways that the Shannon entropy of attention shows:
+# out of a GPT and softmax alone is left, but then training breaks. How it breaks is seen in one number a head, the
+# Shannon entropy of its attention weights:
 #
-# * **overload**: heads attend to everything alike, their entropy stays at its maximum, and they learn nothing;
-# * **collapse**: heads look at one token only, their entropy falls to 0, and gradients vanish or explode.
+# * **overload**: the head looks at everything alike; its entropy stays at the maximum, and it has not learned what to
+#   look at;
+# * **collapse**: the head looks at a single token; its entropy is 0, and no gradient tells it where else to look.
 #
-# This notebook trains a softmax-only model that shows both, then one whose entropy is regularised
-# ([arXiv 2501.03489](https://arxiv.org/abs/2501.03489)). It takes about two minutes on two CPU cores.
+# This notebook shows both, first in one head, then in a small softmax-only model that fails, and then in the same model
+# with its entropy guided ([arXiv 2501.03489](https://arxiv.org/abs/2501.03489)). Two to three minutes on two CPU cores.
 
 # %%
 REPOSITORY = "https://github.com/jax-entropy/jax_entropy"  # where to clone from; change it if yours lives elsewhere
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 
 if importlib.util.find_spec("jax_entropy") is None:
+    # with JAX for the accelerator that this runtime has: plain JAX would leave it idle
+    extra = "[cuda]" if shutil.which("nvidia-smi") else "[tpu]" if importlib.util.find_spec("libtpu") else ""
     subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "jax_entropy_clone"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./jax_entropy_clone"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"./jax_entropy_clone{extra}"], check=True)
 
 # %%
 import tempfile
@@ -41,13 +46,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
 from IPython.display import Image, display
 
 import jax_entropy as je
-from jax_entropy import report
 from jax_entropy.config import default_config
-from jax_entropy.generate import generate
-from jax_entropy.training.train import train
+from jax_entropy.data import validation_batches
 
 RUNS = Path(tempfile.mkdtemp())
 print(jax.devices())
@@ -55,71 +60,122 @@ print(jax.devices())
 # %% [markdown]
 # ## Entropy is an output of attention
 #
-# `je.attention` returns the entropy of every row of weights beside its result, in nats, and gradients flow through it.
-# A temperature below 1 sharpens the rows, one above 1 flattens them. The most that row $i$ can reach is $\log i$.
+# `je.attention` returns the entropy of every row of its weights beside its result, in nats, without keeping the weights.
+# A row is what one token sees of itself and of those before it. Divide the logits by a large temperature and every row is
+# flat; divide them by a small one and each row is a single point:
 
 # %%
-q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 128, 4, 16))
-for t in (0.01, 0.1, 1.0, 10.0):
-    _, stats = je.attention(q, k, v, jnp.full((4, 128), t))
-    print(f"t = {t:5}: mean entropy {stats.entropy.mean():.2f} of at most {je.max_entropy(128, 'causal'):.2f} nats")
+T = 32
+q_BxTxNxH, k_BxTxNxH, v_BxTxNxH = jax.random.normal(jax.random.key(3), (3, 1, T, 1, 16))
+logits_TxT = jnp.einsum("bqnh,bknh->qk", q_BxTxNxH, k_BxTxNxH) / 16**0.5
 
-gradient = jax.grad(lambda q: je.attention(q, k, v)[1].entropy.mean())(q)
-print("the entropy's gradient reaches the queries:", float(jnp.abs(gradient).max()) > 0)
+figure, axes = plt.subplots(1, 3, figsize=(9, 3.5), dpi=75, layout="constrained")
+for ax, (name, temperature) in zip(axes, {"overload": 20.0, "in between": 1.0, "collapse": 0.02}.items(), strict=True):
+    _, stats = je.attention(q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, jnp.full((1, T), temperature))
+    ax.imshow(jax.nn.softmax(logits_TxT / temperature, where=jnp.tri(T, dtype=bool)), vmin=0, vmax=0.5)
+    ax.set(title=f"{name}: {stats.entropy.mean():.2f} nats", xlabel="looks at token", xticks=[], yticks=[])
+axes[0].set_ylabel("token")
+print(f"the most that {T} tokens can have: {je.max_entropy(T, 'causal'):.2f} nats")
 
 # %% [markdown]
-# ## Two small models
-#
-# `SM` has softmax as its only nonlinearity. `EReg(SM(t)+ScFuFFN)` is the paper's answer: the feed-forward is one scaled
-# matrix, softmax has a learned temperature for each head and position, and a penalty keeps each head's entropy near a
-# learned threshold. Both train on the source of Python's standard library.
-
+# Gradients flow through it, so entropy can be part of a loss:
 
 # %%
+gradient = jax.grad(lambda q: je.attention(q, k_BxTxNxH, v_BxTxNxH)[1].entropy.mean())(q_BxTxNxH)
+print("largest gradient of the mean entropy to a query:", f"{jnp.abs(gradient).max():.5f}")
+
+# %% [markdown]
+# ## A model that breaks
+#
+# `SM` is a GPT whose only nonlinearity is softmax. It trains on the source of Python's standard library.
+#
+# A real run has a guard that goes back to the last good checkpoint after a spike of the loss (`config.guard`). Here it is
+# switched off, since what goes wrong is what we want to see.
+
+# %%
+STEPS = 250
+
+
 def config_of(architecture):
     config = default_config(architecture)
     config.model.update(num_layers=6, num_heads=4, model_dim=64, init_std=0.04, temperature_init=0.1)
     config.data.vocab_size = 2048
-    config.train.update(num_steps=250, batch_size=16, log_every=25, evaluate_every=50, checkpoint_every=250)
+    config.train.update(num_steps=STEPS, batch_size=16, log_every=25, evaluate_every=50, checkpoint_every=STEPS)
     config.optimizer.learning_rate = 3e-3
     config.penalty.update(weight=0.16, reduction="row_mean", threshold_init=0.35)
+    config.guard.update(limit=0, zscore=0.0)
     return config
 
 
-softmax_only = train(config_of("SM"), RUNS / "SM")
-
-# %%
-regularised = train(config_of("EReg(SM(t)+ScFuFFN)"), RUNS / "EReg")
+softmax_only = je.train(config_of("SM"), RUNS / "SM")
 
 # %% [markdown]
-# ## Before, during and after
+# One cell is one head. At the first step all of them are overloaded, as in every new model. A healthy one spreads out
+# from there. This one falls apart: its first layers never leave the maximum, its last ones fall to 0.
+
+# %%
+figures = je.report(RUNS / "SM")
+display(Image(figures["head_entropy"], width=900))
+
+# %% [markdown]
+# Why nothing ever comes back from 0: without a norm nothing holds the size of activations, they grow from layer to layer,
+# and with them the attention logits (below; mind the scale). Between logits so far apart a softmax has no gradient.
+
+# %%
+display(Image(figures["stability"], width=700))
+
+# %% [markdown]
+# ## The same model, its entropy guided
 #
-# One cell is one head. Without the regulariser the first layers stay at the maximum and the last ones fall to 0.
+# `EReg(SM(t)+ScFuFFN)` is the paper's answer, and none of it is a new nonlinearity: the feed-forward is one scaled matrix,
+# softmax has a learned temperature for each head and position, and a penalty holds each head's entropy near a threshold
+# that it learns. Data, steps and learning rate are those of before.
+
+# %%
+guided = je.train(config_of("EReg(SM(t)+ScFuFFN)"), RUNS / "EReg")
+
+# %%
+figures = je.report(RUNS / "EReg", against=RUNS / "SM")
+display(Image(figures["head_entropy"], width=900))
+
+# %%
+display(Image(figures["comparison"], width=900))
+
+# %% [markdown]
+# Mind what the shares on the left are of: each run's own largest entropy, as in the paper. The guided heads of the top
+# quarter stand near 2.7 nats; looking at everything alike would be 3.88.
+#
+# ## What it is worth
+#
+# Here the shares are of those 3.88 nats for both, on held-out text: *collapse* is the bottom quarter, *overload* the top
+# one. The yardstick is a model that knows how often each token occurs in the held-out text, and nothing else.
+
+# %%
+tokens = np.concatenate([rows[:, 1:].ravel() for rows, _ in validation_batches(guided.corpus, batch_size=16)])
+share = np.unique(tokens, return_counts=True)[1] / tokens.size
+print(f"frequencies only  perplexity {np.exp(-share @ np.log(share)):6.1f}")
+for name, result in (("SM", softmax_only), ("EReg", guided)):
+    collapse, _, _, overload = je.head_bands(result.evaluation["head_entropy"], je.max_entropy(128, "causal"))
+    print(
+        f"{name:16}  perplexity {result.evaluation['validation_perplexity']:6.1f}   "
+        f"collapse {collapse:4.0%}   overload {overload:4.0%}"
+    )
+
+# %% [markdown]
+# One has learned less than that, and its loss stands still. The other is on its way. What each has learned can be
+# read, too: neither is a programmer after a minute of training, but one has the look of Python and the other its crumbs.
 
 # %%
 for name in ("SM", "EReg"):
-    report.write_report(RUNS / name, notify=lambda line: None)
-    display(Image(RUNS / name / "figures" / "head_entropy.png", width=900))
-
-# %%
-display(Image(report.write_comparison([RUNS / "SM", RUNS / "EReg"], RUNS / "comparison.png"), width=900))
-
-# %%
-for name, result in (("SM", softmax_only), ("EReg", regularised)):
-    print(f"{name:5} held-out perplexity {result.evaluation['validation_perplexity']:.1f}")
-
-# %% [markdown]
-# ## Some text
-#
-# A quarter of a million parameters and a minute of training do not make a programmer; they know what Python looks like.
-
-# %%
-run = regularised
-print(generate(run.model, run.variables, run.corpus.tokenizer, "def", num_tokens=60, temperature=0.7, top_k=20))
+    prompt = "    def __init__(self"
+    print(f"--- {name}")
+    print(prompt + je.generate(RUNS / name, prompt, num_tokens=48, temperature=0.6, top_k=20))
 
 # %% [markdown]
 # ## Where next
 #
-# * `jax-entropy train --config=configs/quickstart.py --workdir=runs/quickstart` trains a larger model, with a report.
-# * `jax-entropy census --architecture="SM+LN+G"` counts what a model would cost under encryption.
+# * `jax-entropy train --config=configs/quickstart.py --workdir=runs/quickstart` trains a larger model, with a page about
+#   it.
+# * `jax-entropy census --architecture="EReg(SM(t)+ScFuFFN)"` counts what a model costs under encryption, and
+#   `jax-entropy private generate` pays it.
 # * `docs/architectures.md` lists every architecture of the paper and shows how to add one.

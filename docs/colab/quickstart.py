@@ -24,7 +24,7 @@
 # * **collapse**: the head looks at a single token; its entropy is 0, and no gradient tells it where else to look.
 #
 # This notebook shows both, first in one head, then in a small softmax-only model that fails, and then in the same model
-# with its entropy guided ([arXiv 2501.03489](https://arxiv.org/abs/2501.03489)). Two to three minutes on two CPU cores.
+# with its entropy guided ([arXiv 2501.03489](https://arxiv.org/abs/2501.03489)). A few minutes on two CPU cores.
 
 # %%
 REPOSITORY = "https://github.com/jax-entropy/jax_entropy"  # where to clone from; change it if yours lives elsewhere
@@ -51,7 +51,6 @@ import numpy as np
 from IPython.display import Image, display
 
 import jax_entropy as je
-from jax_entropy.config import default_config
 from jax_entropy.data import validation_batches
 
 RUNS = Path(tempfile.mkdtemp())
@@ -97,7 +96,7 @@ STEPS = 250
 
 
 def config_of(architecture):
-    config = default_config(architecture)
+    config = je.default_config(architecture)
     config.model.update(num_layers=6, num_heads=4, model_dim=64, init_std=0.04, temperature_init=0.1)
     config.data.vocab_size = 2048
     config.train.update(num_steps=STEPS, batch_size=16, log_every=25, evaluate_every=50, checkpoint_every=STEPS)

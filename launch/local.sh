@@ -15,7 +15,8 @@ fails, the others are killed, and its exit code is the script's.
                     after code 0 or 2, Ctrl-C or SIGTERM (jax_entropy/supervise.py)
 
 The environment is passed on: JAX_NUM_CPU_DEVICES=4 gives each process four devices, JAX_COORDINATOR_ADDRESS=HOST:PORT
-takes the place of a free port of this machine, and JAX_PLATFORMS is cpu unless it is set."
+takes the place of a free port of this machine, JAX_PLATFORMS is cpu unless it is set, and no_proxy keeps a proxy out of
+what the processes say to each other."
 
 refuse() {
   echo "launch/local.sh: $1" >&2
@@ -62,10 +63,12 @@ free_port() {
 }
 address=${JAX_COORDINATOR_ADDRESS:-127.0.0.1:$(free_port)}
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_COORDINATOR_ADDRESS="$address" JAX_NUM_PROCESSES="$count"
+# the processes talk to each other, not through the proxy that http_proxy may name; gRPC reads the lower case
+export no_proxy="${address%:*},127.0.0.1,localhost${no_proxy:+,$no_proxy}"
 
 if [[ $dry_run ]]; then
   printf 'export JAX_PLATFORMS=%q JAX_COORDINATOR_ADDRESS=%q ' "$JAX_PLATFORMS" "$address"
-  echo "JAX_NUM_PROCESSES=$count"
+  printf 'JAX_NUM_PROCESSES=%d no_proxy=%q\n' "$count" "$no_proxy"
   echo "logs=\$(mktemp -d)"
   for ((i = 0; i < count; i++)); do
     printf 'JAX_PROCESS_ID=%d' "$i"

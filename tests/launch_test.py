@@ -106,13 +106,15 @@ def test_a_missing_program_is_answered_in_one_sentence(tmp_path, script, argumen
 
 
 def test_local_prints_what_it_would_run(environment):
-    printed = run(LOCAL, "--dry-run", "2", *FLAGS, env=environment | {"JAX_COORDINATOR_ADDRESS": "localhost:1234"})
+    given = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "no_proxy": ".example"}
+    printed = run(LOCAL, "--dry-run", "2", *FLAGS, env=environment | given)
     assert printed.returncode == 0, printed.stderr
     train = r"jax-entropy train --distributed --config=configs/quickstart.py:EReg\(SM\(t\)+ScFuFFN\) "
     train += r"--workdir=runs/it\'s\ here"
     platform = os.environ.get("JAX_PLATFORMS", "cpu")
     assert printed.stdout.splitlines() == [
-        f"export JAX_PLATFORMS={platform} JAX_COORDINATOR_ADDRESS=localhost:1234 JAX_NUM_PROCESSES=2",
+        f"export JAX_PLATFORMS={platform} JAX_COORDINATOR_ADDRESS=10.0.0.1:1234 JAX_NUM_PROCESSES=2 "
+        "no_proxy=10.0.0.1\\,127.0.0.1\\,localhost\\,.example",
         "logs=$(mktemp -d)",
         f"JAX_PROCESS_ID=0 {train} &",
         f'JAX_PROCESS_ID=1 {train} >"$logs/1.log" 2>&1 &',
@@ -138,6 +140,7 @@ STAND_IN = f"""
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     count, address = (os.environ[name] for name in ("JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"))
+    assert address.rpartition(":")[0] in os.environ["no_proxy"].split(",")
     print(process, "of", count, address, sys.argv[1:], flush=True)
     open(os.environ["TMPDIR"] + "/pid" + process, "w").write(str(os.getpid()))
     if mode == "die" and process == "1" and not os.path.exists(os.environ["TMPDIR"] + "/died"):

@@ -66,6 +66,6 @@ def _join(jax, count: int | None, index: int | None) -> None:
     except (KeyError, ValueError) as error:  # not RuntimeError: of processes that were to come, some did not
         raise UserError(
             "--distributed finds no other processes to join "
-            f"({str(error).partition(chr(10))[0]}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, "
+            f"({str(error).splitlines()[0].rstrip('.')}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, "
             "or start it through launch/"
         ) from error

@@ -3,6 +3,7 @@
 Cases that need files of their own are in the tests of their modules; main_test.py has those that need a trained run.
 """
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,6 +110,30 @@ def test_bad_command_lines(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     check_refused(capsys, line.split(), LINES[line])
     assert not list(tmp_path.iterdir())
+
+
+PLACES = {
+    "JAX_NUM_PROCESSES=two": "'two'",
+    "JAX_NUM_PROCESSES=0": "'0'",
+    "JAX_PROCESS_ID=-1": "'-1'",
+    "JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=2": "JAX_PROCESS_ID=2 must be below",
+    "JAX_COORDINATOR_ADDRESS=localhost": "HOST:PORT",
+    "JAX_COORDINATOR_ADDRESS=:99999": "HOST:PORT",
+    "": "(coordinator_address should be defined); set JAX_COORDINATOR_ADDRESS",
+}
+
+
+@pytest.mark.parametrize("variables", PLACES)
+def test_a_process_that_does_not_know_its_place(variables, tmp_path, monkeypatch, capsys):
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    arguments = ["train", TINY, f"--workdir={tmp_path}/new", "--distributed"]
+    check_refused(capsys, arguments, PLACES[variables])
 
 
 @pytest.mark.parametrize("field", FIELDS)

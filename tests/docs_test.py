@@ -108,10 +108,11 @@ def test_every_row_of_the_paper_has_its_row():
     assert set(EXAMPLES) - first_cells == set()
 
 
-def recipe():
-    """The diffs of "how to add an architecture": (file, text that is there, text to put there)."""
+def recipe(heading):
+    """The diffs under a heading of the page: (file, text that is there, text to put there)."""
     page = (REPOSITORY / "docs/architectures.md").read_text()
-    for block in re.findall(r"```diff\n(.*?)```", page, flags=re.S):
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    for block in re.findall(r"```diff\n(.*?)```", section, flags=re.S):
         for name, hunk in re.findall(r"^@@ (\S+) @@\n(.*?)(?=^@@|\Z)", block, flags=re.S | re.M):
             before, after = (
                 "\n".join(line[1:] for line in hunk.splitlines() if line[0] in kept) for kept in (" -", " +")
@@ -120,23 +121,29 @@ def recipe():
 
 
 @pytest.mark.slow
-def test_the_recipe_for_a_new_architecture_takes_ten_lines_and_works(tmp_path):
+@pytest.mark.parametrize(("heading", "lines", "name", "tests", "passed"), [
+    ("How to add an architecture in ten lines", 10, "SM+LN+G+P", (), 2),
+    ("How to add a nonlinearity, executed privately", 13, "SM+LN+SqR", ("private/export", "private/inference"), 4),
+])  # fmt: skip
+def test_the_recipes_for_new_architectures_work(tmp_path, heading, lines, name, tests, passed):
     for folder in ("jax_entropy", "tests"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("golden", "__pycache__"))
     new_lines = 0
-    for name, before, after in recipe():
-        path = tmp_path / name
+    for file, before, after in recipe(heading):
+        path = tmp_path / file
         text = path.read_text()
-        assert text.count(before) == 1, f"{name} has changed: {before}"
+        assert text.count(before) == 1, f"{file} has changed: {before}"
         path.write_text(text.replace(before, after))
         new_lines += len(set(after.splitlines()) - set(before.splitlines()))
-    assert new_lines == 10
-    tests = ["tests/architecture_test.py", "tests/model_test.py::test_the_model_is_the_papers[SM+LN+G+P]"]
+    assert new_lines == lines
+    files = [f"tests/{test}_test.py" for test in ("architecture", "model", *tests)]
+    only = f"{name} and (printed or model_is or exported_as or logits_are) or survives or nearest"
     tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", only, *files],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert tested.returncode == 0, tested.stdout
+    assert int(re.search(r"(\d+) passed", tested.stdout)[1]) >= passed, tested.stdout
 
 
 def test_the_table_of_maximum_entropies_is_right():

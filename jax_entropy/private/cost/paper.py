@@ -25,9 +25,10 @@ _FFN_FULL, _FFN_FUSED, _ATTENTION, _VOCABULARY, _TOKEN = 0.486, 0.147, 0.432, 0.
 def paper_cost(config: ModelConfig) -> PaperCost:
     """What the paper's system would report for one token after a prompt of `context_length` tokens.
 
-    Raises UserError for what its tables do not cover: other widths than D=768 with 12 heads, RMSNorm, leaky ReLU.
+    Raises UserError for what its tables do not cover: other sizes than D=768 with 12 heads, other norms or activations.
     """
-    if (config.model_dim, config.num_heads) != (768, 12) or config.norm == "rms" or config.activation == "leaky_relu":
+    covered = config.norm in ("none", "layer") and config.activation in ("identity", "gelu", "gelu_tanh", "relu")
+    if (config.model_dim, config.num_heads) != (768, 12) or not covered:
         raise UserError(
             f"the paper's tables are for model_dim=768 and num_heads=12 with LayerNorm, GELU or ReLU, not for {config} "
             f"at model_dim={config.model_dim}, num_heads={config.num_heads}"

@@ -223,7 +223,7 @@ def _suspects(settings: dict[str, Any]) -> Iterator[str]:
     for step in steps:
         if step.get("add_prefix_space"):
             yield f"add_prefix_space of its {step['type']}"
-        elif step["type"] != "ByteLevel":
+        elif step["type"] not in ("ByteLevel", "Digits") and step.get("behavior", "Removed") == "Removed":
             yield f"pre_tokenizer {step['type']}"
     for token in settings.get("added_tokens", ()):
         if token.get("special"):  # none of these is looked for in text

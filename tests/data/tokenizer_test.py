@@ -179,7 +179,13 @@ LOSSY = {
         changed(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}),
         "'no space' comes .*' no space'",
     ),
-    "NFC": (changed(normalizer={"type": "NFC"}), r"e\\u0301 .* normalizer NFC"),
+    "NFC": (
+        changed(
+            normalizer={"type": "NFC"},
+            pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT | {"behavior": "Isolated"}, BYTE_LEVEL]},
+        ),
+        r"e\\u0301 .* look at: normalizer NFC$",
+    ),
     "lowercase": (changed(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
     "no pre-tokenizer": (changed(pre_tokenizer=None), "no ByteLevel pre_tokenizer"),
     "spaces removed": (

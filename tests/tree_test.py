@@ -16,9 +16,9 @@ ROOMS = """
     architecture entropy attention chips data
     fields config config_file sharding
     layers model census loss metrics optimizer state
-    runs plan evaluate generate huggingface
+    runs report plan evaluate generate huggingface
     training private.engine private.program private.session private.cost private
-    report bench commands __main__
+    bench commands __main__
 """.split()
 
 PACKAGE = REPOSITORY / "jax_entropy"

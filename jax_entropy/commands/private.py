@@ -120,6 +120,7 @@ def profile(parse: Any) -> None:
         print_ablation(rows, console())
         return write_json(values.json, dict(setting=setting, rows=rows))
     measured = measure(config, variables, rewrites, values.context, setting, warn)
+    stored = measured.to_json(values.network)
     print_profile(measured, network, values.network, console())
     files = [(values.json, values.picture)]
     if given == ["workdir"]:  # where `report` finds them
@@ -129,8 +130,8 @@ def profile(parse: Any) -> None:
         workdir.figures.mkdir(exist_ok=True)
         files.append((workdir.private, workdir.figures / "private.png"))
     for json_file, picture in files:
-        write_json(json_file, measured.to_json())
-        draw([measured], network, values.network, picture)
+        write_json(json_file, stored)
+        draw([stored], picture)
 
 
 def _ablation(config: Any, variables: Any, num_tokens: int, setting: Setting) -> list:
@@ -204,8 +205,9 @@ def compare(parse: Any) -> None:
             profiles.append(measure(config, variables, rewrites, values.context, setting, told))
             warn(f"{name}: measured in {time.monotonic() - start:.0f} s")
     print_comparison(profiles, network, values.network, console())
-    write_json(values.json, dict(profiles=[measured.to_json() for measured in profiles]))
-    draw(profiles, network, values.network, values.picture)
+    stored = [measured.to_json(values.network) for measured in profiles]
+    write_json(values.json, dict(profiles=stored))
+    draw(stored, values.picture)
 
 
 def predict(parse: Any) -> None:
@@ -283,12 +285,15 @@ def calibrate(parse: Any) -> None:
     model.calibrate(read_setting(parse.flags(**SETTING)), warn)
 
 
-def draw(profiles: list, network: Any, network_name: str, file: str | Path) -> None:
-    """The picture, where one is asked for."""
+def draw(profiles: list[dict[str, Any]], file: str | Path) -> None:
+    """The picture of what `Profile.to_json` gave, where one is asked for."""
     if file:
-        from jax_entropy.report.private import draw_profiles
+        from jax_entropy.report.private import private_costs
 
-        draw_profiles(profiles, network, network_name, file)
+        try:
+            private_costs(profiles).savefig(file)
+        except (OSError, ValueError) as error:  # ValueError: a format that is not known
+            raise UserError(f"the picture {str(file)!r} cannot be written: {error}") from None
         print(f"wrote {file}")
 
 

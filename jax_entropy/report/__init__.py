@@ -1,6 +1,5 @@
 """What a run looks like: figures and a page for a workdir, runs side by side, head entropies on the terminal."""
 
-import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from jax_entropy.paths import writing
 from jax_entropy.report.comparison import comparison
 from jax_entropy.report.figures import ITEMS
 from jax_entropy.report.history import History, read_history
-from jax_entropy.report.page import PRIVATE, page
+from jax_entropy.report.page import page
 from jax_entropy.report.terminal import print_head_entropy
 
 __all__ = ["History", "comparison", "print_head_entropy", "read_history", "report"]
@@ -38,9 +37,6 @@ def report(workdir: str | Path, against: str | Path | Sequence[str | Path] = ())
     written = {item.name: _write(figures / f"{item.name}.png", png) for item, png in pictures}
     if others:
         written["comparison"] = _write(figures / "comparison.png", _png(comparison([history, *others])))
-    if history.private:  # drawn when it was measured
-        with contextlib.suppress(OSError):
-            pictures.append((PRIVATE, (figures / "private.png").read_bytes()))
     text = page(history, pictures).encode("utf-8", "backslashreplace")
     written["page"] = _write(history.workdir.report, text)
     return written

@@ -13,6 +13,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from jax_entropy.report import private
 from jax_entropy.report.drawing import (
     BLACK,
     BLUE,
@@ -318,4 +319,10 @@ ITEMS = (
         temperature,
     ),
     Item("stability", "A gradient norm or a largest logit that keeps growing precedes NaN.", stability),
+    Item(
+        "private",
+        "A forward pass under secure computation: what the busiest party sends, how often messages wait for others, "
+        "and the time of both on a network.",
+        private.of_history,
+    ),
 )

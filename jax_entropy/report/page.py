@@ -21,13 +21,6 @@ from jax_entropy.report.history import History
 
 _FRAME = string.Template(Path(__file__).with_name("page.html").read_text("utf-8"))
 
-PRIVATE = Item(
-    "private",
-    "A forward pass under secure computation: what the busiest party sends, how often messages wait for others, and "
-    "the time of both on a network.",
-    lambda history: None,
-)
-
 
 class Number(NamedTuple):
     """One of a run's key numbers, as text; `unit` also says of what."""

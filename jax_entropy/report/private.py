@@ -1,55 +1,62 @@
-"""The picture of private execution: stacked bars of bytes, rounds and time, one bar for each way to run a model."""
+"""The picture of private execution: stacked bars of bytes, rounds and time, one bar for each way to run a model.
 
-from pathlib import Path
+It draws what `private profile` and `private compare` write as JSON, and needs nothing of private execution itself.
+"""
 
-import matplotlib
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from jax_entropy.census import GROUPS, KINDS
-from jax_entropy.errors import UserError
-from jax_entropy.private.cost.account import Network, on_network
-from jax_entropy.private.cost.profile import Profile
-from jax_entropy.report.drawing import paper_style, titled
+from jax_entropy.report.drawing import HEAT_MAP, paper_style, titled
+from jax_entropy.report.history import History
 
-_MAP = matplotlib.colormaps["viridis"]
+_GROUP_OF = {kind.name: kind.group for kind in KINDS}
 
 
 @paper_style
-def draw_profiles(profiles: list[Profile], network: Network, network_name: str, file: str | Path) -> None:
-    """Writes a picture of bytes, rounds and time of profiles of one context length, the first being the reference."""
+def private_costs(profiles: Sequence[dict[str, Any]]) -> Figure:
+    """Bytes, rounds and time of profiles of one context length, the first being what the others are compared with."""
     first = profiles[0]
+    setting, network = first["setting"], first["network"]
     fig = titled(
         "Private execution by kind of operation",
-        f"{first.setting.protocol}, {first.num_tokens} tokens, {first.setting.fraction_bits} fraction bits",
+        f"{setting['protocol']}, {first['num_tokens']} tokens, {setting['fraction_bits']} fraction bits",
         9.6, 1.7 + 0.42 * len(profiles),
-        f"Bytes: of the party that sends most, weights of optimised exports opened before. Time on {network_name}: "
+        f"Bytes: of the party that sends most, weights of optimised exports opened before. Time on {network}: "
         "computation of all parties on one machine + rounds × latency + bytes / bandwidth.",
     )  # fmt: skip
     axes = fig.subplots(1, 3, sharey=True)
-    measures = (
-        ("MB sent", lambda account: max(account.bytes) / 1e6),
-        ("rounds", lambda account: account.rounds),
-        (f"seconds ({network_name})", lambda account: on_network(account, network)),
-    )
-    names = [f"{profile.architecture}\n{profile.export}" for profile in profiles]
-    for ax, (label, measure) in zip(axes, measures, strict=True):
-        starts = [0.0] * len(profiles)
-        for i, group in enumerate(GROUPS):
-            color = _MAP(i / (len(GROUPS) - 1))
-            kinds = {kind.name for kind in KINDS if kind.group == group}
-            widths = [sum(measure(a) for kind, a in profile.by_kind().items() if kind in kinds) for profile in profiles]
-            ax.barh(names, widths, left=starts, color=color, edgecolor="0.25", linewidth=0.5, height=0.62, label=group)
-            starts = [start + width for start, width in zip(starts, widths, strict=True)]
-        for row, total in enumerate(starts):
-            ratio = f" ({starts[0] / total:.1f}×)" if row else ""
-            ax.text(
-                total, row, f" {total:,.3g}{ratio}" if total < 1000 else f" {total:,.0f}{ratio}", va="center", size=7.5
-            )
-        ax.set(xlabel=label, xlim=(0, 1.35 * max(starts)), ylim=(len(profiles) - 0.5, -0.5))
-        ax.grid(axis="x")
-        ax.grid(False, axis="y")
+    names = [f"{profile['architecture']}\n{profile['export']}" for profile in profiles]
+    measures = (("bytes", 1e6, "MB sent"), ("rounds", 1, "rounds"), ("seconds", 1, f"seconds ({network})"))
+    for ax, (measure, unit, label) in zip(axes, measures, strict=True):
+        rows = [{kind: cost[measure] / unit for kind, cost in profile["costs"].items()} for profile in profiles]
+        _bars(ax, names, rows)
+        ax.set_xlabel(label)
     handles = axes[0].get_legend_handles_labels()
     fig.legend(*handles, loc="upper right", bbox_to_anchor=(0.995, 0.995), ncols=3, fontsize=7, columnspacing=1)
-    try:
-        fig.savefig(file)
-    except (OSError, ValueError) as error:  # ValueError: a format that is not known
-        raise UserError(f"the picture {str(file)!r} cannot be written: {error}") from None
+    return fig
+
+
+def of_history(history: History) -> Figure | None:
+    """What was measured of a run; None where nothing was, or by a version that kept no costs."""
+    return private_costs([history.private]) if history.private and "costs" in history.private else None
+
+
+def _bars(ax: Axes, names: list[str], rows: list[dict[str, float]]) -> None:
+    """One bar a row, its kinds by group; at its end the sum, and how many times less it is than the first."""
+    starts = [0.0] * len(rows)
+    for i, group in enumerate(GROUPS):
+        widths = [sum(value for kind, value in row.items() if _GROUP_OF.get(kind) == group) for row in rows]
+        color = HEAT_MAP(i / (len(GROUPS) - 1))
+        ax.barh(names, widths, left=starts, color=color, edgecolor="0.25", linewidth=0.5, height=0.62, label=group)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    for row, total in enumerate(starts):
+        ratio = f" ({starts[0] / total:.1f}×)" if row else ""
+        text = f" {total:,.3g}{ratio}" if total < 1000 else f" {total:,.0f}{ratio}"
+        ax.text(total, row, text, va="center", size=7.5)
+    ax.set(xlim=(0, 1.35 * max(starts)), ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")

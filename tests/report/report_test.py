@@ -119,15 +119,19 @@ def test_missing_workdir_and_unwritable_one(tmp_path):
 
 def test_what_was_measured_privately_is_on_the_page(tmp_path):
     workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
-    warm = dict(bytes=[1e6, 2.5e6], rounds=798)
-    measured = dict(setting=dict(protocol="semi2k"), num_tokens=32, total=dict(warm=warm))
+    measured = dict(
+        setting=dict(protocol="semi2k"), num_tokens=32, total=dict(warm=dict(bytes=[1e6, 2.5e6], rounds=798))
+    )
     (workdir / "private.json").write_text(json.dumps(measured))
-    page = report(workdir)["page"]
-    assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in page.read_text()
-    assert "under secure computation" not in page.read_text()  # its picture is missing
-    (workdir / "figures" / "private.png").write_bytes((workdir / "figures" / "loss.png").read_bytes())
-    report(workdir)
-    assert "under secure computation" in page.read_text()
+    written = report(workdir)
+    assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in written["page"].read_text()
+    assert "private" not in written  # of an earlier version, without what the picture shows
+    costs = {"softmax": dict(bytes=2e6, rounds=700, seconds=28.4), "projections": dict(bytes=5e5, rounds=98, seconds=4)}
+    measured |= dict(costs=costs, network="wan", architecture="SM", export="optimised")
+    measured["setting"]["fraction_bits"] = 18
+    (workdir / "private.json").write_text(json.dumps(measured))
+    written = report(workdir)
+    assert "under secure computation" in written["page"].read_text() and written["private"].exists()
     (workdir / "private.json").write_text("{}")
     with pytest.raises(UserError, match="private.json' is damaged"):
         report(workdir)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import KINDS
 from jax_entropy.model import Transformer
-from jax_entropy.private.cost.account import add
+from jax_entropy.private.cost.account import add, on_network, read_network
 from jax_entropy.private.engine.engine import Account, Engine, Setting
 from jax_entropy.private.program.blueprint import Rewrites
 from jax_entropy.private.program.export import Export, export
@@ -52,9 +52,15 @@ class Profile(NamedTuple):
         """The sum of all entries, "cold" or "warm"."""
         return add(getattr(entry, which) for entry in self.entries)
 
-    def to_json(self) -> dict[str, Any]:
-        """What a file holds of it: its fields and both totals."""
-        return self._asdict() | dict(total=dict(cold=self.total("cold"), warm=self.total()))
+    def to_json(self, network: str) -> dict[str, Any]:
+        """What a file holds of it: its fields, both totals, and what a picture shows: each kind's cost on a network."""
+        link = read_network(network)
+        costs = {
+            kind: dict(bytes=max(account.bytes), rounds=account.rounds, seconds=on_network(account, link))
+            for kind, account in self.by_kind().items()
+        }
+        total = dict(cold=self.total("cold"), warm=self.total())
+        return self._asdict() | dict(setting=self.setting._asdict(), total=total, network=network, costs=costs)
 
 
 def random_variables(config: ModelConfig) -> Any:

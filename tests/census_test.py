@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jax_entropy.architecture import EXAMPLES, architecture
-from jax_entropy.census import census
+from jax_entropy.architecture import _CHOICES, EXAMPLES, architecture
+from jax_entropy.census import ACTIVATIONS, GROUPS, KINDS, NORMS, census
 from jax_entropy.commands.census import print_census, print_costs
+from jax_entropy.commands.main import main
+from jax_entropy.config import default_config
+from jax_entropy.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary
 from jax_entropy.model import Transformer
 
 # Table: layers, context, and as printed there FLOPs in billions of the full FFN, of the fused one, and of attention.
@@ -135,3 +138,25 @@ def test_private_costs_are_beside_it(config, said):
     file = io.StringIO()
     print_costs(config, Console(file=file, width=100))
     assert all(words in " ".join(file.getvalue().split()) for words in said), file.getvalue()
+
+
+def test_the_table_of_kinds_has_every_nonlinearity_of_the_notation_once():
+    """What a value of the notation is called stands in this table only; everything else asks it."""
+    names = [kind.name for kind in KINDS]
+    assert len({*names}) == len(names) and {kind.group for kind in KINDS} == {*GROUPS}
+    assert {"none", *NORMS} == {*_CHOICES["norm"]} == {*_CHOICES["final_norm"]}
+    assert {"identity", *ACTIVATIONS} == {*_CHOICES["activation"]}
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer_that_a_config_names(tmp_path, capsys):
+    train_tokenizer(["def f(x): return x\n" * 4], 270).save(tmp_path / "tokenizer.json")
+    entries = load_tokenizer(tmp_path / "tokenizer.json").vocab_size
+    config, small = default_config("SM"), dict(num_layers=1, num_heads=1, model_dim=8, context_length=16)
+    assert vocabulary(config) == 4096
+    config.data.tokenizer = str(tmp_path / "tokenizer.json")
+    assert vocabulary(config) == entries < 4096
+    flags = [f"--config.model.{name}={value}" for name, value in small.items()]
+    flags.append(f"--config.data.tokenizer={tmp_path}/tokenizer.json")
+    assert main(["census", "--config=quickstart:SM", *flags]) == 0
+    own = census(architecture("SM", **small, vocab_size=entries))
+    assert f"{own.parameters:,} parameters" in capsys.readouterr().out

@@ -33,10 +33,11 @@ def census(values: Namespace) -> None:
     from jax_entropy.architecture import architecture
     from jax_entropy.census import census as count
     from jax_entropy.config import check, model_config
+    from jax_entropy.data.tokenizer import vocabulary
 
     if values.source == "config":
         check(values.config)
-        model = model_config(values.config, values.config.model.vocab_size or values.config.data.vocab_size)
+        model = model_config(values.config, vocabulary(values.config))
     else:
         model = architecture(values.architecture, **{flag.name: getattr(values, flag.name) for flag in SIZE})
     counted, out = count(model), console(values.json)

@@ -162,9 +162,10 @@ def _model(values: Any, given: list[str], setting: Setting) -> tuple:
         return loaded.model.config, loaded.variables
     if given == ["config"]:
         from jax_entropy.config import check, model_config
+        from jax_entropy.data.tokenizer import vocabulary
 
         check(values.config)
-        config = model_config(values.config, values.config.model.vocab_size or values.config.data.vocab_size)
+        config = model_config(values.config, vocabulary(values.config))
     elif values.architecture:
         from jax_entropy.architecture import architecture
 

@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import numpy as np
 import tokenizers
+from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jax_entropy.errors import UserError
@@ -232,3 +233,14 @@ def _suspects(settings: dict[str, Any]) -> Iterator[str]:
             yield f"lstrip or rstrip of {token['content']!r}"
         if not token["content"].isascii():  # it is matched as it is, and decoded as if its characters were bytes
             yield f"the added token {token['content']!a}, which is not ASCII"
+
+
+def vocabulary(config: ConfigDict) -> int:
+    """The entries that a run of `config` will have: its model's, else those of its tokenizer, given or to be trained.
+
+    Raises:
+      UserError: the tokenizer that the config names cannot be used.
+    """
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    return load_tokenizer(config.data.tokenizer).vocab_size if config.data.tokenizer else config.data.vocab_size

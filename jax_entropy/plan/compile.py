@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jax_entropy.census import census
 from jax_entropy.chips import Chip
 from jax_entropy.config import check, model_config
-from jax_entropy.data.tokenizer import load_tokenizer
+from jax_entropy.data.tokenizer import vocabulary
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
 from jax_entropy.plan.hlo import Collective, Program
@@ -81,7 +81,7 @@ def plan(config: ConfigDict, topology: str) -> Plan:
     check(config)
     chip, devices = devices_of(topology)
     mesh = config_mesh(config, devices)
-    model = Transformer(model_config(config, _vocab_size(config)))
+    model = Transformer(model_config(config, vocabulary(config)))
     state = jax.eval_shape(functools.partial(init_state, config, model))
     state_sharding, tokens_sharding = tree_sharding(state, mesh, config.mesh.rules), batch_sharding(mesh)
     sequences = config.train.batch_size * config.optimizer.accumulate
@@ -160,7 +160,7 @@ def _meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[tuple
             trial.mesh.update(data=-1, fsdp=fsdp, tensor=tensor)
             try:
                 mesh = config_mesh(trial, devices)
-                model = Transformer(model_config(trial, _vocab_size(trial)))
+                model = Transformer(model_config(trial, vocabulary(trial)))
                 state = jax.eval_shape(functools.partial(init_state, trial, model))
                 tree_sharding(state, mesh, trial.mesh.rules)
                 found.append(tuple(mesh.shape.values()))
@@ -169,10 +169,3 @@ def _meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[tuple
     if not found:
         raise refused
     yield from found
-
-
-def _vocab_size(config: ConfigDict) -> int:
-    """The config's vocabulary, or its tokenizer's, or that of the one that would be trained."""
-    if config.model.vocab_size:
-        return config.model.vocab_size
-    return load_tokenizer(config.data.tokenizer).vocab_size if config.data.tokenizer else config.data.vocab_size

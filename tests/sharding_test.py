@@ -47,33 +47,36 @@ def abstract_state(config):
 # The table
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_parameter_moment_and_singular_vector_has_a_rule(name):
-    config = run_config(name, **{"model.bias": "all", "model.tied_head": False})
-    state = abstract_state(config)
-    shardings = tree_sharding(state, mesh_of((2, 2, 2)))
-    specs = {path_name(path): leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-    for path, leaf in leaves.items():
-        if leaf.ndim and path != "key":
-            assert any(re.search(pattern, path) for pattern, _ in RULES), path
-        assert len(specs[path]) in (0, leaf.ndim), path
-        if "blocks" in path and specs[path]:
-            assert specs[path][0] is None, path  # layers are not split
-    for path in leaves:
-        for moment in ("mu", "nu"):
-            if path.startswith("params/"):
-                of_moment = [
-                    specs[p] for p in leaves if p.startswith("opt_state/") and p.endswith(f"/{moment}/{path[7:]}")
-                ]
-                assert of_moment == [specs[path]], path
+@functools.cache
+def states():
+    """Every architecture's state as shapes."""
+    fields = {"model.bias": "all", "model.tied_head": False}
+    return {name: abstract_state(run_config(name, **fields)) for name in ARCHITECTURES}
+
+
+def test_every_parameter_moment_and_singular_vector_has_a_rule():
+    for name, state in states().items():
+        shardings = tree_sharding(state, mesh_of((2, 2, 2)))
+        specs = {path_name(path): leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
+        leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+        for path, leaf in leaves.items():
+            if leaf.ndim and path != "key":
+                assert any(re.search(pattern, path) for pattern, _ in RULES), (name, path)
+            assert len(specs[path]) in (0, leaf.ndim), (name, path)
+            if "blocks" in path and specs[path]:
+                assert specs[path][0] is None, (name, path)  # layers are not split
+        moments = [path for path in leaves if path.startswith("opt_state/")]
+        for path in leaves:
+            for moment in ("mu", "nu"):
+                if path.startswith("params/"):
+                    of_moment = [specs[p] for p in moments if p.endswith(f"/{moment}/{path[7:]}")]
+                    assert of_moment == [specs[path]], (name, path)
 
 
 def test_every_rule_is_needed():
     """Of each path the first rule that matches counts, and each rule is the first for some path."""
     first = set()
-    for name in ARCHITECTURES:
-        state = abstract_state(run_config(name, **{"model.bias": "all"}))
+    for state in states().values():
         for path, _ in jax.tree_util.tree_leaves_with_path((state.params, state.collections)):
             first.add(
                 next((i for i, (pattern, _) in enumerate(RULES) if re.search(pattern, "x/" + path_name(path))), None)

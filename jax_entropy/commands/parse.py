@@ -200,7 +200,7 @@ def _check_given(values: argparse.Namespace, command: Command) -> None:
         if isinstance(argument, OneOf):
             values.source = _source(values, command, argument)
         elif isinstance(argument, Flag) and argument.required and argument.name not in values.given:
-            if argument.name == "config" and _holds_run(values):
+            if argument.name == "config" and (_holds_run(values) or "from" in values.given):
                 continue
             raise UserError(f"--{argument.name} is missing")
 
@@ -232,13 +232,17 @@ def _source(values: argparse.Namespace, command: Command, sources: OneOf) -> str
 
 
 def load(values: argparse.Namespace) -> None:
-    """Replaces `values.config`, a text, by the configuration; without one, by that of the run in the workdir."""
+    """Replaces `values.config`, a text, by the configuration; without one, by that of the run in the workdir or --from."""
     if not hasattr(values, "config") or getattr(values, "source", "config") != "config":
         return
     from jax_entropy.config_file import change, load_config
 
     if values.config is not None:
         values.config = load_config(values.config, values.fields)
+    elif "from" in values.given and not _holds_run(values):
+        from jax_entropy.training.warm_start import source_config
+
+        values.config = change(source_config(getattr(values, "from")), values.fields)
     else:
         from jax_entropy.runs.workdir import Workdir
 

@@ -3,6 +3,7 @@
 import os
 import shlex
 from argparse import Namespace
+from pathlib import Path
 
 from jax_entropy.commands.console import console
 from jax_entropy.commands.parse import CONFIG, WORKDIR, Flag, command
@@ -12,16 +13,18 @@ from jax_entropy.errors import UserError
 @command(
     CONFIG,
     WORKDIR,
+    Flag("from", None, "workdir or Hugging Face folder to start from: what fits of its model is taken over", kind=Path),
     Flag("distributed", False, "one of several processes of one run, see docs/launching.md"),
     Flag("profile", 0, "steps to trace into the workdir's folder `profile`"),
     examples=[
         "train --config=quickstart --workdir=runs/quickstart",
         "train --config=quickstart:SM+LN+G --workdir=runs/baseline --config.train.num_steps=100",
         "train runs/quickstart",
+        "train --from=gpt2/ --workdir=runs/repaired --config.architecture='EReg(SM+LN+G)'",
     ],
 )
 def train(values: Namespace) -> None:
-    """Trains the run of a config in a workdir, or goes on with it; there --config may be left out."""
+    """Trains the run of a config in a workdir, or goes on with it; there, and with --from, --config may be left out."""
     count, index = _place_among_processes() if values.distributed else (None, None)
     import jax
 
@@ -31,7 +34,9 @@ def train(values: Namespace) -> None:
     if values.distributed:
         _join(jax, count, index)
     out = console()
-    result = run(values.config, values.workdir, notify=out.print, profile=values.profile)
+    result = run(
+        values.config, values.workdir, notify=out.print, profile=values.profile, start_from=getattr(values, "from")
+    )
     if jax.process_index() == 0:
         conclude(values.config, values.workdir, result, shlex.join(["jax-entropy", "train", *values.arguments]), out)
 

@@ -47,6 +47,7 @@ class Workdir:
         self.status = self.path / "status.json"
         self.private = self.path / "private.json"
         self.incidents = self.path / "guard.jsonl"
+        self.origin = self.path / "origin.json"  # of a run that was started from another model
         self._lock = self.path / "lock"
 
     @contextlib.contextmanager
@@ -84,8 +85,12 @@ class Workdir:
         except OSError as error:
             raise UserError(f"workdir={self.path} cannot be read: {error.strerror}") from None
 
+    def has_checkpoint(self) -> bool:
+        """Whether a step was saved here, damaged or not."""
+        return self.checkpoints.is_dir() and any(path.name.isdecimal() for path in self.checkpoints.iterdir())
+
     def imported(self) -> bool:
-        """Whether `convert` made the folder and nothing was trained here since."""
+        """Whether a model was brought here and nothing was trained since."""
         return self.checkpoints.is_dir() and [path.name for path in self.checkpoints.iterdir()] == ["0"]
 
     @contextlib.contextmanager

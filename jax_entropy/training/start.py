@@ -1,4 +1,4 @@
-"""What a run is made of, and what its training goes on from: the newest checkpoint, an imported model, or nothing."""
+"""What a run is made of, and what its training goes on from: a checkpoint, another model, or nothing."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -17,6 +18,7 @@ from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.sharding import tree_sharding
 from jax_entropy.state import TrainState, init_state
+from jax_entropy.training.warm_start import Source, take_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +61,12 @@ class Start(NamedTuple):
     evaluation_due: bool = False
 
 
-def find_start(setup: Setup, iterator: grain.DatasetIterator | None) -> Start:
+def find_start(setup: Setup, iterator: grain.DatasetIterator | None, source: Source | None = None) -> Start:
     """Restores or makes what training goes on from.
 
     Args:
       iterator: of the training data, set to the position of the checkpoint; None where the data is to stay.
+      source: another model to start from where there is no checkpoint.
     Raises:
       UserError: every checkpoint is damaged or another model's, or the corpus is not the one that was trained on.
     """
@@ -74,7 +77,10 @@ def find_start(setup: Setup, iterator: grain.DatasetIterator | None) -> Start:
     # 2. Imported: a checkpoint of step 0 holds a model that has not read any data.
     if step == 0:
         return _restored(setup, 0, None)
-    # 3. Fresh.
+    # 3. Warm start: what fits of another model becomes such a checkpoint.
+    if source is not None:
+        return _warm_start(setup, source)
+    # 4. Fresh.
     return Start(0, setup.new_state())
 
 
@@ -86,3 +92,25 @@ def _restored(setup: Setup, step: int, iterator: grain.DatasetIterator | None) -
             f"({meta['corpus']} then, {setup.corpus.fingerprint} now); restore it or start in another --workdir"
         )
     return Start(step, state, meta["guard"], meta.get("evaluation_due", False))
+
+
+def _warm_start(setup: Setup, source: Source) -> Start:
+    same_tokens = source.tokenizer is None or source.tokenizer.digest() == setup.corpus.tokenizer.digest()
+    variables, origin = take_over(source, setup.model, setup.config.seed, same_tokens=same_tokens)
+    if jax.process_index() == 0:
+        origin.write(setup.workdir)
+    for line in origin.lines():
+        setup.notify(line)
+
+    def place(value: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+
+    params, collections = variables.pop("params"), variables
+    abstract = setup.abstract_state
+    state = setup.new_state()._replace(
+        params=jax.tree.map(place, params, abstract.params),
+        collections=jax.tree.map(place, collections, abstract.collections),
+    )
+    setup.checkpointer.save(0, state, None, dict(config=setup.config.to_dict(), corpus=None, guard=None))
+    return Start(0, state)

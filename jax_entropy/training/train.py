@@ -5,6 +5,7 @@ Every process of a pod runs this same function.
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jax_entropy import data
 from jax_entropy.config import check, model_config
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
+from jax_entropy.paths import writing
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.load import own_tokens
 from jax_entropy.runs.workdir import Workdir
@@ -25,6 +27,7 @@ from jax_entropy.sharding import config_mesh
 from jax_entropy.state import init_state
 from jax_entropy.training.loop import Loop
 from jax_entropy.training.start import Setup, find_start
+from jax_entropy.training.warm_start import Origin, Source, open_source
 
 
 class Result(NamedTuple):
@@ -40,10 +43,19 @@ class Result(NamedTuple):
     evaluation: dict[str, Any] | None
 
 
-def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print, *, profile: int = 0) -> Result:
+def train(
+    config: ConfigDict,
+    path: str | os.PathLike,
+    notify: Callable[[str], None] = print,
+    *,
+    profile: int = 0,
+    start_from: str | os.PathLike | None = None,
+) -> Result:
     """Trains the run of `config` in the workdir `path`.
 
     Args:
+      start_from: workdir or Hugging Face folder of a model of any architecture or size; what fits of it is taken over,
+        and its tokenizer is the run's unless `config.data.tokenizer` names one.
       notify: is told, one line at a time, how training goes; on process 0 only.
       profile: steps to trace into the workdir's folder `profile`, 0: none.
     Raises:
@@ -55,18 +67,37 @@ def train(config: ConfigDict, path: str, notify: Callable[[str], None] = print, 
         raise UserError(f"--profile={profile} must not be negative")
     mesh = config_mesh(config)
     workdir = Workdir(path)
+    if jax.process_index() > 0:
+        notify = _say_nothing
+    config, source = open_source(config, workdir, start_from, notify)
     if workdir.imported() and not config.data.tokenizer:  # an imported model reads text in its own tokens
         config = config.copy_and_resolve_references()
         config.data.tokenizer = workdir.tokenizer.name
     if jax.process_index() > 0:
-        return _train(config, mesh, workdir, lambda line: None, profile)
+        return _train(config, mesh, workdir, source, notify, profile)
     with workdir.held(config, notify, f"{jax.device_count()} × {jax.devices()[0].device_kind}"):
-        result = _train(config, mesh, workdir, notify, profile)
+        if source:  # noted before anything else, so that a run that ends before its first checkpoint begins alike
+            Origin(source.name).write(workdir)
+            if source.tokenizer and config.data.tokenizer == workdir.tokenizer.name:
+                with writing(workdir.tokenizer):
+                    source.tokenizer.save(workdir.tokenizer)
+        result = _train(config, mesh, workdir, source, notify, profile)
         workdir.write_status("complete" if result.complete else "stopped", result.step, config.train.num_steps)
         return result
 
 
-def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[str], None], profile: int) -> Result:
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _train(
+    config: ConfigDict,
+    mesh: Mesh,
+    workdir: Workdir,
+    source: Source | None,
+    notify: Callable[[str], None],
+    profile: int,
+) -> Result:
     # traced, not run: what cannot work is found before the corpus is prepared
     rehearsal = Transformer(model_config(config, config.model.vocab_size or 1))
     jax.eval_shape(functools.partial(init_state, config, rehearsal))
@@ -80,7 +111,7 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[s
 
     with Checkpointer(workdir.checkpoints, keep=config.train.keep, notify=notify) as checkpointer:
         setup = Setup(config, workdir, corpus, model, mesh, checkpointer, notify)
-        start = find_start(setup, iterator)
+        start = find_start(setup, iterator, source)
         if start.step:
             notify(f"resumed at step {start.step} of {config.train.num_steps}")
         end = Loop(setup, profile).run(start, iterator)
@@ -93,11 +124,14 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Workdir, notify: Callable[[s
 
 def _corpus(config: ConfigDict, workdir: Workdir, notify: Callable[[str], None]) -> data.Corpus:
     """The prepared corpus; where processes share a disk, the first prepares it and the others find it."""
-    section = own_tokens(workdir, config)
+
+    def prepare() -> data.Corpus:
+        return data.prepare(own_tokens(workdir, config), config.model.context_length, notify)
+
     if jax.process_count() > 1 and jax.process_index() > 0:
         multihost_utils.sync_global_devices("corpus prepared")
-        return data.prepare(section, config.model.context_length, notify)
-    corpus = data.prepare(section, config.model.context_length, notify)
+        return prepare()
+    corpus = prepare()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("corpus prepared")
     return corpus

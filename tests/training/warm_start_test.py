@@ -1,0 +1,178 @@
+"""Runs that start from another model: what is taken over, what it computes then, and that the source may go."""
+
+import itertools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from jax_entropy.architecture import architecture
+from jax_entropy.commands.main import main
+from jax_entropy.data import load_tokenizer
+from jax_entropy.data.tokenizer import train_tokenizer
+from jax_entropy.errors import UserError
+from jax_entropy.huggingface import from_huggingface, to_huggingface
+from jax_entropy.model import Transformer
+from jax_entropy.runs.load import load_run
+from jax_entropy.runs.workdir import Workdir
+from jax_entropy.training.train import train
+from jax_entropy.training.warm_start import Origin, Source, take_over
+from tests import REPOSITORY
+from tests.run_helpers import lines
+from tests.tiny_model import VARIED, jit, random_tokens, scattered, tiny
+
+TOKENS = random_tokens(3, 16)
+
+
+def taken_over(old, new, *, same_tokens=True):
+    source = Source("source", old, scattered(old)["params"], None)
+    return take_over(source, Transformer(new), 3, same_tokens=same_tokens)
+
+
+def logits(config, variables, tokens=TOKENS):
+    return jit(lambda variables: Transformer(config).apply(variables, tokens)[0])(variables)
+
+
+def same(variables, old):
+    """Paths of the parameters that are the source's, bit for bit."""
+    ours, theirs = (flatten_dict(tree["params"], sep="/") for tree in (variables, scattered(old)))
+    return {path for path in ours.keys() & theirs.keys() if np.array_equal(ours[path], theirs[path])}
+
+
+def test_thresholds_join_and_the_function_stays_bit_for_bit():
+    old, new = tiny("SM+LN+G", bias="all"), tiny("EReg(SM+LN+G)", bias="all")
+    variables, origin = taken_over(old, new)
+    assert origin.anew == ["attention/threshold"] and not origin.in_part and not origin.left_behind
+    assert same(variables, old) == flatten_dict(scattered(old)["params"], sep="/").keys()
+    np.testing.assert_array_equal(variables["params"]["blocks"]["attention"]["threshold"], 0.5)
+    np.testing.assert_array_equal(logits(new, variables), logits(old, scattered(old)))
+
+
+def test_what_is_derived_is_derived_from_what_was_taken_over():
+    """Gains are the norms of the source's matrices, so that nothing changes; the largest singular values are theirs."""
+    old, new = tiny("SM+LN"), tiny("SM+LN+WNorm(QKVO+FFN)")
+    variables, origin = taken_over(old, new)
+    assert sorted({name.rpartition("/")[2] for name in origin.anew}) == ["gain"]
+    np.testing.assert_allclose(logits(new, variables), logits(old, scattered(old)), rtol=1e-4, atol=1e-5)
+    variables, origin = taken_over(old, tiny("SM+LN+SNorm(FFN)"))
+    up = variables["params"]["blocks"]["ffn"]["up"]["kernel"][1]
+    left, right = (side[1] for side in variables["spectral"]["blocks"]["ffn"]["up"]["singular_vectors"])
+    assert left @ up @ right == pytest.approx(np.linalg.norm(up, 2), rel=0.1)  # of sixteen power iterations
+    assert not origin.anew
+
+
+def test_layers_are_taken_over_one_by_one():
+    """Four layers of which the last has no feed-forward, from two that both have one."""
+    old, new = tiny("SM+LN+G"), tiny("SM+LN+G^1", num_layers=4)
+    variables, origin = taken_over(old, new)
+    ours, theirs = variables["params"]["blocks"], scattered(old)["params"]["blocks"]
+    for name in ("up", "down"):
+        np.testing.assert_array_equal(ours["ffn"][name]["kernel"][:2], theirs["ffn"][name]["kernel"])
+        assert not np.array_equal(ours["ffn"][name]["kernel"][2], ours["ffn"][name]["kernel"][1])
+    assert "ffn/up/kernel of layers 2" in origin.anew and "attention/query/kernel of layers 2, 3" in origin.anew
+    assert "ffn/up/kernel of layers 0, 1" in origin.taken_over and not origin.left_behind
+    back, origin = taken_over(new, tiny("SM+LN+G^1"))
+    assert "ffn/up/kernel of layers 1, 2" in origin.left_behind and not origin.anew
+    deepest, theirs = back["params"]["blocks_without_ffn"], scattered(new)["params"]["blocks"]
+    np.testing.assert_array_equal(deepest["norm1"]["scale"][0], theirs["norm1"]["scale"][1])
+
+
+@pytest.mark.parametrize(("length", "note"), [(24, "16 of 24"), (10, "10 of 10")])
+def test_a_context_of_another_length_keeps_the_first_positions(length, note):
+    old, new = tiny("SM(t)+LN"), tiny("SM(t)+LN", context_length=length)
+    variables, origin = taken_over(old, new)
+    assert set(origin.in_part) == {
+        f"position_embedding (the first {note})",
+        f"attention/temperature (the first {note})",
+    }
+    first = TOKENS[:, :10]
+    np.testing.assert_allclose(logits(new, variables, first), logits(old, scattered(old), first), rtol=1e-6, atol=1e-6)
+
+
+def test_other_tokens_leave_the_embedding_behind_and_a_larger_table_keeps_its_first_rows():
+    old, new = tiny("SM+LN", tied_head=False), tiny("SM+LN", tied_head=False, vocab_size=64)
+    _, origin = taken_over(old, new, same_tokens=False)
+    assert set(origin.anew) == set(origin.left_behind) == {"token_embedding", "head"}
+    variables, origin = taken_over(old, new)
+    assert set(origin.in_part) == {"token_embedding (the first 61 of 64)", "head (the first 61 of 64)"}
+    np.testing.assert_allclose(logits(new, variables)[..., :61], logits(old, scattered(old)), rtol=1e-6, atol=1e-6)
+
+
+def test_any_model_starts_from_any_other():
+    """Every array is there in its shape, and what both have alike is the source's."""
+    for old_name, new_name in itertools.pairwise(VARIED):
+        old, new = tiny(old_name), tiny(new_name)
+        variables, origin = taken_over(old, new)
+        assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, dict(scattered(new))), (old_name, new_name)
+        assert {"token_embedding", "position_embedding"} <= same(variables, old)
+        assert 0 < origin.share <= 1
+
+
+def test_a_model_of_which_nothing_fits():
+    with pytest.raises(UserError, match="nothing of source, SM, fits into SM of this size"):
+        taken_over(tiny("SM", final_norm="none", bias="none"), tiny("SM", final_norm="none", bias="none", model_dim=24))
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """A tiny GPT-2 as Hugging Face publishes it."""
+    texts = [path.read_text() for path in sorted((REPOSITORY / "jax_entropy").glob("*.py"))]
+    tokenizer = train_tokenizer(texts, 400)
+    size = dict(num_layers=2, num_heads=2, model_dim=32, context_length=32, vocab_size=tokenizer.vocab_size)
+    config = architecture("SM+LN+G", **size, activation="gelu_tanh", bias="all")
+    variables = jax.tree.map(lambda x: 0.3 * x, scattered(config))
+    to_huggingface(config, variables, tmp_path / "gpt2", tokenizer.end_of_text)
+    tokenizer.save(tmp_path / "gpt2" / "tokenizer.json")
+    return tmp_path / "gpt2"
+
+
+def test_an_imported_gpt2_is_repaired(tmp_path, gpt2, tiny):
+    """`train --from` with EReg: thresholds join at step 0, it trains, and goes on when the source is gone."""
+    config, variables = from_huggingface(gpt2)
+    expected, digest = logits(config, variables, TOKENS), load_tokenizer(gpt2 / "tokenizer.json").digest()
+    data = tiny().data
+    flags = [f"--workdir={tmp_path / 'run'}", f"--from={gpt2}", "--config.architecture=EReg(SM+LN+G)"]
+    fields = dict(
+        num_steps=4, batch_size=8, log_every=2, evaluate_every=2, evaluate_chunks=8, checkpoint_every=2, keep=9
+    )
+    flags += [f"--config.train.{name}={value}" for name, value in fields.items()]
+    flags += [f"--config.data.{name}={data[name]}" for name in ("source", "files", "directory")]
+    assert main(["train", *flags]) == 0
+    origin = Origin.read(Workdir(tmp_path / "run"))
+    assert origin.source == str(gpt2) and origin.anew == ["attention/threshold"] and origin.share > 0.99
+
+    run = load_run(tmp_path / "run")
+    assert run.step == 4 and run.tokenizer.digest() == digest
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
+    for step in ("2", "4"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    start = load_run(tmp_path / "run")
+    assert start.step == 0 and str(start.model.config) == "EReg(SM+LN+G)"
+    np.testing.assert_array_equal(logits(start.model.config, start.variables, TOKENS), expected)
+
+    shutil.rmtree(gpt2)
+    assert main(["train", *flags]) == 0  # the same command, and from step 0 again
+    again = load_run(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, again.variables, run.variables)
+
+
+def test_what_cannot_be_started_from_is_said(tmp_path, gpt2, tiny):
+    say_nothing, config = (lambda line: None), tiny("SM+LN+G", **{"train.num_steps": 1})
+    with pytest.raises(UserError, match="is neither the workdir of a run nor a Hugging Face folder"):
+        train(config, tmp_path / "run", say_nothing, start_from=tmp_path)
+    (gpt2 / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="gpt2 has no tokenizer; name its own as config.data.tokenizer"):
+        train(config, tmp_path / "run", say_nothing, start_from=gpt2)
+    assert not (tmp_path / "run").exists()
+    checkpoint = tmp_path / "run" / "checkpoints" / "1"
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run was not started from another model, not from .*gpt2; choose another"):
+        train(config, tmp_path / "run", say_nothing, start_from=gpt2)
+    Origin("elsewhere").write(Workdir(tmp_path / "run"))
+    with pytest.raises(UserError, match="run was started from elsewhere, not from"):
+        train(config, tmp_path / "run", say_nothing, start_from=gpt2)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match="elsewhere is neither"):  # broken off before its first checkpoint
+        train(config, tmp_path / "run", say_nothing)

@@ -49,7 +49,7 @@ class TokenChunks(tfds.core.ShardBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version(VERSION)
     url_infos = None  # nothing is downloaded, and looking for checksums needs a package that TFDS does not install
 
-    def __init__(self, *, source: str, contents: Contents, data_dir: Path):
+    def __init__(self, *, source: str, contents: Contents, data_dir: Path) -> None:
         self.name, self._contents = source, contents
         super().__init__(data_dir=data_dir, file_format="array_record")
 

@@ -23,6 +23,7 @@ from jax_entropy.errors import UserError, nearest
 from jax_entropy.paths import reading
 
 BLOCK_BYTES = 1 << 17
+_HOPELESS_ROWS = 1000  # damaged ones at the head of a shard, after which it is not read to its end
 
 
 class LeftOut:
@@ -89,7 +90,7 @@ class TextFiles:
       left_out: what was found there and is not read.
     """
 
-    def __init__(self, root: Path, paths: list[Path], left_out: LeftOut | None = None):
+    def __init__(self, root: Path, paths: list[Path], left_out: LeftOut | None = None) -> None:
         self.root, self.left_out, self._sizes = root, left_out or LeftOut(), {}
         digest = hashlib.sha256()
         for name, path in _told(sorted((path.relative_to(root).as_posix(), path) for path in paths), " files"):
@@ -126,7 +127,7 @@ class Rows:
       left_out: what was found there and is not read; rows join it as they are met.
     """
 
-    def __init__(self, shards: list[Path], column: str, left_out: LeftOut | None = None):
+    def __init__(self, shards: list[Path], column: str, left_out: LeftOut | None = None) -> None:
         self.shards, self.column, self.left_out = shards, column, left_out or LeftOut()
         digest = hashlib.sha256(column.encode())
         for shard in _told(shards, " shards"):
@@ -142,24 +143,25 @@ class Rows:
                 index += 1
 
     def _texts(self, shard: Path) -> Iterator[bytes]:
-        """The text of each row; raises UserError where not one of a shard's rows can be read."""
+        """The text of each row; raises UserError where not one of a shard's rows, or of its first many, is readable."""
         rows, kind = (_parquet_rows, "parquet") if shard.name.lower().endswith(".parquet") else (_json_rows, "json")
-        readable, first_problem = False, ""
+        first_problem, damaged, readable = "", 0, False
         try:
             for place, row in rows(shard, self.column):
                 try:
-                    data = _text_of(row, self.column)
-                    readable = True
+                    data, readable = _text_of(row, self.column), True
                 except ValueError as problem:
                     first_problem = first_problem or f"{place} {problem}"
                     self.left_out.add("rows that cannot be read", f"{shard.name}, {place}")
-                    data = b""
+                    data, damaged = b"", damaged + 1
+                    if damaged == _HOPELESS_ROWS and not readable:
+                        break
                 yield data
         except UserError:
             raise
         except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:  # pyarrow's and gzip's among them
             raise UserError(f"{str(shard)!r} cannot be read as {kind} ({_first_line(error)})") from error
-        if first_problem and not readable:
+        if damaged and not readable:
             raise UserError(f"{str(shard)!r} has no row that can be read as text: {first_problem}")
 
 

@@ -113,18 +113,18 @@ class Counts:
 class _SplitFile:
     """Appends the chunks of one split to a flat file of rows."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, context_length: int, join: bool):
+    def __init__(self, path: Path, tokenizer: Tokenizer, context_length: int, join: bool) -> None:
         self.counts = Counts()
         self._file = path.open("wb")
         self._byte_lengths, self._end_of_text = tokenizer.byte_lengths(), tokenizer.end_of_text
         self._dtype, self._context_length, self._join = token_dtype(tokenizer), context_length, join
         self._rest, self._length = np.empty(0, self._dtype), 0
 
-    def add(self, ids: list[int]):
+    def add(self, ids: list[int]) -> None:
         self._length += len(ids)
         self._cut(ids)
 
-    def end_document(self):
+    def end_document(self) -> None:
         self.counts.documents += 1
         self.counts.longest_document = max(self.counts.longest_document, self._length)
         self._length = 0
@@ -133,11 +133,11 @@ class _SplitFile:
         else:
             self._drop_rest()
 
-    def close(self):
+    def close(self) -> None:
         self._drop_rest()
         self._file.close()
 
-    def _cut(self, ids: list[int]):
+    def _cut(self, ids: list[int]) -> None:
         tokens = np.concatenate([self._rest, np.asarray(ids, self._dtype)])
         chunks, self._rest = pack(tokens, self._context_length)
         self._file.write(np.ascontiguousarray(chunks).tobytes())
@@ -145,7 +145,7 @@ class _SplitFile:
         self.counts.tokens += len(chunks) * self._context_length
         self.counts.bytes += int(self._byte_lengths[chunks[:, 1:]].sum())
 
-    def _drop_rest(self):
+    def _drop_rest(self) -> None:
         self.counts.tokens_left_out += max(0, len(self._rest) - 1)
         self._rest = self._rest[:0]
 

@@ -38,7 +38,7 @@ class Tokenizer:
       end_of_text: id of `<|endoftext|>`; text that contains these characters does not encode to it.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
         # None of these may come from the file: the first is never saved, the others would cut or pad documents.
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -92,7 +92,7 @@ class Tokenizer:
         """Returns the SHA-256 of what `save` writes."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
-    def save(self, path: str | os.PathLike):
+    def save(self, path: str | os.PathLike) -> None:
         """Writes a `tokenizer.json` that `load_tokenizer` and Hugging Face read."""
         self._backend.save(str(path))
 

@@ -288,6 +288,10 @@ def test_unusable_shards_are_one_sentence_that_names_them(tmp_path):
     assert "a.parquet' has no column 'content'; did you mean 'contents'?" in error_of(tmp_path, shard, "codeparrot")
     shard = write_shard(tmp_path / "a.jsonl", [{"contents": "x"}])
     assert "line 1 has no column 'content'; did you mean 'contents'?" in error_of(tmp_path, shard, "codeparrot")
+    rows = Rows([write_shard(tmp_path / "many.jsonl", [{"contents": "x"}] * 5000)], "content")
+    with pytest.raises(UserError, match="many.jsonl' has no row .* line 1 has no column"):
+        list(rows)
+    assert rows.left_out.counts() == {"rows that cannot be read": 1000}  # the rest is not waited for
     shard = write_shard(tmp_path / "b.parquet", [{"text": 3}])
     assert "row 1 holds int instead of text in column 'text'" in error_of(tmp_path, shard, "languini")
     assert "no public copy" in error_of(tmp_path, "", "languini")

@@ -162,7 +162,7 @@ class Rows:
         except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:  # pyarrow's and gzip's among them
             raise UserError(f"{str(shard)!r} cannot be read as {kind} ({_first_line(error)})") from error
         if damaged and not readable:
-            raise UserError(f"{str(shard)!r} has no row that can be read as text: {first_problem}")
+            raise UserError(f"{str(shard)!r}: none of its first {damaged:,} rows can be read as text: {first_problem}")
 
 
 def _text_of(row: Any, column: str) -> bytes:

@@ -279,7 +279,7 @@ def test_unusable_shards_are_one_sentence_that_names_them(tmp_path):
         (tmp_path / name).write_text("hello\nyou")
     assert "bad.parquet' cannot be read as parquet" in error_of(tmp_path, tmp_path / "bad.parquet", "languini")
     assert "bad.json.gz' cannot be read as json" in error_of(tmp_path, tmp_path / "bad.json.gz", "languini")
-    sentence = "bad.jsonl' has no row that can be read as text: line 1 is damaged (JSONDecodeError"
+    sentence = "bad.jsonl': none of its first 2 rows can be read as text: line 1 is damaged (JSONDecodeError"
     assert sentence in error_of(tmp_path, tmp_path / "bad.jsonl", "languini")
     cut = write_shard(tmp_path / "cut.json.gz", ROWS * 50)
     cut.write_bytes(cut.read_bytes()[:-200])
@@ -289,7 +289,9 @@ def test_unusable_shards_are_one_sentence_that_names_them(tmp_path):
     shard = write_shard(tmp_path / "a.jsonl", [{"contents": "x"}])
     assert "line 1 has no column 'content'; did you mean 'contents'?" in error_of(tmp_path, shard, "codeparrot")
     rows = Rows([write_shard(tmp_path / "many.jsonl", [{"contents": "x"}] * 5000)], "content")
-    with pytest.raises(UserError, match="many.jsonl' has no row .* line 1 has no column"):
+    with pytest.raises(
+        UserError, match="many.jsonl': none of its first 1,000 rows can be read as text: line 1 has no column"
+    ):
         list(rows)
     assert rows.left_out.counts() == {"rows that cannot be read": 1000}  # the rest is not waited for
     shard = write_shard(tmp_path / "b.parquet", [{"text": 3}])

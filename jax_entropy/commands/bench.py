@@ -47,7 +47,7 @@ def monitoring(values: Namespace) -> None:
     _print_rows([bench_monitoring(values.config)], values)
 
 
-BENCH = {found.name: found for found in (attention, step, data, monitoring)}
+COMMANDS = {found.name: found for found in (attention, step, data, monitoring)}
 
 
 def _check_rounds(rounds: int) -> None:

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:  # rich takes longer than all that `status` does
     from rich.console import Console
@@ -30,9 +30,15 @@ def shown(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def say(text: str) -> None:
+def output(json_file: Path | None = None) -> TextIO:
+    """Where text and tables go: standard output, or standard error where `--json=-` takes that."""
+    return sys.stderr if json_file and str(json_file) == "-" else sys.stdout
+
+
+def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Prints what a model or a corpus wrote: exactly, but on a terminal what would steer it is shown."""
-    print(shown(text) if sys.stdout.isatty() else text)
+    file = file or sys.stdout
+    print(shown(text) if file.isatty() else text, file=file, end=end, flush=True)
 
 
 def warn(line: str) -> None:
@@ -41,17 +47,14 @@ def warn(line: str) -> None:
 
 
 def console(json_file: Path | None = None) -> "Console":
-    """Where tables and lines go: standard output, or standard error where `--json=-` takes that.
-
-    Where it is no terminal, tables are as wide as they need to be.
-    """
+    """A console on `output(json_file)`; where that is no terminal, tables are as wide as they need to be."""
     from rich.console import Console
 
     class Shown(Console):
         def print(self, *objects: Any, **options: Any) -> None:
             super().print(*(shown(x) if isinstance(x, str) else x for x in objects), **dict(markup=False) | options)
 
-    file = sys.stderr if json_file and str(json_file) == "-" else sys.stdout
+    file = output(json_file)
     return Shown(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else 160)
 
 

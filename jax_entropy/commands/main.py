@@ -3,6 +3,7 @@
 Exit codes: 0 done or cleanly stopped, 2 a mistake of the user's, said in one sentence on stderr, 1 anything else.
 """
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -12,7 +13,6 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
 from jax_entropy.commands import parse
-from jax_entropy.commands.bench import BENCH
 from jax_entropy.commands.census import census
 from jax_entropy.commands.console import output_failure, prepare_streams, warn
 from jax_entropy.commands.parse import Command
@@ -21,10 +21,8 @@ from jax_entropy.commands.runs import convert, evaluate, generate, report, statu
 from jax_entropy.commands.train import train
 from jax_entropy.errors import UserError, nearest
 
-COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
-    found.name: found for found in (train, status, evaluate, generate, report, convert, census, plan)
-} | {"bench": BENCH}
-_FAMILIES = {
+COMMANDS = {found.name: found for found in (train, status, evaluate, generate, report, convert, census, plan)}
+FAMILIES = {
     "private": "A trained model under secure computation.",
     "bench": "Speed and memory of attention, a step, the loader, and monitoring.",
 }
@@ -65,12 +63,6 @@ def _run(arguments: list[str], is_process: bool) -> int:
         if arguments[0] == "--version":
             print(_version())
             return 0
-        if arguments[0] == "private":
-            from jax_entropy.commands.private import private
-            from jax_entropy.commands.private_parse import Parse
-
-            private(Parse("private", private.__doc__, arguments[1:]))
-            return 0
         called, command, rest = _find(arguments)
         if command is None:
             print(_list(called))
@@ -98,11 +90,11 @@ def _run(arguments: list[str], is_process: bool) -> int:
 def _find(arguments: list[str]) -> tuple[str, Command | None, list[str]]:
     """The command that is named, how it is called, and its arguments; None where a family's help is asked for."""
     name, *rest = arguments
-    if name not in COMMANDS:
-        raise UserError(f"there is no command {name!r}{nearest(name, COMMANDS)}")
-    found = COMMANDS[name]
-    if isinstance(found, Command):
-        return f"jax-entropy {name}", found, rest
+    if name in COMMANDS:
+        return f"jax-entropy {name}", COMMANDS[name], rest
+    if name not in FAMILIES:
+        raise UserError(f"there is no command {name!r}{nearest(name, [*COMMANDS, *FAMILIES])}")
+    found = family(name)
     if not rest:
         raise UserError(f"{name} what? say one of {', '.join(found)}")
     word, *rest = rest
@@ -113,14 +105,19 @@ def _find(arguments: list[str]) -> tuple[str, Command | None, list[str]]:
     return f"jax-entropy {name} {word}", found[word], rest
 
 
-def _list(family: str = "") -> str:
+def family(name: str) -> Mapping[str, Command]:
+    """The commands of a family by name; what they share is imported for them only."""
+    return importlib.import_module(f"jax_entropy.commands.{name}").COMMANDS
+
+
+def _list(name: str = "") -> str:
     """The help of all commands, or of those of a family."""
-    found = COMMANDS[family] if family else COMMANDS
-    does = {name: _FAMILIES.get(name) or command.help.splitlines()[0] for name, command in found.items()}
-    called = f"jax-entropy {family}".strip()
-    lines = [f"{called} COMMAND --flag=VALUE …", "", *(f"  {name:12}{text}" for name, text in does.items())]
+    found = family(name) if name else COMMANDS
+    does = {word: command.help.splitlines()[0] for word, command in found.items()} | ({} if name else FAMILIES)
+    called = f"jax-entropy {name}".strip()
+    lines = [f"{called} COMMAND --flag=VALUE …", "", *(f"  {word:12}{text}" for word, text in does.items())]
     lines += ["", f"{called} COMMAND --help says what a command takes, with examples."]
-    if not family:
+    if not name:
         lines += ["jax-entropy --version says which versions are here.", "", "to begin with:"]
         lines += ["  jax-entropy train --config=quickstart --workdir=runs/quickstart"]
     return "\n".join(lines)

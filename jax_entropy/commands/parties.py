@@ -2,63 +2,67 @@
 
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jax_entropy.architecture import ModelConfig
+from jax_entropy.commands.console import output, warn, write_json
+from jax_entropy.commands.parse import BEST, JSON, WORKDIR, Flag, command
 from jax_entropy.commands.private_flags import (
+    NEW_TOKENS,
+    REVEAL,
     SAMPLING,
     SETTING,
     WITHOUT,
     Streamed,
-    check_outputs,
     read_rewrites,
     read_sampling,
     read_setting,
-    warn,
-    write_json,
 )
+from jax_entropy.commands.runs import PROMPT, PROMPT_FILE, read_prompt
 from jax_entropy.errors import UserError
-from jax_entropy.paths import local_path
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.engine.environment import environment_python
 
+if TYPE_CHECKING:
+    from jax_entropy.architecture import ModelConfig
 
-def keys(parse: Any) -> None:
-    """A private key and a self-signed certificate, for `serve` or `ask`."""
-    values = parse.flags(
-        directory=("", "folder to write private_key.pem and certificate.pem to"),
-        name=("party", "written into the certificate"),
-        days=(365, "for which the certificate is valid"),
-    )
-    if not values.directory:
-        raise UserError("--directory is missing")
-    from jax_entropy.private.session.line import make_keys
-
-    directory = local_path(values.directory, "--directory")
-    found = make_keys(directory, values.name, values.days)
-    print(f"give {directory}/certificate.pem to the other party, and compare its SHA-256:\n{found}")
-
-
-LINK = dict(
-    keys=("", "folder with this party's private_key.pem and certificate.pem"),
-    peer=("", "file of the other party's certificate, the only one that is accepted"),
-    insecure_loopback=(False, "no TLS, on 127.0.0.1 only: to try things"),
-    timeout=(120, "seconds for which the other party may be silent"),
+LINK = (
+    Flag("keys", None, "folder with this party's private_key.pem and certificate.pem", kind=Path),
+    Flag("peer", None, "file of the other party's certificate, the only one that is accepted", kind=Path),
+    Flag("insecure_loopback", False, "no TLS, on 127.0.0.1 only: to try things"),
+    Flag("timeout", 120, "seconds for which the other party may be silent"),
 )
 
 
-def serve(parse: Any) -> None:
+@command(
+    Flag("directory", None, "folder to write private_key.pem and certificate.pem to", kind=Path, required=True),
+    Flag("name", "party", "written into the certificate"),
+    Flag("days", 365, "for which the certificate is valid"),
+    examples=["private keys --directory=server_keys --name=server"],
+)
+def keys(values: Namespace) -> None:
+    """A private key and a self-signed certificate, for `serve` or `ask`."""
+    from jax_entropy.private.session.line import make_keys
+
+    found = make_keys(values.directory, values.name, values.days)
+    print(f"give {values.directory}/certificate.pem to the other party, and compare its SHA-256:\n{found}")
+
+
+@command(
+    WORKDIR,
+    Flag("listen", "127.0.0.1:9500", "HOST:PORT, 0.0.0.0 for all of this machine's; the port after it is the engine's"),
+    Flag("sessions", 0, "clients to answer; 0: until interrupted"),
+    BEST,
+    *LINK,
+    *SETTING,
+    WITHOUT,
+    examples=[
+        "private serve runs/quickstart --listen=0.0.0.0:9500 --keys=server_keys --peer=client_keys/certificate.pem"
+    ],
+)
+def serve(values: Namespace) -> None:
     """The party that holds the weights: waits for `ask`."""
-    values = parse.flags(
-        workdir=True,
-        listen=("127.0.0.1:9500", "HOST:PORT, 0.0.0.0 for all of this machine's; the port after it is the engine's"),
-        sessions=(0, "clients to answer; 0: until interrupted"),
-        best=(False, "the best checkpoint by validation loss instead of the newest"),
-        **LINK,
-        **SETTING,
-        **WITHOUT,
-    )
     from jax_entropy.private.session import line as link
 
     environment_python()
@@ -92,21 +96,22 @@ def serve(parse: Any) -> None:
             print("stopped", flush=True)
 
 
-def ask(parse: Any) -> None:
+@command(
+    Flag("server", "127.0.0.1:9500", "HOST:PORT of `serve`"),
+    Flag("port", 9600, "where the server's engine reaches this one"),
+    Flag("protocol", "", "the only one to agree to; unset: the server's, whatever it is"),
+    PROMPT._replace(default=None, repeated=True, help="text to go on from; may be given several times"),
+    PROMPT_FILE._replace(repeated=True, help="file that holds a prompt, as it is; may be given several times"),
+    NEW_TOKENS,
+    REVEAL,
+    JSON,
+    *SAMPLING,
+    Flag("patience", 8, "seconds to wait for the server's start"),
+    *LINK,
+    examples=["private ask --server=HOST:9500 --prompt='def ' --keys=client_keys --peer=server_keys/certificate.pem"],
+)
+def ask(values: Namespace) -> None:
     """The party that holds the prompt: asks a model of `serve`."""
-    values = parse.flags(
-        server=("127.0.0.1:9500", "HOST:PORT of `serve`"),
-        port=(9600, "where the server's engine reaches this one"),
-        protocol=("", "the only one to agree to; unset: the server's, whatever it is"),
-        prompt=("", "text to go on from"),
-        prompts_file=("", "file with a prompt on each line, answered one after another"),
-        tokens=(16, "tokens to write at most"),
-        reveal=("logits", "what this party learns of each new token: logits | token"),
-        json=("", "file for the answers and what they took"),
-        **SAMPLING,
-        patience=(8, "seconds to wait for the server's start"),
-        **LINK,
-    )
     from jax_entropy.private.session import line as link
 
     environment_python()
@@ -118,19 +123,18 @@ def ask(parse: Any) -> None:
     if values.protocol:
         Setting(protocol=values.protocol).check()
     files, new_choose = read_link(values, server[0]), read_sampling(values)
-    check_outputs(values)
     link.check_free("127.0.0.1" if values.insecure_loopback else "0.0.0.0", values.port)
     from jax_entropy.private.session.parties import Question
     from jax_entropy.private.session.parties import ask as run
 
     answers = []
 
-    def questions(tokenizer: str, config: ModelConfig, setting: Setting) -> list[Question]:
+    def questions(tokenizer: str, config: "ModelConfig", setting: Setting) -> list[Question]:
         if values.protocol not in ("", setting.protocol):
             raise UserError(f"the server runs --protocol={setting.protocol}, and --protocol={values.protocol} is asked")
         warn(f"{config}; {dealer(setting.protocol)}")
         reader = read_tokenizer(tokenizer, config)
-        answers.extend(Streamed(reader, text) for text in texts)
+        answers.extend(Streamed(reader, text, output(values.json)) for text in texts)
         return [
             Question(reader.encode(answer.prompt), new_choose(), reader.end_of_text, answer.token, answer.end)
             for answer in answers
@@ -144,7 +148,7 @@ def ask(parse: Any) -> None:
     safety, setting = "mutual TLS" if files else "NO TLS", model.engine.setting
     warn(f"{count} tokens in {seconds:.1f} s under {setting.protocol}, {safety}")
     write_json(values.json, dict(
-        setting=setting._asdict(), link=safety, seconds=seconds,
+        setting=setting, link=safety, seconds=seconds,
         answers=[dict(prompt=answer.prompt, tokens=answer.ids, text=answer.written) for answer in answers],
         programs=[dict(name=name, seconds=account.seconds) for name, account in model.accounts],
     ))  # fmt: skip
@@ -167,26 +171,15 @@ def _check_loopback(*hosts: str) -> None:
             raise UserError(f"--insecure_loopback is for 127.0.0.1 only, not {host}; give --keys and --peer")
 
 
-def read_prompts(values: Any) -> list[str]:
-    """What --prompt or --prompts_file asks. Raises UserError if it is nothing."""
-    if values.prompt and values.prompts_file:
-        raise UserError("--prompt and --prompts_file exclude each other")
-    if not values.prompts_file:
-        if not values.prompt:
-            raise UserError("the prompt is empty; give --prompt, or --prompts_file with one on each line")
-        return [values.prompt]
-    try:
-        texts = Path(values.prompts_file).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts_file={values.prompts_file} cannot be read: {error}") from None
-    if not texts:
-        raise UserError(f"--prompts_file={values.prompts_file} is empty")
-    if "" in texts:
-        raise UserError(f"line {texts.index('') + 1} of --prompts_file={values.prompts_file} is empty")
+def read_prompts(values: Namespace) -> list[str]:
+    """What --prompt and --prompt_file ask. Raises UserError if it is nothing."""
+    texts = [*(read_prompt(text, None) for text in values.prompt), *(read_prompt("", f) for f in values.prompt_file)]
+    if not texts or "" in texts:
+        raise UserError("the prompt is empty; give --prompt, or --prompt_file with one that is not")
     return texts
 
 
-def read_tokenizer(text: str, config: ModelConfig) -> Any:
+def read_tokenizer(text: str, config: "ModelConfig") -> Any:
     """The tokenizer that a server sent. Raises UserError if it is none, or has tokens that the model does not know."""
     from jax_entropy.data import load_tokenizer
 
@@ -215,7 +208,7 @@ def dealer(protocol: str) -> str:
     return f"{protocol}: safe as long as both parties follow the protocol"
 
 
-def read_link(values: Any, *hosts: str) -> Any:
+def read_link(values: Namespace, *hosts: str) -> Any:
     """The files of mutual TLS, or None on a loopback link without."""
     from jax_entropy.private.session import line as link
 
@@ -230,6 +223,6 @@ def read_link(values: Any, *hosts: str) -> Any:
         raise UserError("--keys is missing: the folder that `jax-entropy private keys` made")
     if not values.peer:
         raise UserError("--peer is missing: the file of the other party's certificate")
-    files = link.read_keys(local_path(values.keys, "--keys"), local_path(values.peer, "--peer"))
+    files = link.read_keys(values.keys, values.peer)
     warn(f"accepts the certificate with SHA-256 {link.fingerprint(files.peer_certificate)} only")
     return files

@@ -1,53 +1,79 @@
 """Flags that the commands of private execution share, and how they are read."""
 
 import functools
-import json
-import os
-import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from jax_entropy.commands.console import say, warn
+from jax_entropy.commands.parse import JSON, Flag
 from jax_entropy.errors import UserError, nearest
+from jax_entropy.paths import writing
 from jax_entropy.private.engine.engine import Setting
-from jax_entropy.private.program.blueprint import PLAIN, REWRITES, Rewrites
-from jax_entropy.runs.workdir import to_json
 
-SIZE = dict(
-    num_layers=(2, "blocks"), num_heads=(4, "heads in a block"), model_dim=(128, "width"),
-    vocab_size=(512, "entries of the tokenizer"),
-)  # fmt: skip
-MEASURE = dict(
-    context=(32, "tokens read"),
-    network=("wan", "lan | wan (the paper's) | like 100mbps,80ms"),
-    json=("", "file for everything that was measured"),
-    picture=("", "file for the picture, .png, .svg or .pdf"),
-)
-SETTING = dict(
-    protocol=("semi2k", "semi2k (two parties and a dealer) | aby3 (three parties) | cheetah (two parties)"),
-    fraction_bits=(Setting().fraction_bits, "of the 64 bits of a number"),
-    exponent=(Setting().exponent, "taylor | pade: how the exponential is computed"),
-    exponent_iterations=(Setting().exponent_iterations, "squarings of taylor"),
-    colocated=(Setting().colocated, "cheetah uses that the server knows its own weights; off, they are shares"),
-)
-PICTURES = (".png", ".svg", ".pdf")
-WITHOUT = dict(without=("", "rewrites to switch off, separated by commas; 'all' exports the model plainly"))
+if TYPE_CHECKING:
+    from jax_entropy.architecture import ModelConfig
+    from jax_entropy.private.program.blueprint import Rewrites
 
-SAMPLING = dict(
-    temperature=(0.0, "of the sampling among revealed logits; 0 is greedy"),
-    top_k=(0, "sample among the k likeliest tokens; 0: among all"),
-    seed=(0, "of the sampling"),
+PROTOCOL = Flag(
+    "protocol", Setting().protocol, "semi2k: two parties and a dealer; aby3: three parties; cheetah: two parties"
+)
+SETTING = (
+    PROTOCOL,
+    Flag("fraction_bits", Setting().fraction_bits, "of the 64 bits of a number"),
+    Flag("exponent", Setting().exponent, "taylor or pade: how the exponential is computed"),
+    Flag("exponent_iterations", Setting().exponent_iterations, "squarings of taylor"),
+    Flag("colocated", Setting().colocated, "no: cheetah has the weights as shares, though the server knows them"),
+)
+WITHOUT = Flag("without", "", "rewrites to switch off, separated by commas; 'all' exports the model plainly")
+NETWORK = Flag("network", "wan", "lan, wan (the paper's), or like 100mbps,80ms")
+PICTURE = Flag("picture", None, "file for the picture", kind=Path, endings=(".png", ".svg", ".pdf"))
+MEASURE = (NETWORK, JSON, PICTURE, *SETTING)
+NEW_TOKENS = Flag("tokens", 16, "tokens to write at most")
+REVEAL = Flag("reveal", "logits", "what the client learns of each new token", choices=("logits", "token"))
+SAMPLING = (
+    Flag("temperature", 0.0, "of the sampling among revealed logits; 0 is greedy"),
+    Flag("top_k", 0, "sample among the k likeliest tokens; 0: among all"),
+    Flag("seed", 0, "of the sampling"),
 )
 
 
-def read_setting(values: Any) -> Setting:
+def tokens_read(default: int) -> Flag:
+    """How many tokens a program reads."""
+    return Flag("context_length", default, "tokens read; at most the model's, which it is where there is none yet")
+
+
+def size_flags(num_layers: int, num_heads: int, model_dim: int, vocab_size: int) -> tuple[Flag, ...]:
+    """The size of a model that is named by its architecture, with these defaults."""
+    return (
+        Flag("num_layers", num_layers, "blocks"),
+        Flag("num_heads", num_heads, "heads in a block"),
+        Flag("model_dim", model_dim, "width"),
+        Flag("vocab_size", vocab_size, "entries of the tokenizer"),
+    )
+
+
+SIZE = size_flags(2, 4, 128, 512)
+
+
+def read_models(names: Sequence[str], values: Namespace) -> "list[ModelConfig]":
+    """The models that architectures and the flags of their size name."""
+    from jax_entropy.architecture import architecture
+
+    size = {flag.name: getattr(values, flag.name) for flag in SIZE}
+    return [architecture(name, context_length=values.context_length, **size) for name in names]
+
+
+def read_setting(values: Namespace) -> Setting:
     """The engine's setting of a command's flags."""
-    fields = Setting._fields
-    return Setting(**{name: getattr(values, name) for name in fields}).check()
+    return Setting(**{name: getattr(values, name) for name in Setting._fields}).check()
 
 
-def read_rewrites(without: str) -> Rewrites:
+def read_rewrites(without: str) -> "Rewrites":
     """All rewrites but those named, PLAIN for "all". Raises UserError for a name that is none."""
+    from jax_entropy.private.program.blueprint import PLAIN, REWRITES, Rewrites
+
     if without == "all":
         return PLAIN
     off = [name for name in without.split(",") if name]
@@ -57,59 +83,33 @@ def read_rewrites(without: str) -> Rewrites:
     return Rewrites(**{name: name not in off for name in REWRITES})
 
 
-def warn(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def read_sampling(values: Any) -> Callable[[], Callable]:
+def read_sampling(values: Namespace) -> Callable[[], Callable]:
     """Gives each text's `choose`, logits [V] → token. Raises UserError for options out of range."""
-    from jax_entropy.private.session.inference import REVEALED, sampler
+    from jax_entropy.private.session.inference import sampler
 
-    if values.reveal not in REVEALED:
-        raise UserError(f"--reveal={values.reveal!r} is not known{nearest(values.reveal, REVEALED)}")
     for name in ("temperature", "top_k"):
-        if values.reveal == "token" and (value := values[name].value):
+        if values.reveal == "token" and (value := getattr(values, name)):
             raise UserError(f"--{name}={value} needs --reveal=logits; inside, the likeliest is taken")
     new_choose = functools.partial(sampler, values.tokens, values.temperature, values.top_k, values.seed)
     new_choose()
     return new_choose
 
 
-def check_outputs(values: Any) -> None:
-    """Raises UserError if --json or --picture cannot be written, before what is to be written is measured."""
-    for name in {"json", "picture"} & set(values):
-        if not (text := values[name].value):
-            continue
-        path = Path(text)
-        try:
-            is_folder, parent_there = path.is_dir(), path.resolve().parent.is_dir()
-        except OSError as error:
-            raise UserError(f"--{name}={text} cannot be written: {error.strerror}") from None
-        if is_folder:
-            raise UserError(f"--{name}={text} is a folder; name a file in it")
-        if not parent_there:
-            raise UserError(f"--{name}={text}: there is no folder {path.resolve().parent}")
-        if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
-            raise UserError(f"--{name}={text} cannot be written")
-        if name == "picture" and path.suffix not in PICTURES:
-            raise UserError(f"--picture={text} must end in {' or '.join(PICTURES)}")
-
-
-def write_json(file: str | Path, content: dict) -> None:
-    """Writes what was measured, where a file is given."""
+def draw(profiles: list[dict[str, Any]], file: Path | None) -> None:
+    """The picture of what `Profile.to_json` gave, where one is asked for."""
     if file:
-        try:
-            Path(file).write_text(json.dumps(to_json(content), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {error.strerror}") from None
-        print(f"wrote {file}", file=sys.stderr)
+        from jax_entropy.report.private import private_costs
+
+        with writing(file, "--picture"):
+            private_costs(profiles).savefig(file)
+        warn(f"wrote {file}")
 
 
 class Streamed:
     """Writes a prompt and the tokens after it as they come."""
 
-    def __init__(self, tokenizer: Any, prompt: str):
-        self.tokenizer, self.prompt, self.ids, self.written = tokenizer, prompt, [], None
+    def __init__(self, tokenizer: Any, prompt: str, file: TextIO):
+        self.tokenizer, self.prompt, self.file, self.ids, self.written = tokenizer, prompt, file, [], None
 
     def token(self, token: int) -> None:
         self.ids.append(token)
@@ -120,8 +120,8 @@ class Streamed:
 
     def _write(self, text: str, end: bool = False) -> None:
         if self.written is None:
-            print(self.prompt, end="", flush=True)
+            say(self.prompt, self.file, end="")
             self.written = ""
         if end or not text.endswith("\ufffd"):  # half a character
-            print(text[len(self.written) :], end="\n" if end else "", flush=True)
+            say(text[len(self.written) :], self.file, end="\n" if end else "")
             self.written = text

@@ -1,9 +1,9 @@
 """What was measured and predicted of private execution, as tables."""
 
 from rich.console import Console
-from rich.table import Table
 
 from jax_entropy.architecture import ModelConfig
+from jax_entropy.commands.console import table
 from jax_entropy.errors import UserError
 from jax_entropy.private.cost.ablation import Ablation
 from jax_entropy.private.cost.account import Network, on_network
@@ -17,72 +17,51 @@ def print_profile(measured: Profile, network: Network, network_name: str, consol
     """A table by kind of operation, then cold and warm totals."""
     parties = range(measured.setting.num_parties)
     console.print(
-        f"{measured.architecture}, {measured.export}, {measured.num_tokens} tokens under {measured.setting.protocol}",
-        markup=False,
+        f"{measured.architecture}, {measured.export}, {measured.num_tokens} tokens under {measured.setting.protocol}"
     )
-    table = Table(
-        "operation",
-        *(f"MB by party {i}" for i in parties),
-        "rounds",
-        "s computing",
-        f"s on {network_name}",
-        box=None,
-        pad_edge=False,
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    rows = [*measured.by_kind().items(), ("all, warm", measured.total()), ("all, cold", measured.total("cold"))]
-    for kind, account in rows:
+    columns = ("operation", *(f"MB by party {i}" for i in parties), "rounds", "s computing", f"s on {network_name}")
+    accounts = [*measured.by_kind().items(), ("all, warm", measured.total()), ("all, cold", measured.total("cold"))]
+    rows = []
+    for kind, account in accounts:
         each = (f"{count / 1e6:,.3f}" for count in account.bytes)
-        table.add_row(
-            kind, *each, f"{account.rounds:,}", f"{account.seconds:.2f}", f"{on_network(account, network):.2f}"
-        )
-    console.print(table)
+        times = (f"{account.seconds:.2f}", f"{on_network(account, network):.2f}")
+        rows.append((kind, *each, f"{account.rounds:,}", *times))
+    console.print(table(columns, rows))
     console.print(f"peak memory of the engine, all parties: {measured.peak_memory_bytes / 1e9:.2f} GB")
-
-
-def _table(*numbers: str) -> Table:
-    """A table of ways to run architectures, with columns of numbers."""
-    table = Table("architecture", "export", *numbers, box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    table.columns[0].overflow = "ignore"
-    for column in table.columns[2:]:
-        column.justify = "right"
-    return table
 
 
 def print_comparison(profiles: list[Profile], network: Network, network_name: str, console: Console) -> None:
     """One line for each way to run each architecture, with ratios to the first."""
-    table = _table("MB sent", "ratio", "rounds", "ratio", f"s on {network_name}", "ratio")
+    columns = ("architecture", "export", "MB sent", "ratio", "rounds", "ratio", f"s on {network_name}", "ratio")
+    rows = []
     values = [(max(t.bytes) / 1e6, t.rounds, on_network(t, network)) for t in (p.total() for p in profiles)]
     for measured, row in zip(profiles, values, strict=True):
         cells = []
         for value, reference, form in zip(row, values[0], ("{:,.2f}", "{:,.0f}", "{:,.1f}"), strict=True):
             cells += [form.format(value), f"{reference / value:.2f}×"]
-        table.add_row(measured.architecture, measured.export, *cells)
-    console.print(table)
+        rows.append((measured.architecture, measured.export, *cells))
+    console.print(table(columns, rows, left=2))
 
 
 def print_ablation(rows: list[Ablation], console: Console) -> None:
     """A line for every rewrite alone, and for all together."""
     columns = ("rewrites", "MB warm", "MB cold", "rounds", "seconds", "logit error", "top-1")
-    table = Table(*columns, box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             row.name, f"{max(row.warm.bytes) / 1e6:,.3f}", f"{max(row.cold.bytes) / 1e6:,.3f}", f"{row.warm.rounds:,}",
             f"{row.warm.seconds:.2f}", f"{row.error:.2g}", f"{row.agreement:.1%}",
-        )  # fmt: skip
-    console.print(table)
+        )
+        for row in rows
+    ]  # fmt: skip
+    console.print(table(columns, cells))
 
 
 def print_predictions(
     predicted: list[tuple[ModelConfig, str, Account]], network: Network, network_name: str, console: Console
 ) -> None:
     """Predicted bytes and rounds of models too large to wait for, the paper's own figures beside them."""
-    table = _table("MB sent", "ratio", "rounds", "ratio", f"s waiting on {network_name}", "paper GB")
+    numbers = ("MB sent", "ratio", "rounds", "ratio", f"s waiting on {network_name}", "paper GB")
+    rows = []
     first = predicted[0][-1]
     for config, exported, total in predicted:
         try:
@@ -90,19 +69,17 @@ def print_predictions(
         except UserError:
             papers = "–"
         waiting = on_network(total._replace(seconds=0.0), network)
-        table.add_row(
+        rows.append((
             str(config), exported, f"{max(total.bytes) / 1e6:,.1f}", f"{max(first.bytes) / max(total.bytes):.2f}×",
             f"{total.rounds:,}", f"{first.rounds / total.rounds:.2f}×", f"{waiting:,.0f}", papers,
-        )  # fmt: skip
-    console.print(table)
+        ))  # fmt: skip
+    console.print(table(("architecture", "export", *numbers), rows, left=2))
 
 
 def print_precision(rows: list[Precision], largest_logit: float, tolerance: float, console: Console) -> None:
     """The table, then the flags of the cheapest good row."""
-    table = Table("fraction bits", "exponential", "MB sent", "rounds", "largest error", "mean error", "top-1",
-                  box=None, pad_edge=False)  # fmt: skip
-    for column in (table.columns[0], *table.columns[2:]):
-        column.justify = "right"
+    columns = ("fraction bits", "exponential", "MB sent", "rounds", "largest error", "mean error", "top-1")
+    lines = []
     for row in rows:
         setting = row.setting
         name = f"taylor {setting.exponent_iterations}" if setting.exponent == "taylor" else setting.exponent
@@ -112,12 +89,12 @@ def print_precision(rows: list[Precision], largest_logit: float, tolerance: floa
                 f"{max(row.account.bytes) / 1e6:,.2f}", f"{row.account.rounds:,}", f"{row.largest_error:.4f}",
                 f"{row.mean_error:.4f}", f"{row.agreement:.1%}",
             )  # fmt: skip
-        table.add_row(str(setting.fraction_bits), name, *cells)
-    console.print(table)
+        lines.append((setting.fraction_bits, name, *cells))
+    console.print(table(columns, lines, left=2))
     console.print(f"largest logit: {largest_logit:.3g}")
     for row in rows:
         if row.refused:
-            console.print(f"refused: {row.refused}", markup=False)
+            console.print(f"refused: {row.refused}")
     best = cheapest(rows, tolerance, largest_logit)
     if best is None:
         return console.print(f"none keeps all likeliest tokens and errors under {tolerance:.1%} of the largest logit")

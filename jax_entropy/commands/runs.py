@@ -7,6 +7,7 @@ from pathlib import Path
 from jax_entropy.commands.console import console, say, warn, write_json
 from jax_entropy.commands.parse import BEST, JSON, WORKDIR, Flag, command
 from jax_entropy.errors import UserError
+from jax_entropy.paths import reading
 
 PROMPT = Flag("prompt", "", "text to go on from")
 PROMPT_FILE = Flag("prompt_file", None, "file that holds the prompt, as it is; - is standard input", kind=Path)
@@ -115,10 +116,8 @@ def read_prompt(prompt: str, prompt_file: Path | None) -> str:
         if prompt:
             raise UserError("--prompt and --prompt_file exclude each other")
         name = f"--prompt_file={prompt_file}"
-        try:
+        with reading(prompt_file, "--prompt_file"):
             content = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {error.strerror}") from error
     try:
         return content.decode()
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ import os
 import shlex
 from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 
 from jax_entropy.commands.console import console
 from jax_entropy.commands.parse import CONFIG, WORKDIR, Flag, command
@@ -62,15 +63,15 @@ def _place_among_processes() -> tuple[int | None, int | None]:
     return count, index
 
 
-def _join(jax, count: int | None, index: int | None) -> None:
+def _join(jax: ModuleType, count: int | None, index: int | None) -> None:
     """Joins the other processes. Raises UserError where JAX cannot find out what there is to join."""
     # jax would take SIGTERM for itself; the loop saves and stops on it
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(num_processes=count, process_id=index)
     except (KeyError, ValueError) as error:  # not RuntimeError: of processes that were to come, some did not
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            "--distributed finds no other processes to join "
-            f"({str(error).splitlines()[0].rstrip('.')}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, "
-            "or start it through launch/"
+            f"--distributed finds no other processes to join ({reason}); set JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or start it through launch/"
         ) from error

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_entropy.commands.main import COMMANDS, main
-from jax_entropy.commands.parse import Command
+from jax_entropy.commands.main import COMMANDS, FAMILIES, family, main
 from jax_entropy.training.train import train
 from tests import REPOSITORY
 from tests.tiny_config import get_config
@@ -190,13 +189,11 @@ def test_report_rewrites_the_figures(copy, capsys):
 def test_help_names_every_command_and_flag(capsys):
     assert main([]) == main(["--help"]) == 0
     listing = capsys.readouterr().out
-    assert all(command in listing for command in COMMANDS)
-    for name, command in COMMANDS.items():
-        words = [[name]] if isinstance(command, Command) else [[name, word] for word in command]
-        for called in words:
-            assert main([*called, "--help"]) == 0
-            said = capsys.readouterr().out
-            assert f"jax-entropy {' '.join(called)}" in said and "--" in said and "examples:" in said
+    assert all(command in listing for command in (*COMMANDS, *FAMILIES))
+    for called in [*([name] for name in COMMANDS), *([name, word] for name in FAMILIES for word in family(name))]:
+        assert main([*called, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert f"jax-entropy {' '.join(called)}" in said and "--" in said and "examples:" in said
     assert "generate" in sentence(capsys, "genrate")
 
 
@@ -209,7 +206,7 @@ def test_what_needs_no_jax_does_not_wait_for_it():
     program = """
 import sys
 from jax_entropy.commands.main import main
-assert main(["--help"]) == main(["--version"]) == main(["train", "--help"]) == 0
+assert main(["--help"]) == main(["--version"]) == main(["train", "--help"]) == main(["private", "--help"]) == 0
 assert main(["status", "nowhere"]) == 2
 slow = {"jax", "rich", "matplotlib", "tensorboardX", "orbax", "grain", "tensorflow_datasets"}
 assert not slow & set(sys.modules)

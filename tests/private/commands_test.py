@@ -9,7 +9,7 @@ from jax_entropy.commands.main import main
 from tests.private.helpers import start
 
 pytestmark = pytest.mark.usefixtures("installed")
-SMALL = ("--num_layers=1", "--num_heads=2", "--model_dim=16", "--vocab_size=32", "--context=8")
+SMALL = ("--num_layers=1", "--num_heads=2", "--model_dim=16", "--vocab_size=32", "--context_length=8")
 
 
 def test_generate_writes_what_the_plain_command_writes(workdir, tmp_path, capsys):
@@ -47,8 +47,8 @@ def test_a_terminated_command_leaves_no_weights_behind(workdir, tmp_path, number
 
 
 def test_profile_of_a_workdir(workdir, tmp_path, capsys):
-    assert main(["private", "profile", f"--workdir={workdir}", "--context=16", f"--json={tmp_path / 'profile.json'}",
-                 f"--picture={tmp_path / 'profile.png'}"]) == 0  # fmt: skip
+    files = f"--json={tmp_path / 'profile.json'}", f"--picture={tmp_path / 'profile.png'}"
+    assert main(["private", "profile", str(workdir), "--context_length=16", *files]) == 0
     table = capsys.readouterr().out
     assert "softmax" in table and "all, warm" in table and "peak memory" in table
     stored = json.loads((tmp_path / "profile.json").read_text())
@@ -86,27 +86,27 @@ def test_the_ablation_has_a_row_for_each_rewrite(capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["profile"], "profile what? give --workdir, --config=file.py:ARCHITECTURE, or --architecture"),
+    (["profile"], "profile what? give --workdir, --config or --architecture"),
     (["profile", "--architecture=SM+LX"], "'LX' is not understood"),
     (["profile", "--architecture=SM", "--network=moon"], "network='moon' must be"),
     (["profile", "--architecture=SM", "--without=pack"], "--without='pack' is not a rewrite; did you mean 'packed'?"),
     (["profile", "--architecture=SM", "--protocol=semi3k"], "did you mean 'semi2k'?"),
     (["compare"], "compare what? give architectures"),
     (["predict"], "predict what? give architectures"),
-    (["profile", "--architecture=SM", "--context=100000", "--num_layers=90"], "GB are free; take fewer tokens"),
+    (["profile", "--architecture=SM", "--context_length=100000", "--num_layers=90"], "GB are free; take fewer tokens"),
     (["keys"], "--directory is missing"),
     (["serve", "--workdir=nowhere", "--protocol=aby3"], "has 3 parties; serve and ask are two"),
     (["serve", "--workdir=nowhere", "--listen=here"], "--listen='here' must be HOST:PORT"),
     (["profit"], "did you mean 'profile'?"),
     ([], "private what? say one of setup, generate, profile"),
     (["profile", "--architecture=SM", "--network=1.2.3mbps,80ms"], "network='1.2.3mbps,80ms' must be"),
-    (["profile", "--architecture=SM", "--ablation", "--context=0"], "context_length=0 must be a whole number"),
+    (["profile", "--architecture=SM", "--ablation", "--context_length=0"], "context_length=0 must be a whole number"),
     (["profile", "--architecture=SM", "--json=/nowhere/x.json"], "--json=/nowhere/x.json: there is no folder /nowhere"),
     (["profile", "--architecture=SM", "--json=/tmp"], "--json=/tmp is a folder"),
     (["profile", "--architecture=SM", "--picture=x.bmp"], "--picture=x.bmp must end in .png or .svg or .pdf"),
     (["profile", "--architecture=SM", "--ablation", "--picture=x.png"], "--ablation draws no --picture"),
     (["profile", "--architecture=SM", "--ablation", "--without=packed"], "goes without --without"),
-    (["profile", "--architecture=SM", f"--json={'x' * 300}"], "cannot be written: File name too long"),
+    (["profile", "--architecture=SM", f"--json={'x' * 300}"], "a name of 300 bytes is too long"),
     (["profile", "--architecture=SM", "--workdir=x"], "--workdir and --architecture exclude each other"),
     (["profile", "--architecture=SM", "--vocab_size=800000000"], "GB are free"),  # before there are any weights
     (["compare", "SM", "--without=packed"], "there is no flag --without"),
@@ -121,8 +121,10 @@ def test_the_ablation_has_a_row_for_each_rewrite(capsys):
     (["serve", "--workdir=nowhere", "--sessions=-1"], "--sessions=-1 must not be negative"),
     (["serve", "--workdir=nowhere", "--insecure_loopback", "--keys=x"], "goes without --keys and --peer"),
     (["ask"], "the prompt is empty; give --prompt"),
-    (["ask", "--prompt=x", "--prompts_file=y"], "--prompt and --prompts_file exclude each other"),
-    (["ask", "--prompts_file=/dev/null"], "--prompts_file=/dev/null is empty"),
+    (["ask", "--prompt=x", "--prompt_file=/nowhere"], "--prompt_file='/nowhere' cannot be read"),
+    (["ask", "--prompt_file=/dev/null"], "the prompt is empty"),
+    (["profile", "runs/x", "--num_layers=3"], "--num_layers goes with --architecture, not with --workdir"),
+    (["profile", "--architecture=SM", "--config.seed=3"], "--config.seed goes with --config, not with --architecture"),
     (["ask", "--prompt=x", "--port=99999"], "--port=99999 is no port"),
     (["ask", "--prompt=x", "--server=no.invalid:9500", "--insecure_loopback"], "for 127.0.0.1 only"),
     (["ask", "--prompt=x", "--protocol=cheeta"], "did you mean 'cheetah'?"),

@@ -63,7 +63,7 @@ class Server:
         tls = () if keys is None else (f"--keys={keys / name}", f"--peer={keys / peer / 'certificate.pem'}")
         return start(
             "ask", f"--server=127.0.0.1:{port or self.port}", f"--port={self.client_port}", *tls,
-            f"--prompt={prompt}", "--tokens=6", *flags, cwd=folder / "client",
+            *([f"--prompt={prompt}"] if prompt else []), "--tokens=6", *flags, cwd=folder / "client",
         )  # fmt: skip
 
 
@@ -84,9 +84,9 @@ def plain_text(workdir):
 
 def test_the_text_is_the_plain_models_for_several_prompts(server, keys, tmp_path, plain_text):
     prompts = [PROMPT, "def f"]
-    (tmp_path / "prompts").write_text("\n".join(prompts))
-    files = f"--prompts_file={tmp_path / 'prompts'}", f"--json={tmp_path / 'answers.json'}"
-    asked = server.ask(tmp_path, keys, *files, prompt="")
+    (tmp_path / "prompt").write_text(prompts[1])
+    files = f"--prompt_file={tmp_path / 'prompt'}", f"--json={tmp_path / 'answers.json'}"
+    asked = server.ask(tmp_path, keys, *files, prompt=prompts[0])
     out, err = asked.communicate(timeout=120)
     assert asked.returncode == 0, err
     assert out == "".join(plain_text(prompt) + "\n" for prompt in prompts)
@@ -96,8 +96,7 @@ def test_the_text_is_the_plain_models_for_several_prompts(server, keys, tmp_path
 
 
 def test_all_prompts_are_checked_before_anything_is_shared(server, keys, tmp_path):
-    (tmp_path / "prompts").write_text(f"{PROMPT}\n{'too long ' * 20}\n")
-    asked = server.ask(tmp_path, keys, f"--prompts_file={tmp_path / 'prompts'}", prompt="")
+    asked = server.ask(tmp_path, keys, f"--prompt={'too long ' * 20}")
     out, err = asked.communicate(timeout=60)
     assert asked.returncode == 2 and not out
     assert re.search("prompt 2: the prompt's .* do not fit into the context of 32; shorten the prompt", err), err
@@ -327,8 +326,10 @@ def test_neither_side_holds_what_the_other_has(workdir, keys, tmp_path, tls):
     used, flag = (keys, ()) if tls else (None, ("--insecure_loopback",))
     with Server(workdir, used, tmp_path, "client", *flag) as own:
         tap = Tap(own.port)
-        (tmp_path / "prompts").write_text(f"{prompt}\n" * 200)
-        asked = own.ask(tmp_path, used, *flag, f"--prompts_file={tmp_path / 'prompts'}", port=tap.port, prompt="")
+        (tmp_path / "prompt").write_text(prompt)
+        asked = own.ask(
+            tmp_path, used, *flag, *[f"--prompt_file={tmp_path / 'prompt'}"] * 200, port=tap.port, prompt=""
+        )
         server_engine = wait_for_children(own.process.pid)
         client_engine = wait_for_children(asked.pid)
         time.sleep(6)

@@ -54,7 +54,7 @@ def test_a_run_is_read_on_its_own_held_out_text(installed, workdir, tmp_path, ca
     loaded = load_run(workdir, print)
     tokens = held_out_tokens(loaded, 16, print)
     assert len(tokens) == 16 and np.unique(tokens).size > 2
-    assert main(["private", "precision", f"--workdir={workdir}", "--context=8", "--tolerance=0.5",
+    assert main(["private", "precision", f"--workdir={workdir}", "--context_length=8", "--tolerance=0.5",
                  f"--json={tmp_path / 'rows.json'}"]) == 0  # fmt: skip
     table = capsys.readouterr().out
     assert "cheapest with the same tokens" in table and "pade" in table

@@ -28,6 +28,7 @@ FAMILIES = {
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 _HELP = ("help", "--help", "-h")
+_INTERRUPTED = "jax-entropy: interrupted; the same command starts again"
 # glibc reads it when a process starts, and from nowhere else
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -44,14 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = code or 1
     except BrokenPipeError:  # whoever reads, `head` for instance, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if _was_interrupted(error):
+            warn(_INTERRUPTED)
+        else:
+            traceback.print_exc()
     if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         # a failed process must not wait for its peers, which wait for it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: extension modules that are being imported make an ImportError of it."""
+    return error is not None and (
+        isinstance(error, KeyboardInterrupt) or _was_interrupted(error.__cause__ or error.__context__)
+    )
 
 
 def _run(arguments: list[str], is_process: bool) -> int:
@@ -82,7 +93,7 @@ def _run(arguments: list[str], is_process: bool) -> int:
         warn("jax-entropy: " + str(error).replace("\n", "\\n"))
         return 2
     except KeyboardInterrupt:
-        warn("jax-entropy: interrupted; the same command starts again")
+        warn(_INTERRUPTED)
         return 1
     return 0
 

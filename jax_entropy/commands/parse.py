@@ -232,7 +232,7 @@ def _source(values: argparse.Namespace, command: Command, sources: OneOf) -> str
 
 
 def load(values: argparse.Namespace) -> None:
-    """Replaces `values.config`, a text, by the configuration; without one, by that of the workdir's run or of --from."""
+    """Replaces `values.config`, a text, by the configuration; without one, by that of the workdir or of --from."""
     if not hasattr(values, "config") or getattr(values, "source", "config") != "config":
         return
     from jax_entropy.config_file import change, load_config

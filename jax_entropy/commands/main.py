@@ -3,6 +3,7 @@
 Exit codes: 0 done or cleanly stopped, 2 a mistake of the user's, said in one sentence on stderr, 1 anything else.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -12,7 +13,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
-from jax_entropy.commands import parse
+from jax_entropy.commands import parse, process
 from jax_entropy.commands.census import census
 from jax_entropy.commands.console import output_failure, prepare_streams, warn
 from jax_entropy.commands.parse import Command
@@ -86,6 +87,8 @@ def _run(arguments: list[str], is_process: bool) -> int:
             return 0
         values = read
         parse.load(values)
+        if command is not status:
+            process.prepare()
         command.run(values)
     except UserError as error:
         if values.debug:
@@ -148,4 +151,5 @@ def _version() -> str:
 def _use_huge_pages() -> None:
     """Starts this program again with large buffers in huge pages: page faults are a sixth of a step on CPU."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, sys.orig_argv, os.environ | HUGE_PAGES)
+        with contextlib.suppress(OSError):  # slower, but it runs
+            os.execve(sys.executable, sys.orig_argv, os.environ | HUGE_PAGES)

@@ -7,10 +7,13 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import grp
 import io
 import itertools
 import json
 import os
+import pwd
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +83,7 @@ class TokenChunks(tfds.core.ShardBasedBuilder, skip_registration=True):
 def build(source: str, contents: Contents, directory: Path) -> None:
     """Writes `contents` as the TFDS data set `source` below `directory`; raises OSError where the disk refuses."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads
+        with contextlib.redirect_stdout(io.StringIO()), _nameless_owners():  # TFDS speaks of downloads
             TokenChunks(source=source, contents=contents, data_dir=directory).download_and_prepare()
     except (OSError, RuntimeError) as error:
         # array_record and TFDS have the operating system's reason in their text only.
@@ -89,6 +92,27 @@ def build(source: str, contents: Contents, directory: Path) -> None:
         if getattr(error, "errno", None) or code is None:
             raise
         raise OSError(code, os.strerror(code)) from error
+
+
+@contextlib.contextmanager
+def _nameless_owners() -> Iterator[None]:
+    """etils asks what the owner of a file is called, and fails where a container's user or group has no name."""
+
+    def forgiving(ask: Callable[[int], Any]) -> Callable[[int], Any]:
+        def answer(number: int) -> Any:
+            try:
+                return ask(number)
+            except KeyError:
+                return types.SimpleNamespace(pw_name="", gr_name="")
+
+        return answer
+
+    asked = pwd.getpwuid, grp.getgrgid
+    pwd.getpwuid, grp.getgrgid = map(forgiving, asked)
+    try:
+        yield
+    finally:
+        pwd.getpwuid, grp.getgrgid = asked
 
 
 def read_metadata(source: str, directory: Path) -> dict[str, Any]:

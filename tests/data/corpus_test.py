@@ -402,3 +402,12 @@ def test_of_processes_that_prepare_one_corpus_one_does_and_another_if_it_is_kill
     assert names(tmp_path / "home") == [prepared.directory.name] == [left.removesuffix(".building")]
     elsewhere = prepare(tmp_path, directory=str(tmp_path / "elsewhere"))
     assert (rows(prepared, "train") == rows(elsewhere, "train")).all()
+
+
+def test_a_user_without_a_name_prepares_a_corpus(tmp_path, folder, monkeypatch):
+    def nameless(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nameless)
+    monkeypatch.setattr("grp.getgrgid", nameless)
+    assert prepare(tmp_path).num_train_chunks

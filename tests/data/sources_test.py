@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jax_entropy.data import documents as documents_module
 from jax_entropy.data import sources
@@ -262,11 +264,21 @@ def test_a_damaged_row_keeps_its_place_and_is_counted_once(tmp_path):
     assert str(documents.left_out) == "1 rows that cannot be read ('b.parquet, row 2')"
 
 
-def test_a_json_array_is_rows_too(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
-    assert texts(opened(tmp_path, tmp_path / "a.json", "languini")) == {
-        str(i): row["text"] for i, row in enumerate(ROWS)
-    }
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(rows=st.lists(st.none() | UNICODE, min_size=1), ascii_only=st.booleans())
+def test_any_text_comes_back_from_any_kind_of_shard(tmp_path, rows, ascii_only):
+    table = [{"text": text} for text in rows]
+    lines = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in table)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8", newline="")
+    (tmp_path / "b.json").write_text(json.dumps(table, indent=1, ensure_ascii=ascii_only), encoding="utf-8", newline="")
+    write_shard(tmp_path / "c.parquet", table)
+    for name in ("a.jsonl", "b.json", "c.parquet"):
+        documents = Rows([tmp_path / name], "text")
+        assert [b"".join(d.open()).decode() for d in documents] == [text or "" for text in rows]
+        assert not documents.left_out.counts()
 
 
 def test_books_may_be_plain_files(tmp_path):

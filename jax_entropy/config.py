@@ -73,18 +73,20 @@ def check(config: ConfigDict) -> None:
     model_config(config, config.model.vocab_size or 1)
 
 
-def changes(stored: ConfigDict, config: ConfigDict, *, imported: bool = False) -> list[str]:
+def changes(stored: ConfigDict, config: ConfigDict, *, imported: bool = False, complete: bool = False) -> list[str]:
     """What differs between a run's config and the one it shall go on with, as "field=new (was old)".
 
     Args:
       imported: the run holds another program's model and no step of ours; it must keep that model, and nothing else.
+      complete: its last step was taken; more may follow.
     Raises UserError if a field differs that a run must keep.
     """
     old, new = (flatten(json.loads(to_json(c))) for c in (stored, config))
     differing = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
     live = {field.name for field in FIELDS if field.live}
     kept = [name for name in differing if name.startswith(_IMPORTED)] if imported else differing
-    fixed = [name for name in kept if name not in live]
+    longer = {"train.num_steps"} if complete and stored.train.num_steps < config.train.num_steps else set()
+    fixed = [name for name in kept if name not in live | longer]
     if fixed:
         name = fixed[0]
         more = f" (and {len(fixed) - 1} more fields differ)" if len(fixed) > 1 else ""

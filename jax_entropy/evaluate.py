@@ -3,18 +3,24 @@
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from jax_entropy import data
+from jax_entropy.data.packing import pack
+from jax_entropy.errors import UserError
 from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
+from jax_entropy.paths import local_path
 from jax_entropy.runs.load import Run, load_run, own_tokens
 from jax_entropy.sharding import constrain
+
+_ELSEWHERE = ("directory", "num_threads", "prefetch", "tokenizer")  # where and how a corpus lies, not what it is
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -37,14 +43,15 @@ def evaluate_batches(
     """Evaluates `model` on every sequence once.
 
     Args:
-      batches: pairs of tokens [B, T+1] and weights [B], sharded or not; weight 0 marks rows that only fill a batch.
+      batches: pairs of tokens [B, T+1] and weights [B], sharded or not, of any B and T; weight 0 marks rows that only
+        fill a batch.
       byte_lengths: bytes that each token of the vocabulary stands for, [V].
     Returns:
       validation_loss (nats/token), validation_perplexity, bits_per_byte, head_entropy (nats) [L, N], tokens (count),
-      context_length (tokens).
+      context_length (tokens, of the longest).
     """
-    loss = num_bytes = tokens = sequences = 0.0
-    entropy = 0.0
+    loss = num_bytes = tokens = entropy = 0.0
+    context_length = 0
     byte_lengths = jnp.asarray(byte_lengths)
     for tokens_BxT1, weight_B in batches:
         sums = jax.device_get(_evaluate_batch(model, variables, tokens_BxT1, weight_B, byte_lengths))
@@ -52,29 +59,32 @@ def evaluate_batches(
         # float64 and one sum per sequence: the figure does not depend on how sequences are batched
         loss += float(loss_B @ weight_B)
         num_bytes += float(bytes_B @ weight_B)
-        entropy += np.tensordot(weight_B, entropy_BxLxN, 1)
-        tokens += float(np.sum(weight_B)) * (tokens_BxT1.shape[1] - 1)
-        sequences += float(np.sum(weight_B))
+        length = tokens_BxT1.shape[1] - 1
+        entropy += np.tensordot(weight_B * length, entropy_BxLxN, 1)
+        tokens += float(np.sum(weight_B)) * length
+        context_length = max(context_length, length)
     mean = loss / tokens
     return dict(
         validation_loss=mean,
         validation_perplexity=math.exp(mean) if mean < 700 else math.inf,
         bits_per_byte=loss / math.log(2) / num_bytes,
-        head_entropy=np.asarray(entropy / sequences, np.float32),
+        head_entropy=np.asarray(entropy / tokens, np.float32),
         tokens=int(tokens),
-        context_length=tokens_BxT1.shape[1] - 1,
+        context_length=context_length,
     )
 
 
 def held_out(run: Run, notify: Callable[[str], None]) -> data.Corpus:
-    """The corpus of a run, in the run's own tokens."""
-    context_length = run.config.model.context_length
-    section = own_tokens(run.workdir, run.config)
-    corpus = data.prepare(section, context_length, notify)
-    if corpus.tokenizer.digest() != run.tokenizer.digest():
-        notify("the corpus has changed since training; it is read with the run's own tokenizer")
-        section.tokenizer = str(run.workdir.tokenizer)
-        corpus = data.prepare(section, context_length, notify)
+    """The corpus of a run, in the run's own tokens.
+
+    Raises UserError if it has changed since: what is held out of it now may have been trained on.
+    """
+    corpus = data.prepare(own_tokens(run.workdir, run.config), run.config.model.context_length, notify)
+    if run.corpus not in (None, corpus.fingerprint):
+        raise UserError(
+            f"the text of {_name(run.config.data)} has changed since {run.workdir.path} was trained on it, so what is "
+            "held out of it now may have been trained on; restore it, or name a text to evaluate on"
+        )
     return corpus
 
 
@@ -83,21 +93,77 @@ def evaluate(
     *,
     best: bool = False,
     batch_size: int = 32,
+    text: str | os.PathLike | None = None,
+    section: ConfigDict | None = None,
     notify: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Evaluates a run on the validation split of its corpus, in its own tokens.
+    """Evaluates a run in its own tokens, by default on the validation split of its corpus.
 
     Args:
       run: a workdir, or what `load_run` made of one, which saves loading it again.
       batch_size: sequences evaluated at once; does not change the numbers.
+      text: a file of text to evaluate on instead, all of it.
+      section: the `data` section of a configuration, to evaluate on the validation split of its corpus instead.
       best, notify: as for `load_run`.
 
     Returns:
-      `step`, and what `evaluate_batches` returns.
+      `step`, `text` (what it was evaluated on, in words), and what `evaluate_batches` returns.
 
     Raises:
-      UserError: as `load_run` and `data.prepare` do.
+      UserError: the run's corpus has changed, `text` cannot be read, and as `load_run` and `data.prepare` do.
     """
     run = run if isinstance(run, Run) else load_run(run, notify, best=best)
-    batches = data.validation_batches(held_out(run, notify), batch_size=batch_size)
-    return {"step": run.step, **evaluate_batches(run.model, run.variables, batches, run.tokenizer.byte_lengths())}
+    if text is not None:
+        batches, words = _text_batches(run, text, batch_size), f"on {os.fspath(text)}"
+    else:
+        corpus, words = _corpus(run, section, notify)
+        batches = data.validation_batches(corpus, batch_size=batch_size)
+    measured = evaluate_batches(run.model, run.variables, batches, run.tokenizer.byte_lengths())
+    return {"step": run.step, "text": words, **measured}
+
+
+def _corpus(run: Run, section: ConfigDict | None, notify: Callable[[str], None]) -> tuple[data.Corpus, str]:
+    """A corpus whose validation split is to be judged on, and what that split is in words."""
+    own = run.config.data
+    if section is None or all(section[name] == own[name] for name in own if name not in _ELSEWHERE):
+        run = run if section is None else run._replace(config=_with_data(run.config, section))
+        words = "held out" if run.corpus else f"held out of {_name(own)}, which it is not known to have been trained on"
+        return held_out(run, notify), words
+    section = section.copy_and_resolve_references()
+    section.tokenizer = str(run.workdir.tokenizer)
+    corpus = data.prepare(section, run.config.model.context_length, notify)
+    return corpus, f"on the validation split of {_name(section)}"
+
+
+def _with_data(config: ConfigDict, section: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.data = section
+    return config
+
+
+def _name(section: ConfigDict) -> str:
+    return section.files or {"stdlib": "Python's standard library"}.get(section.source, section.source)
+
+
+def _text_batches(run: Run, path: str | os.PathLike, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A file as one document that is predicted from its first token on; the rest of it is a sequence of its own."""
+    path = local_path(path, "text")
+    try:
+        content = path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    if not content:
+        raise UserError(f"{path} holds no text")
+    tokens = np.array([run.tokenizer.end_of_text, *run.tokenizer.encode(content)], np.int32)
+    chunks, rest = pack(tokens, run.config.model.context_length)
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for begin in range(0, len(chunks), batch_size):
+            rows = np.arange(begin, begin + batch_size)
+            yield chunks[np.minimum(rows, len(chunks) - 1)], (rows < len(chunks)).astype(np.float32)
+        if len(rest) > 1:
+            yield rest[None], np.ones(1, np.float32)
+
+    return batches()

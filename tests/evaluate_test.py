@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from jax_entropy.errors import UserError
 from jax_entropy.evaluate import evaluate_batches
 from jax_entropy.model import Transformer
+from jax_entropy.runs.load import load_run
 from jax_entropy.sharding import batch_sharding, make_mesh
+from tests import REPOSITORY
 from tests import reference_model as reference
 from tests.tiny_model import VARIED, jit, random_tokens, scattered, tiny
 
@@ -109,3 +112,49 @@ def test_a_loss_that_is_no_number_is_shown():
     variables = jax.tree.map(lambda leaf: leaf * np.nan, scattered(config))
     result = evaluate_batches(Transformer(config), variables, batches(7), BYTES)
     assert math.isnan(result["validation_loss"]) and math.isnan(result["bits_per_byte"])
+
+
+@pytest.fixture
+def loaded(unbroken):
+    return load_run(unbroken[0])
+
+
+def test_a_text_of_ones_choice_is_judged_whole(loaded, tmp_path):
+    """Every token once, the first after an end of text, in windows of the context."""
+    content = "def naïve(x):\r\n    return x  # <|endoftext|>\n" * 9
+    (tmp_path / "text.txt").write_bytes(content.encode())
+    result = evaluate_module.evaluate(loaded, text=tmp_path / "text.txt", batch_size=3)
+    ids = np.array([loaded.tokenizer.end_of_text, *loaded.tokenizer.encode(content)])
+    forward, nats = jit(lambda tokens: jax.nn.log_softmax(loaded.model.apply(loaded.variables, tokens)[0])), 0.0
+    for begin in range(0, len(ids) - 1, 32):
+        window = ids[begin : begin + 33]
+        nats -= np.take_along_axis(np.asarray(forward(window[None, :-1]))[0], window[1:, None], 1).sum(dtype=np.float64)
+    assert len(ids) % 32 > 1  # a rest
+    assert (result["tokens"], result["context_length"]) == (len(ids) - 1, 32)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(content.encode()), rel=1e-5)
+    assert result["text"] == f"on {tmp_path / 'text.txt'}"
+    for name, content in (("nothing", b""), ("latin", b"\xe9t\xe9")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="holds no text|is not UTF-8: invalid continuation byte at byte 0"):
+            evaluate_module.evaluate(loaded, text=tmp_path / name)
+
+
+def test_only_text_that_was_held_out_is_called_so(loaded):
+    def judged(run, **options):
+        result = evaluate_module.evaluate(run, **options)
+        return result["text"], result["validation_loss"]
+
+    text, loss = judged(loaded)
+    assert text == "held out"
+    files = loaded.config.data.files
+    assert judged(loaded._replace(corpus=None)) == (
+        f"held out of {files}, which it is not known to have been trained on", loss,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="has changed since .* what is held out of it now may have been trained on"):
+        judged(loaded._replace(corpus="0123456789abcdef"))
+    section = loaded.config.data.copy_and_resolve_references()
+    section.prefetch = 1
+    assert judged(loaded, section=section) == ("held out", loss)
+    section.files = str(REPOSITORY / "jax_entropy" / "training")
+    text, other = judged(loaded._replace(corpus="0123456789abcdef"), section=section)
+    assert text == f"on the validation split of {section.files}" and other != loss

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from jax_entropy.commands.console import console, say, warn, write_json
-from jax_entropy.commands.parse import BEST, JSON, WORKDIR, Flag, command
+from jax_entropy.commands.parse import BEST, CONFIG, JSON, WORKDIR, Flag, command
 from jax_entropy.errors import UserError
 from jax_entropy.paths import reading
 
@@ -29,13 +29,24 @@ def status(values: Namespace) -> None:
     WORKDIR,
     BEST,
     Flag("batch_size", 32, "sequences evaluated at once; does not change the numbers"),
+    Flag("text", None, "file of text to evaluate on instead of the run's held-out text, all of it", kind=Path),
+    CONFIG._replace(help="another config than the run's, to evaluate on the validation split of its data"),
     JSON,
-    examples=["evaluate runs/quickstart", "evaluate runs/quickstart --best --json=-"],
+    examples=[
+        "evaluate runs/quickstart",
+        "evaluate runs/quickstart --best --json=-",
+        "evaluate runs/gpt2 --text=book.txt",
+        "evaluate runs/gpt2 --config.data.source=files --config.data.files=texts/",
+    ],
 )
 def evaluate(values: Namespace) -> None:
-    """Held-out perplexity, bits per byte and head entropies of a run's checkpoint."""
+    """Held-out perplexity, bits per byte and head entropies of a run's checkpoint, or on a text of one's choice."""
     if values.batch_size < 1:
         raise UserError(f"--batch_size={values.batch_size} must be at least 1")
+    if others := [name for name in values.fields if not name.startswith("data.")]:
+        raise UserError(f"--config.{others[0]} changes nothing here: of a config only its data is used")
+    if values.text and (values.fields or "config" in values.given):
+        raise UserError("--text and --config exclude each other: each names a text")
     from jax_entropy.commands.summary import print_evaluation
     from jax_entropy.evaluate import evaluate as run
 

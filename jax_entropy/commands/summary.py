@@ -20,7 +20,8 @@ _SAMPLE_TOKENS = 48
 def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
     """Held-out perplexity and the entropies of every head, as `evaluate` returns them."""
     console.print(
-        f"\nstep {evaluation['step']}, held out: perplexity {evaluation['validation_perplexity']:.3f}, "
+        f"\nstep {evaluation['step']}, {evaluation.get('text', 'held out')}: "
+        f"perplexity {evaluation['validation_perplexity']:.3f}, "
         f"{evaluation['bits_per_byte']:.4f} bits per byte, {evaluation['tokens']:,} tokens\n"
     )
     print_head_entropy(evaluation["head_entropy"], max_entropy(evaluation["context_length"], "causal"), console)
@@ -32,14 +33,14 @@ def conclude(config: ConfigDict, path: str, result: Result, command: str, consol
     if not result.complete:
         console.print(f"stopped and saved at step {result.step} of {config.train.num_steps}; to go on:\n  {command}")
         return
-    if result.start == result.step:
+    if result.start == result.step and not result.evaluation:
         console.print(f"the run in {workdir.path} is complete ({result.step} steps); nothing to train")
     if result.evaluation:
         print_evaluation(result.evaluation, console)
-    prompt = "def" if config.data.source in ("stdlib", "codeparrot") else "The"
+    prompt = "def __init__(self" if config.data.source in ("stdlib", "codeparrot") else "The"
     tokens = min(_SAMPLE_TOKENS, config.model.context_length // 2)
     variables = jax.device_get(result.variables)
-    run = Run(workdir, config, result.model, variables, result.corpus.tokenizer, result.step)
+    run = Run(workdir, config, result.model, variables, result.corpus.tokenizer, result.step, result.corpus.fingerprint)
     for seed in range(_SAMPLES):
         text = generate(run, prompt, num_tokens=tokens, top_k=40, seed=seed)
         console.rule(f"sample {seed + 1}", style="dim")

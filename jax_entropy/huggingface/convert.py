@@ -59,7 +59,7 @@ def import_run(directory: str | Path, path: str | Path, notify: Callable[[str], 
     workdir = Workdir(path)
     model, variables, tokenizer = read_folder(directory, notify)
     if workdir.exists():
-        raise UserError(f"{workdir.path} holds a run already; choose another --workdir")
+        raise UserError(f"{workdir.path} holds a run already; choose another workdir")
     config = folder_config(directory)
     config.data.tokenizer = workdir.tokenizer.name  # text is read with the model's own tokenizer, which lies there
     state = jax.jit(functools.partial(init_state, config, Transformer(model)))()
@@ -84,7 +84,7 @@ def export_run(
         raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
     model = model_config(config, vocab_size)
     check_expressible(model)
-    state, _ = load_state(workdir, config, Transformer(model), notify, best=best)
+    state, _, _ = load_state(workdir, config, Transformer(model), notify, best=best)
     to_huggingface(model, state.variables, directory, tokenizer and tokenizer.end_of_text)
     if tokenizer:
         tokenizer.save(directory / "tokenizer.json")

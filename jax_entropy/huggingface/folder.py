@@ -159,7 +159,7 @@ def _read_tensors(family: Family, paths: Iterable[Path]) -> dict[str, np.ndarray
     for path in paths:
         try:
             with safe_open(path, "numpy") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 (no mapping)
                     if name.endswith(family.constants):
                         continue
                     if (kind := file.get_slice(name).get_dtype()) not in _EXACT_TYPES:

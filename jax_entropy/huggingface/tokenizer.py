@@ -17,8 +17,8 @@ from jax_entropy.huggingface.folder import read_json
 def read_tokenizer(directory: Path, vocab_size: int, notify: Callable[[str], None]) -> Tokenizer | None:
     """The tokenizer in a folder whose model has `vocab_size` tokens; None if there is none.
 
-    The token that ends a text is called `<|endoftext|>` here, whatever the folder calls it. A model may have more tokens
-    than its tokenizer: tables are padded.
+    The token that ends a text is called `<|endoftext|>` here, whatever the folder calls it. A model may have more
+    tokens than its tokenizer: tables are padded.
 
     Raises:
       UserError: it is damaged, changes text, has more tokens than the model, or no end of text.
@@ -26,20 +26,20 @@ def read_tokenizer(directory: Path, vocab_size: int, notify: Callable[[str], Non
     text = _text(directory)
     if text is None:
         notify(
-            f"{directory} has neither tokenizer.json nor vocab.json and merges.txt: the run can be exported, but neither "
-            "evaluated nor asked for text"
+            f"{directory} has neither tokenizer.json nor vocab.json and merges.txt: the run can be exported, but "
+            "neither evaluated nor asked for text"
         )
         return None
     tokenizer = parse_tokenizer(_with_end_of_text(text, directory, notify), f"the tokenizer of {directory}")
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"the tokenizer of {directory} has {tokenizer.vocab_size} entries, but the model has vocab_size={vocab_size}; "
-            "put the model's own tokenizer there"
+            f"the tokenizer of {directory} has {tokenizer.vocab_size} entries, but the model has "
+            f"vocab_size={vocab_size}; put the model's own tokenizer there"
         )
     if tokenizer.vocab_size < vocab_size:
         notify(
-            f"the tokenizer of {directory} has {tokenizer.vocab_size:,} entries and the model {vocab_size:,}: the rest is "
-            "taken for padding"
+            f"the tokenizer of {directory} has {tokenizer.vocab_size:,} entries and the model {vocab_size:,}: the rest "
+            "is taken for padding"
         )
     return tokenizer
 
@@ -77,8 +77,8 @@ def _with_end_of_text(text: str, directory: Path, notify: Callable[[str], None])
     name = names.get(identifier) if isinstance(identifier, int) else None
     if name is None or name in pieces or len(name) == 1:  # of text, which must stay what it is
         raise UserError(
-            f"the tokenizer of {directory} has no {END_OF_TEXT}, and eos_token_id={identifier!r} of its config.json is no "
-            "token that can end a text; give there the id of the one that does"
+            f"the tokenizer of {directory} has no {END_OF_TEXT}, and eos_token_id={identifier!r} of its config.json is "
+            "no token that can end a text; give there the id of the one that does"
         )
     notify(f"in {directory} {name!r} (id {identifier}) ends a text; here it is called {END_OF_TEXT}")
     vocabulary = {END_OF_TEXT if token == name else token: i for token, i in vocabulary.items()}

@@ -26,6 +26,7 @@ class Run(NamedTuple):
     variables: Any
     tokenizer: Tokenizer
     step: int
+    corpus: str | None = None  # fingerprint of what it was trained on; None: not here, as far as is known
 
 
 def load_run(workdir: str | os.PathLike, notify: Callable[[str], None] = print, *, best: bool = False) -> Run:
@@ -45,8 +46,8 @@ def load_run(workdir: str | os.PathLike, notify: Callable[[str], None] = print, 
         raise UserError(f"{workdir.path} has no tokenizer.json; the run stopped before it trained")
     tokenizer = load_tokenizer(workdir.tokenizer)
     model = Transformer(model_config(config, tokenizer.vocab_size))
-    state, step = load_state(workdir, config, model, notify, best=best)
-    return Run(workdir, config, model, state.variables, tokenizer, step)
+    state, step, meta = load_state(workdir, config, model, notify, best=best)
+    return Run(workdir, config, model, state.variables, tokenizer, step, meta.get("corpus"))
 
 
 def own_tokens(workdir: Workdir, config: ConfigDict) -> ConfigDict:
@@ -59,8 +60,8 @@ def own_tokens(workdir: Workdir, config: ConfigDict) -> ConfigDict:
 
 def load_state(
     workdir: Workdir, config: ConfigDict, model: Transformer, notify: Callable[[str], None], *, best: bool = False
-) -> tuple[TrainState, int]:
-    """The training state in a workdir's newest good checkpoint, or the best by validation loss, and its step.
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The training state in a workdir's newest good checkpoint, or the best by validation loss, its step and its notes.
 
     Raises UserError if there is no checkpoint, or none that is undamaged.
     """
@@ -74,4 +75,5 @@ def load_state(
         step = checkpointer.best_step() if best else checkpointer.latest_step()
         if step is None:
             raise nothing
-        return checkpointer.restore(step, abstract, None)[0], step
+        state, meta = checkpointer.restore(step, abstract, None)
+        return state, step, meta

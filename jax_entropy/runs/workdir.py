@@ -58,7 +58,9 @@ class Workdir:
         """
         if self.exists():
             try:
-                changed = configs.changes(self.read_config(), config, imported=self.imported())
+                stored = self.read_config()
+                complete = (self.checkpoints / str(stored.train.num_steps)).is_dir()
+                changed = configs.changes(stored, config, imported=self.imported(), complete=complete)
             except UserError as error:
                 raise UserError(
                     f"{self.path} holds a run of another config: {error}; choose another --workdir"

@@ -119,7 +119,8 @@ class Loop:
         if jax.process_index() > 0:
             yield
             return
-        with MetricsWriter(self.setup.workdir.path, wandb=self.config.train.wandb, first_step=first_step) as writer:
+        wandb = self.config.to_dict() if self.config.train.wandb else None
+        with MetricsWriter(self.setup.workdir.path, wandb=wandb, first_step=first_step) as writer:
             self.writer = writer
             try:
                 yield

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from jax_entropy.data import Corpus
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
+from jax_entropy.optimizer import learning_rate_schedule
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.sharding import tree_sharding
@@ -53,7 +54,7 @@ class Setup:
 
 
 class Start(NamedTuple):
-    """The state after a step, what the guard had seen by then, and whether a signal broke off that step's evaluation."""
+    """The state after a step, what the guard had seen by then, and whether that step's evaluation was broken off."""
 
     step: int
     state: TrainState
@@ -89,9 +90,19 @@ def _restored(setup: Setup, step: int, iterator: grain.DatasetIterator | None) -
     if step and meta["corpus"] != setup.corpus.fingerprint:
         raise UserError(
             f"the corpus of {setup.config.data.source} has changed since {setup.workdir.path} was started "
-            f"({meta['corpus']} then, {setup.corpus.fingerprint} now); restore it or start in another --workdir"
+            f"({meta['corpus']} then, {setup.corpus.fingerprint} now); restore it or start in another workdir"
+        )
+    before = meta["config"]["train"]["num_steps"]
+    if step and before != setup.config.train.num_steps:
+        setup.notify(
+            f"the run of {before} steps gets {setup.config.train.num_steps}: from step {step} on its learning rate is "
+            f"that of the longer schedule, {_learning_rate(setup.config, step):.3g}"
         )
     return Start(step, state, meta["guard"], meta.get("evaluation_due", False))
+
+
+def _learning_rate(config: ConfigDict, step: int) -> float:
+    return float(learning_rate_schedule(config.optimizer, config.train.num_steps)(step))
 
 
 def _warm_start(setup: Setup, source: Source) -> Start:

@@ -64,7 +64,7 @@ def train(
     """
     check(config)
     if profile < 0:
-        raise UserError(f"--profile={profile} must not be negative")
+        raise UserError(f"profile={profile} must not be negative")
     mesh = config_mesh(config)
     workdir = Workdir(path)
     if jax.process_index() > 0:

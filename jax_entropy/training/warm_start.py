@@ -174,7 +174,7 @@ def take_over(source: Source, model: Transformer, seed: int, *, same_tokens: boo
 
 def _first_entries(old: tuple[int, ...], new: tuple[int, ...], axis: int | None) -> tuple[slice, ...] | None:
     """The part of both shapes that is common along an axis; None where they differ elsewhere."""
-    if axis is None or len(old) != len(new) or any(i != axis and n != o for i, (o, n) in enumerate(zip(old, new))):
+    if axis is None or old[:axis] + old[axis + 1 :] != new[:axis] + new[axis + 1 :]:
         return None
     return (*(slice(None),) * axis, slice(min(old[axis], new[axis])))
 

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
+from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.runs.workdir import Workdir, to_json
+
+_SQUARE = 16  # pixels of a head in a picture
 
 
 class MetricsWriter:
@@ -30,16 +33,16 @@ class MetricsWriter:
 
     Args:
         workdir: the run's folder, made if it is missing.
-        wandb: also log to Weights & Biases, in the mode that WANDB_MODE says.
+        wandb: the run's configuration, to log with it to Weights & Biases too, in the mode that WANDB_MODE says.
         first_step: the step a resumed run goes on from: later lines, of a killed run, are dropped; 0 starts afresh.
 
     Raises:
         UserError: the workdir cannot be written, or W&B is not installed or does not start.
     """
 
-    def __init__(self, workdir: str | Path, *, wandb: bool = False, first_step: int = 0):
+    def __init__(self, workdir: str | Path, *, wandb: Mapping[str, Any] | None = None, first_step: int = 0):
         self._workdir = Workdir(Path(workdir).absolute())
-        self._wandb = _start_wandb(self._workdir.path) if wandb else None
+        self._wandb = _start_wandb(self._workdir.path, wandb) if wandb else None
         with self._failures_explained():
             self._workdir.path.mkdir(parents=True, exist_ok=True)
             if self._workdir.metrics.exists():
@@ -61,8 +64,8 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line.
 
-        TensorBoard and W&B get numbers only: [L] as `name/layer`, [L, N] as the means over heads, and the head
-        entropies [L, N] of an evaluation as a picture too.
+        TensorBoard and W&B get each number: [L] as `name/layer`, [L, N] as `name/layer/head`, those of an evaluation
+        under `evaluate/`. TensorBoard also gets the head entropies as a histogram, and an evaluation's as a picture.
 
         Args:
             step: number of optimizer steps done.
@@ -76,10 +79,16 @@ class MetricsWriter:
             rest = memoryview(json.dumps(line, allow_nan=False).encode() + b"\n")
             while rest:
                 rest = rest[self._lines.write(rest) :]
-            scalars = dict(_scalars({name: value for name, value in line.items() if name != "step"}))
+            prefix = "evaluate/" if line.get("kind") == "evaluate" else ""
+            scalars = {
+                prefix + tag: number
+                for name, value in line.items()
+                if name != "step"
+                for tag, number in _scalars(value, name)
+            }
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-            if line.get("kind") == "evaluate" and line.get("head_entropy"):
-                values.append(Summary.Value(tag="head_entropy", image=_heat_map(line["head_entropy"], step)))
+            if entropy_LxN := line.get("head_entropy"):
+                values += _pictures(f"{prefix}head_entropy", np.array(entropy_LxN, float), line.get("context_length"))
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             self._events.flush()
         if self._wandb is not None:
@@ -118,41 +127,46 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def _scalars(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
+def _scalars(value: Any, tag: str) -> Iterator[tuple[str, float]]:
     """Tag and value of every number, as in ("layer_entropy/3", 1.25); None (not finite) is left out."""
     if isinstance(value, dict):
         for name, child in value.items():
-            yield from _scalars(child, f"{tag}/{name}" if tag else name)
+            yield from _scalars(child, f"{tag}/{name}")
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            if isinstance(child, list):
-                child = None if None in child else float(np.mean(child))
             yield from _scalars(child, f"{tag}/{index}")
     elif isinstance(value, (int, float)):
         yield tag, value
 
 
-def _heat_map(entropy_LxN: list[list[float | None]], step: int) -> Summary.Image:
-    num_layers, num_heads = np.shape(entropy_LxN)
-    figure = Figure(figsize=(2 + 0.4 * num_heads, 1.5 + 0.4 * num_layers), dpi=80, layout="constrained")
-    axes = figure.subplots()
-    cells = axes.imshow(np.array(entropy_LxN, np.float64), cmap="viridis", vmin=0)
-    axes.set(title=f"Head entropy, step {step}", xlabel="head", ylabel="layer")
-    axes.set(xticks=range(num_heads), yticks=range(num_layers))
-    figure.colorbar(cells, label="nats")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Summary.Image(encoded_image_string=buffer.getvalue())
+def _pictures(tag: str, entropy_LxN: np.ndarray, context_length: int | None) -> Iterator[Summary.Value]:
+    """A histogram over all heads; in an evaluation, which knows its context, also a square a head, layers downwards."""
+    finite = entropy_LxN[np.isfinite(entropy_LxN)]
+    if finite.size:
+        counts, edges = np.histogram(finite, bins=20)
+        histogram = HistogramProto(
+            min=finite.min(), max=finite.max(), num=finite.size, sum=finite.sum(), sum_squares=np.sum(finite**2),
+            bucket_limit=edges[1:], bucket=counts,
+        )  # fmt: skip
+        yield Summary.Value(tag=f"{tag}/heads", histo=histogram)
+    if context_length:
+        buffer, largest = io.BytesIO(), max_entropy(context_length, "causal")
+        squares = np.kron(entropy_LxN, np.ones((_SQUARE, _SQUARE)))
+        imsave(buffer, squares, vmin=0, vmax=largest, cmap="viridis", format="png")
+        yield Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=buffer.getvalue()))
 
 
-def _start_wandb(workdir: Path) -> Any:
+def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
         raise UserError("Weights & Biases was asked for but is not installed: run `pip install wandb`") from None
     try:
         run_id = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
-        run = wandb.init(project="jax_entropy", name=workdir.name, id=run_id, resume="allow", dir=workdir)
+        run = wandb.init(
+            project="jax_entropy", name=workdir.name, id=run_id, resume="allow", dir=workdir, config=dict(config),
+            allow_val_change=True,
+        )  # fmt: skip
     except wandb.Error as error:
         raise UserError(f"Weights & Biases did not start ({error}): set WANDB_MODE=offline or leave it out") from error
     run.define_metric("*", step_metric="step")

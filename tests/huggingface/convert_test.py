@@ -285,4 +285,4 @@ def test_an_imported_run_is_trained_on(tmp_path, folder):
     assert run.step == 2
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), run.variables["params"], variables["params"])
     assert main(["train", workdir]) == 0  # complete
-    assert main(["train", workdir, "--config.train.num_steps=3"]) == 2  # by now it is a run of its own
+    assert main(["train", workdir, "--config.optimizer.learning_rate=1e-3"]) == 2  # by now it is a run of its own

@@ -1,6 +1,7 @@
 """Training as a whole: resumed runs, signals, failures, meshes and processes. Real processes where it matters."""
 
 import os
+import shutil
 import signal
 import subprocess
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_entropy.errors import UserError
+from jax_entropy.optimizer import learning_rate_schedule
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.training import loop
 from jax_entropy.training.train import train
@@ -111,6 +113,27 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(tiny, tmp_path,
         assert one == other
     with Checkpointer(tmp_path / "run" / "checkpoints") as run, Checkpointer(tmp_path / "whole" / "checkpoints") as one:
         assert run.best_step() == one.best_step()
+
+
+def test_a_complete_run_gets_a_longer_schedule(tiny, tmp_path):
+    fields = {"train.log_every": 2, "train.evaluate_every": 4, "train.evaluate_chunks": 8}
+    said, run = [], tmp_path / "run"
+    short, long = tiny(**fields, **{"train.num_steps": 4}), tiny(**fields, **{"train.num_steps": 8})
+    train(short, run, lambda line: None)
+    assert train(long, run, said.append).start == 4
+    rate = learning_rate_schedule(long.optimizer, 8)
+    assert "going on with train.num_steps=8 (was 4)" in said
+    (line,) = [line for line in said if "the run of 4 steps gets 8: from step 4 on" in line]
+    assert line.endswith(f"that of the longer schedule, {float(rate(4)):.3g}")
+    logged = {line["step"]: line["learning_rate"] for line in lines(run)}
+    assert list(logged) == [1, 2, 4, 6, 8]
+    assert logged[6] == pytest.approx(float(rate(5)), rel=1e-5)
+    for fewer in (4, 6):
+        with pytest.raises(UserError, match=f"train.num_steps is 8 there and {fewer} here"):
+            train(tiny(**fields, **{"train.num_steps": fewer}), run, lambda line: None)
+    shutil.rmtree(run / "checkpoints" / "8")
+    with pytest.raises(UserError, match="train.num_steps is 8 there and 16 here"):  # it is not complete
+        train(tiny(**fields, **{"train.num_steps": 16}), run, lambda line: None)
 
 
 @pytest.mark.slow

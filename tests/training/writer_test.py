@@ -9,6 +9,7 @@ import sys
 import types
 
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
+from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.runs.workdir import to_json
 from jax_entropy.training.writer import MetricsWriter
@@ -36,6 +38,7 @@ TRAIN = {
 EVALUATE = {
     "kind": "evaluate",
     "validation_loss": 3.25,
+    "context_length": 64,
     "head_entropy": np.array([[1.0, 2.0, 3.0], [0.0, np.nan, 1.0]]),
 }
 
@@ -92,12 +95,12 @@ def test_tensorboard_file(tmp_path):
     assert version.file_version == "brain.Event:2"
     assert (start.session_log.status, start.step) == (SessionLog.START, 0)
     assert (train.step, evaluate.step) == (10, 20)
-    assert {value.tag: value.simple_value for value in train.summary.value} == {
+    *scalars, histogram = train.summary.value
+    assert {value.tag: value.simple_value for value in scalars} == {
         "loss": 2.5,
         "tokens_per_second": 1234.0,
         "gradient_norms/attention": 0.5,
-        "head_entropy/0": 1.0,
-        "head_entropy/1": 4.0,
+        **{f"head_entropy/{layer}/{head}": 3.0 * layer + head for layer in range(2) for head in range(3)},
         "layer_entropy/0": 1.0,
         "temperature/mean/0": 1.0,
         "temperature/mean/1": 2.0,
@@ -106,11 +109,26 @@ def test_tensorboard_file(tmp_path):
         "nan_count/0": 0.0,
         "nan_count/1": 2.0,
     }
-    *scalars, picture = evaluate.summary.value
-    assert {value.tag: value.simple_value for value in scalars} == {"validation_loss": 3.25, "head_entropy/0": 2.0}
-    assert picture.tag == "head_entropy"
-    pixels = np.asarray(Image.open(io.BytesIO(picture.image.encoded_image_string)).convert("RGB"))
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 6
+    assert (histogram.tag, histogram.histo.num, histogram.histo.sum) == ("head_entropy/heads", 6, 15.0)
+    assert sum(histogram.histo.bucket) == 6 and histogram.histo.bucket_limit[-1] == histogram.histo.max == 5.0
+    *scalars, histogram, picture = evaluate.summary.value
+    assert {value.tag: value.simple_value for value in scalars} == {
+        "evaluate/validation_loss": 3.25,
+        "evaluate/context_length": 64.0,
+        "evaluate/head_entropy/0/0": 1.0,
+        "evaluate/head_entropy/0/1": 2.0,
+        "evaluate/head_entropy/0/2": 3.0,
+        "evaluate/head_entropy/1/0": 0.0,
+        "evaluate/head_entropy/1/2": 1.0,
+    }
+    assert (histogram.tag, histogram.histo.num) == ("evaluate/head_entropy/heads", 5)
+    assert picture.tag == "evaluate/head_entropy"
+    pixels = np.asarray(Image.open(io.BytesIO(picture.image.encoded_image_string)).convert("RGBA"))
+    assert pixels.shape == (32, 48, 4)
+    share = EVALUATE["head_entropy"] / max_entropy(64, "causal")
+    expected = matplotlib.colormaps["viridis"](share, bytes=True)
+    np.testing.assert_array_equal(pixels[8::16, 8::16][np.isfinite(share)], expected[np.isfinite(share)])
+    assert not pixels[24, 24, 3]  # NaN
 
 
 def test_resuming_continues_the_file(tmp_path):
@@ -260,6 +278,9 @@ def test_disk_full(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+CONFIG = {"architecture": "SM", "train": {"num_steps": 3}}
+
+
 class FakeRun:
     def __init__(self):
         self.logged, self.finished = [], False
@@ -280,13 +301,14 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     wandb.Error = type("Error", (Exception,), {})
     wandb.init = lambda **settings: starts.append(settings) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with MetricsWriter(tmp_path / "quickstart", wandb=True) as writer:
+    with MetricsWriter(tmp_path / "quickstart", wandb=CONFIG) as writer:
         writer.write(10, TRAIN)
     assert run.finished and len(run.logged) == 1
-    assert run.logged[0]["step"] == 10 and run.logged[0]["head_entropy/1"] == 4.0
+    assert run.logged[0]["step"] == 10 and run.logged[0]["head_entropy/1/2"] == 5.0
     assert "layer_entropy/1" not in run.logged[0]
-    with MetricsWriter(tmp_path / "quickstart", wandb=True, first_step=10):
+    with MetricsWriter(tmp_path / "quickstart", wandb=CONFIG, first_step=10):
         pass
+    assert starts[0]["config"] == CONFIG and starts[0]["allow_val_change"]
     assert starts[0] == starts[1] and starts[0]["name"] == "quickstart" and starts[0]["resume"] == "allow"
 
     def refuses(**_):
@@ -294,10 +316,10 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 
     wandb.init = refuses
     with pytest.raises(UserError, match="did not start .no API key."):
-        MetricsWriter(tmp_path / "quickstart", wandb=True)
+        MetricsWriter(tmp_path / "quickstart", wandb=CONFIG)
 
 
 def test_weights_and_biases_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="not installed: run `pip install wandb`"):
-        MetricsWriter(tmp_path, wandb=True)
+        MetricsWriter(tmp_path, wandb=CONFIG)

@@ -14,23 +14,26 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jax_entropy.errors import UserError
 
 SHAPES = ((128, 32), (512, 8), (1024, 4))  # context length, batch size
+DTYPES = ("float32", "bfloat16")
 _MODEL = dict(layers=4, width=256, heads=4, vocab_size=4096)
 _WARM_UP = 2  # steps
 
 
-def bench_step(
-    shapes=SHAPES, dtypes=("float32", "bfloat16"), *, rounds: int, peer_python: str, notify
-) -> list[dict[str, Any]]:
+def bench_step(*, rounds: int, peer_python: str, notify: Callable[[str], None]) -> list[dict[str, Any]]:
     """Tokens/s (median over `rounds` steps) and peak memory of both, with ratios, for every shape and type.
 
     Args:
+      rounds: steps of each contender, in turn.
       peer_python: a Python with torch and transformers; "": this one, if it has them, else our rows alone.
+      notify: receives a line on what will be done, and one for each row with the time that is left.
+
     Raises:
       UserError: `peer_python` cannot run the peer.
     """
@@ -39,26 +42,35 @@ def bench_step(
         peer_python = sys.executable
     if peer_python:
         if not shutil.which(peer_python):
-            raise UserError(f"--peer_python={peer_python}: there is no such program")
+            raise UserError(f"peer_python={peer_python}: there is no such program")
         contenders["torch"] = [peer_python, str(Path(__file__).with_name("torch_step.py"))]
+    settings = [(dtype, context, batch) for dtype in DTYPES for context, batch in SHAPES]
+    notify(
+        f"{rounds} steps of {' and '.join(contenders)} on {len(settings)} shapes and types, each compiled first: "
+        "some minutes on two cores"
+    )
     rows = []
-    for dtype in dtypes:
-        for context, batch in shapes:
-            row = dict(dtype=dtype, context=context, batch=batch)
-            times, memory = _alternate(contenders, _MODEL | row, rounds)
-            for name, seconds in times.items():
-                row[f"{name} tokens/s"] = context * batch / statistics.median(seconds)
-                row[f"{name} MB"] = memory[name]
-            if "torch" in times:
-                ratios = [theirs / ours for ours, theirs in zip(times["jax_entropy"], times["torch"])]
-                row["speed ratio"] = statistics.median(ratios)
-                row["memory ratio"] = memory["jax_entropy"] / memory["torch"]
-            notify(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-            rows.append(row)
+    start = time.monotonic()
+    for dtype, context, batch in settings:
+        row = dict(dtype=dtype, context=context, batch=batch)
+        times, memory = _alternate(contenders, _MODEL | row, rounds)
+        for name, seconds in times.items():
+            row[f"{name} tokens/s"] = context * batch / statistics.median(seconds)
+            row[f"{name} MB"] = memory[name]
+        if "torch" in times:
+            ratios = [theirs / ours for ours, theirs in zip(times["jax_entropy"], times["torch"], strict=True)]
+            row["speed ratio"] = statistics.median(ratios)
+            row["memory ratio"] = memory["jax_entropy"] / memory["torch"]
+        told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        rows.append(row)
+        left = (time.monotonic() - start) / len(rows) * (len(settings) - len(rows))
+        notify(f"{len(rows)} of {len(settings)}: {told}" + (f"; some {left:.0f} s left" if left else ""))
     return rows
 
 
-def _alternate(contenders: dict[str, list[str]], shape: dict[str, Any], rounds: int):
+def _alternate(
+    contenders: dict[str, list[str]], shape: dict[str, Any], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of every step after the warm-up, and peak memory in MB, by contender."""
     processes = {
         name: subprocess.Popen(
@@ -119,7 +131,7 @@ def _worker(shape: dict[str, Any]) -> None:
     train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
     for _ in sys.stdin:
         start = time.perf_counter()
-        state, metrics = jax.block_until_ready(train_step(state, tokens, False))
+        state, _ = jax.block_until_ready(train_step(state, tokens, False))
         print(time.perf_counter() - start, flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
 

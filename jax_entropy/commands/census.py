@@ -1,7 +1,7 @@
 """`jax-entropy census`: what a model computes, as tables, and what that would cost privately."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jax_entropy.commands.console import console, table, write_json
 from jax_entropy.commands.parse import CONFIG, JSON, Flag, OneOf, command
@@ -34,6 +34,7 @@ def census(values: Namespace) -> None:
     from jax_entropy.census import census as count
     from jax_entropy.config import check, model_config
     from jax_entropy.data.tokenizer import vocabulary
+    from jax_entropy.runs.workdir import to_json
 
     if values.source == "config":
         check(values.config)
@@ -42,8 +43,8 @@ def census(values: Namespace) -> None:
         model = architecture(values.architecture, **{flag.name: getattr(values, flag.name) for flag in SIZE})
     counted, out = count(model), console(values.json)
     print_census(counted, out)
-    print_costs(model, out)
-    write_json(values.json, counted)
+    costs = print_costs(model, out)
+    write_json(values.json, to_json(counted) | dict(private=costs))
 
 
 def print_census(census: "Census", console: "Console") -> None:
@@ -62,23 +63,26 @@ def print_census(census: "Census", console: "Console") -> None:
     console.print(table(["nonlinear operation", "shape", "elements"], rows, left=2))
 
 
-def print_costs(config: "ModelConfig", console: "Console") -> None:
-    """What a forward pass would cost under secure computation: predicted for this engine, and in the paper's system."""
+def print_costs(config: "ModelConfig", console: "Console") -> dict[str, Any]:
+    """Prints what a forward pass would cost privately: predicted for this engine, and in the paper's system."""
     from jax_entropy.private.cost.model import predict_total
     from jax_entropy.private.cost.paper import paper_cost
     from jax_entropy.private.engine.engine import Setting
 
-    setting, rows = Setting(), []
+    setting, rows, costs = Setting(), [], {}
     try:
         for plain in (True, False):
-            total = predict_total(config, config.context_length, setting, plain)
+            total = costs["plain" if plain else "optimised"] = predict_total(
+                config, config.context_length, setting, plain
+            )
             name = f"{setting.protocol}, {'plain export' if plain else 'optimised'}"
             rows.append((name, f"{total.bytes[0] / 1e6:,.1f}", f"{total.rounds:,}"))
         console.print(table(["private, predicted", "MB sent", "rounds"], rows))
     except UserError as error:  # of a kind of operation that is new
         console.print(f"private execution is not predicted: {error}")
     try:
-        papers = paper_cost(config)
+        papers = costs["paper"] = paper_cost(config)
         console.print(f"in the paper's system {papers.gigabytes:.2f} GB and {papers.minutes:.2f} minutes")
     except UserError:
         pass  # its tables are of other sizes
+    return costs

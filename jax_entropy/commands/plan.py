@@ -113,5 +113,5 @@ def _gib(size: float) -> str:
 
 
 def _flops(count: float) -> str:
-    unit, size = next(((u, s) for u, s in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if count >= s), ("M", 1e6))
-    return f"{count / size:,.2f} {unit}FLOPs"
+    unit, size = next((pair for pair in (("T", 1e12), ("G", 1e9)) if count >= pair[1]), ("M", 1e6))
+    return f"{count / size:,.{1 if count >= 100 * size else 2}f} {unit}FLOPs"

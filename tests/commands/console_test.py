@@ -90,6 +90,7 @@ def test_json_goes_to_a_file_or_alone_to_standard_output(tmp_path, capsys):
     assert json.loads(captured.out) == json.loads((tmp_path / "c.json").read_text())
     assert captured.err == table
     counted = json.loads(captured.out)
+    assert counted["private"]["plain"]["rounds"] > counted["private"]["optimised"]["rounds"] > 0
     assert counted["config"]["num_layers"] == 2 and counted["operations"][0]["name"] == "softmax"
 
 

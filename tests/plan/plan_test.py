@@ -1,5 +1,6 @@
 """Plans: what is read off a compiled program, and what real TPU compilations say about memory and collectives."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -10,11 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_entropy.chips import CHIPS
+from jax_entropy.commands.console import console
 from jax_entropy.commands.main import main
+from jax_entropy.commands.plan import print_plan
 from jax_entropy.config import default_config, model_config
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
-from jax_entropy.plan import plan, search
+from jax_entropy.plan import Plan, plan, search
 from jax_entropy.plan.hlo import Program
 from jax_entropy.plan.topology import devices_of
 from jax_entropy.sharding import batch_sharding, make_mesh, tree_sharding
@@ -286,6 +289,16 @@ def test_a_plan_adds_up(tpu):
     assert made.seconds(0.5) == 2 * max(made.terms.values())
     again = planned("v5e:2x2", (4, 1, 1), remat=True)
     assert again.flops == made.flops < again.executed_flops
+
+
+def test_a_small_step_has_a_count_that_is_not_zero(capsys):
+    made = Plan(
+        "v5e:2x2", CHIPS["v5e"], (4, 1, 1), False, 256, 10, 2.5e6, 1.5e9, arguments=2**20, temporaries=0, peak=1.0
+    )
+    print_plan(made, 0.5, console())
+    assert "256 tokens, 10.00 MFLOPs (forward and backward), 1.50 GFLOPs on each chip" in capsys.readouterr().out
+    print_plan(dataclasses.replace(made, flops=108.3e12), 0.5, console())
+    assert "433.2 TFLOPs (forward" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Every test sees eight virtual CPU devices and refuses silent rank promotion; tests of runs share one unbroken run."""
 
 import os
+import subprocess
 from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # chosen before jax is imported
@@ -15,6 +16,7 @@ if version("jaxlib").startswith("0.10."):
 import jax
 import pytest
 
+from tests.damage import Disk
 from tests.run_helpers import run
 from tests.tiny_config import get_config
 
@@ -33,6 +35,20 @@ def compilations(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus_directory(tmp_path_factory):
     return tmp_path_factory.mktemp("corpora")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Makes a small disk of so many kilobytes."""
+    made = []
+
+    def make(kilobytes):
+        made.append(Disk(tmp_path / "disk", kilobytes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        subprocess.run(["umount", "-l", str(one.path)], check=True)
 
 
 @pytest.fixture

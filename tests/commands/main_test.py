@@ -12,6 +12,7 @@ import pytest
 from jax_entropy.commands.main import COMMANDS, FAMILIES, family, main
 from jax_entropy.training.train import train
 from tests import REPOSITORY
+from tests.damage import flip, sentence
 from tests.tiny_config import get_config
 
 TINY = f"{REPOSITORY}/tests/tiny_config.py"
@@ -31,16 +32,6 @@ def run(tmp_path_factory):
 @pytest.fixture
 def copy(run, tmp_path):
     return Path(shutil.copytree(run[0], tmp_path / "copy"))
-
-
-def sentence(capsys, *arguments):
-    """The one line on stderr of a command that must fail."""
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    assert code == 2, captured
-    lines = captured.err.strip().splitlines()
-    assert "Traceback" not in captured.err
-    return lines[-1]
 
 
 BAD_TRAINING = {
@@ -117,12 +108,6 @@ def test_bad_workdirs(run, copy, tmp_path, capsys):
     assert str(file) in sentence(capsys, "train", f"--config={TINY}", f"--workdir={file}/run")
     (copy / "config.json").write_text("{}")
     assert "damaged" in sentence(capsys, "generate", f"--workdir={copy}", "--prompt=x")
-
-
-def flip(path: Path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def largest(step: Path) -> Path:

@@ -14,6 +14,7 @@ from jax_entropy.data import builder, corpus, packing, sources
 from jax_entropy.data.tokenizer import load_tokenizer, train_tokenizer
 from jax_entropy.errors import UserError
 from tests import REPOSITORY
+from tests.damage import flip
 from tests.data.helpers import data_config, script, write_folder
 
 T = 16
@@ -150,12 +151,6 @@ def test_standard_library_depends_on_the_python_version(tmp_path, folder, monkey
     before = corpus._Request(config, T, documents, None).fingerprint
     monkeypatch.setattr(corpus.platform, "python_version", lambda: "3.99.0")
     assert corpus._Request(config, T, documents, None).fingerprint != before
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def test_a_corpus_with_any_byte_changed_is_prepared_again_and_that_is_said(tmp_path, folder, builds):

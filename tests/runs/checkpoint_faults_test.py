@@ -15,7 +15,8 @@ from jax_entropy.errors import UserError
 from jax_entropy.manifest import MANIFEST
 from jax_entropy.runs.checkpoint import Checkpointer
 from tests import REPOSITORY
-from tests.runs.checkpoint_helpers import abstract, bits, flip, folders, make_state, saved
+from tests.damage import flip
+from tests.runs.checkpoint_helpers import abstract, bits, folders, make_state, saved
 
 
 def cut(path):
@@ -207,35 +208,22 @@ def test_killed_while_saving(tmp_path):
     assert reached >= 3
 
 
-def mount_tmpfs(directory, size):
-    directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
-    if (
-        os.geteuid() != 0
-        or shutil.which("mount") is None
-        or subprocess.run(command, check=False, capture_output=True).returncode
-    ):
-        pytest.skip("a tmpfs cannot be mounted here (needs root)")
-
-
 @pytest.fixture
-def small_disk(tmp_path):
-    mount_tmpfs(tmp_path / "disk", "3m")
-    yield tmp_path / "disk"
-    subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+def small_disk(disk):
+    return disk(3 << 10)
 
 
 def test_disk_full(small_disk, capfd):
     state = make_state(1)
     too_large = {"x": jax.random.normal(jax.random.key(0), (1 << 20,))}
-    with Checkpointer(small_disk / "checkpoints") as checkpointer:
+    with Checkpointer(small_disk.path / "checkpoints") as checkpointer:
         checkpointer.save(1, state, None, {})
         checkpointer.save(2, too_large, None, {})
         with pytest.raises(UserError, match="step 2 could not be saved in .*: No space left on device") as error:
             while True:
                 checkpointer.poll()
         assert "\n" not in str(error.value)
-        assert os.listdir(small_disk / "checkpoints") == ["1"]
+        assert os.listdir(small_disk.path / "checkpoints") == ["1"]
         assert bits(checkpointer.restore(1, abstract(state), None)[0]) == bits(state)
 
         checkpointer.save(2, too_large, None, {})
@@ -244,10 +232,10 @@ def test_disk_full(small_disk, capfd):
         checkpointer.save(3, state, None, {})
         assert checkpointer.latest_step() == 3
 
-        (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+        small_disk.fill()
         with pytest.raises(UserError, match="step 4 .*No space left"):
             checkpointer.save(4, state, None, {})
-        assert sorted(os.listdir(small_disk / "checkpoints")) == ["1", "3"]
+        assert sorted(os.listdir(small_disk.path / "checkpoints")) == ["1", "3"]
     captured = capfd.readouterr()
     assert "Traceback" not in captured.out + captured.err
 
@@ -265,9 +253,9 @@ with Checkpointer(sys.argv[1]) as checkpointer:
 
 @pytest.mark.parametrize("free", [1 << 20, 0])
 def test_disk_full_lets_the_process_end(small_disk, free):
-    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - free))
+    small_disk.fill(but=free)
     result = subprocess.run(
-        [sys.executable, "-c", SAVE_TOO_MUCH, str(small_disk)],
+        [sys.executable, "-c", SAVE_TOO_MUCH, str(small_disk.path)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -281,14 +269,14 @@ def test_disk_full_lets_the_process_end(small_disk, free):
 
 
 def test_read_only_disk_can_be_read_but_not_written(small_disk, capfd):
-    saved(small_disk / "checkpoints", [1])
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with Checkpointer(small_disk / "checkpoints") as checkpointer:
+    saved(small_disk.path / "checkpoints", [1])
+    small_disk.read_only()
+    with Checkpointer(small_disk.path / "checkpoints") as checkpointer:
         step = checkpointer.latest_step()
         assert bits(checkpointer.restore(step, abstract(make_state()), None)[0]) == bits(make_state(1))
         with pytest.raises(UserError, match="step 2 could not be saved in .*: Read-only file system"):
             checkpointer.save(2, make_state(2), None, {})
-    with Checkpointer(small_disk / "new") as checkpointer, pytest.raises(UserError, match="Read-only file system"):
+    with Checkpointer(small_disk.path / "new") as checkpointer, pytest.raises(UserError, match="Read-only file system"):
         checkpointer.save(2, make_state(2), None, {})
     assert "Traceback" not in capfd.readouterr().err
 

@@ -58,12 +58,6 @@ def folders(directory):
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
-def flip(path, bit):
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
-
-
 def batches():
     dataset = grain.MapDataset.range(1000).shuffle(seed=1).batch(4).repeat()
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

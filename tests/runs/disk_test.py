@@ -1,6 +1,5 @@
 """Real disks that are full or read-only, and a clock that jumps: one sentence, code 2, nothing saved is lost."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,46 +10,11 @@ import pytest
 
 from jax_entropy.commands.main import main
 from tests import REPOSITORY
+from tests.damage import Disk, sentence
 from tests.run_helpers import assert_same_run, environment
 
 TINY = f"--config={REPOSITORY}/tests/tiny_config.py"
 FIELDS = ("--config.train.num_steps=8", "--config.train.checkpoint_every=4", "--config.train.keep=1")
-
-
-class Disk:
-    """A tmpfs."""
-
-    def __init__(self, path: Path, kilobytes: int):
-        self.path = path
-        path.mkdir()
-        self._mount(f"size={kilobytes}k", "tmpfs")
-
-    def _mount(self, options: str, *what: str) -> None:
-        command = ["mount", *(("-t", "tmpfs") if what else ()), "-o", options, *what, str(self.path)]
-        if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("a tmpfs cannot be mounted here (needs root)")
-
-    def fill(self) -> None:
-        (self.path / "filler").write_bytes(bytes(shutil.disk_usage(self.path).free))
-
-    def read_only(self) -> None:
-        self._mount("remount,ro")
-
-    def enlarge(self, kilobytes: int) -> None:
-        self._mount(f"remount,size={kilobytes}k")
-
-
-@pytest.fixture
-def disk(tmp_path):
-    made = []
-
-    def make(kilobytes: int) -> Disk:
-        made.append(Disk(tmp_path / "disk", kilobytes))
-        return made[-1]
-
-    yield make
-    for one in made:
-        subprocess.run(["umount", "-l", str(one.path)], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +31,9 @@ def alone(*arguments):
     return subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True)
 
 
-def refused(capfd, *arguments) -> str:
-    """The one sentence of a command that must fail."""
-    capfd.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capfd.readouterr()
-    assert "Traceback" not in captured.out + captured.err
-    return captured.err.strip().splitlines()[-1]
-
-
 def test_a_corpus_on_a_full_disk(disk, tmp_path, capfd):
     small = disk(200)
-    said = refused(capfd, "train", TINY, f"--workdir={tmp_path}/run", f"--config.data.directory={small.path}")
+    said = sentence(capfd, "train", TINY, f"--workdir={tmp_path}/run", f"--config.data.directory={small.path}")
     assert "no space left" in said and "larger disk" in said
     assert not [path for path in small.path.iterdir() if path.suffix != ".lock"]
     small.enlarge(20_000)
@@ -91,14 +46,14 @@ def test_a_workdir_that_cannot_be_written(disk, finished, capfd, make):
     there = disk(100)
     make(there)
     directory = f"--config.data.directory={finished[1]}"
-    said = refused(capfd, "train", TINY, f"--workdir={there.path}/run", directory, *FIELDS)
+    said = sentence(capfd, "train", TINY, f"--workdir={there.path}/run", directory, *FIELDS)
     assert str(there.path) in said and ("No space left" in said or "Read-only" in said)
 
 
 def test_a_corpus_on_a_read_only_disk(disk, tmp_path, capfd):
     there = disk(100)
     there.read_only()
-    said = refused(capfd, "train", TINY, f"--workdir={tmp_path}/run", f"--config.data.directory={there.path}")
+    said = sentence(capfd, "train", TINY, f"--workdir={tmp_path}/run", f"--config.data.directory={there.path}")
     assert str(there.path) in said and "not writable" in said
 
 
@@ -126,7 +81,7 @@ def test_a_report_that_cannot_be_written(disk, finished, capfd, make):
     before = sorted(path.name for path in workdir.rglob("*"))
     shutil.rmtree(workdir / "figures")
     make(there)
-    assert "cannot write" in refused(capfd, "report", f"--workdir={workdir}")
+    assert "cannot write" in sentence(capfd, "report", f"--workdir={workdir}")
     if make is Disk.fill:
         (there.path / "filler").unlink()
         assert main(["report", f"--workdir={workdir}"]) == 0

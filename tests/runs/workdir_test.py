@@ -16,8 +16,8 @@ from jax_entropy.errors import UserError
 from jax_entropy.runs.load import load_run
 from jax_entropy.runs.status import describe
 from jax_entropy.runs.workdir import Workdir
+from tests.damage import flip
 from tests.run_helpers import parameters, run, start
-from tests.runs.checkpoint_helpers import flip
 
 
 def test_a_run_tells_from_outside_where_it_is(unbroken, tmp_path, corpus_directory):

@@ -8,11 +8,9 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.image import imread
 
 from jax_entropy.errors import UserError
-from jax_entropy.report import comparison, drawing, figures, read_history, report
+from jax_entropy.report import comparison, drawing, figures, read_history
 from tests.report.helpers import CASES, CAUSAL, write_run
 
 
@@ -166,11 +164,8 @@ def test_temperatures_over_steps_and_their_range(paper):
 
 
 def test_what_a_run_does_not_have_is_not_drawn(tmp_path):
-    workdir = write_run(tmp_path / "run", L=2, N=2, ereg=False, architecture="SM")
-    run = read_history(workdir)
+    run = read_history(write_run(tmp_path / "run", L=2, N=2, ereg=False, architecture="SM"))
     assert figures.thresholds(run) is None and figures.temperature(run) is None
-    names = set(report(workdir))
-    assert not names & {"thresholds", "temperature"} and {"loss", "stability"} <= names
 
 
 def test_stability_counts_only_where_there_are_any(tmp_path, paper):
@@ -218,8 +213,6 @@ def test_comparison_falls_back_on_training_loss_for_all(tmp_path):
     (workdirs[1] / "metrics.jsonl").write_text("\n".join(lines))
     _, loss_ax = comparison([read_history(workdir) for workdir in workdirs]).axes
     assert loss_ax.get_ylabel() == "training loss [nats/token]"
-    drawn = report(workdirs[0], against=workdirs[1])["comparison"]
-    assert drawn == workdirs[0] / "figures" / "comparison.png" and imread(drawn).shape[2] in (3, 4)
     with pytest.raises(UserError, match="at least one"):
         comparison([])
 
@@ -249,6 +242,8 @@ def test_steps_from_which_the_guard_sent_training_back_are_marked_wherever_there
     shown = {"loss": 2, "layer_entropy": 1, "entropy_bands": 1, "temperature": 1, "stability": 2}
     for item in figures.ITEMS:
         fig = item.draw(history)
+        if fig is None:  # not executed privately
+            continue
         marks = [[line.get_xdata()[0] for line in ax.lines if line.get_gid() == "incident"] for ax in fig.axes]
         marked = [steps for steps in marks if steps]
         assert marked == [[430, 2100]] * shown.get(item.name, 0), item.name
@@ -270,16 +265,15 @@ def test_no_text_is_cut_or_overlaps_another(run, monkeypatch):
         if fig is None:
             continue
         drawn.clear()
-        FigureCanvasAgg(fig).draw()
+        fig.draw_without_rendering()
         shown = [text for text in drawn if text.get_visible() and text.get_text().strip()]
         extent = matplotlib.text.Text.get_window_extent  # of an annotation: without its line
-        boxes = [(text.get_text(), extent(text).padded(-1)) for text in shown]
-        page = fig.bbox
-        for text, box in boxes:
-            inside = box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0 and box.y1 <= page.y1
-            assert inside, f"{text!r} is cut"
-        for (one, a), (other, b) in itertools.combinations(boxes, 2):
-            assert not a.overlaps(b), f"{one!r} overlaps {other!r}"
+        low_Ix2, high_Ix2 = np.split(np.array([extent(text).padded(-1).extents for text in shown]), 2, axis=1)
+        cut_I = ((low_Ix2 < fig.bbox.min) | (high_Ix2 > fig.bbox.max)).any(axis=1)
+        assert not cut_I.any(), [text.get_text() for text, cut in zip(shown, cut_I, strict=True) if cut]
+        overlap_IxI = ((low_Ix2[:, None] <= high_Ix2) & (low_Ix2 <= high_Ix2[:, None])).all(axis=2)
+        pairs = np.argwhere(np.triu(overlap_IxI, 1))
+        assert not pairs.size, [(shown[i].get_text(), shown[j].get_text()) for i, j in pairs]
 
 
 @pytest.mark.parametrize("colors", [drawing.HEAT_MAP, drawing.DEPTH])

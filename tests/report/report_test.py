@@ -16,6 +16,8 @@ from rich.console import Console
 
 from jax_entropy.errors import UserError
 from jax_entropy.report import print_head_entropy, read_history, report
+from jax_entropy.report.page import page
+from jax_entropy.report.private import of_history
 from jax_entropy.runs.workdir import Workdir
 from tests.report.helpers import CASES, CAUSAL, write_run
 
@@ -123,30 +125,29 @@ def test_what_was_measured_privately_is_on_the_page(tmp_path):
         setting=dict(protocol="semi2k"), num_tokens=32, total=dict(warm=dict(bytes=[1e6, 2.5e6], rounds=798))
     )
     (workdir / "private.json").write_text(json.dumps(measured))
-    written = report(workdir)
-    assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in written["page"].read_text()
-    assert "private" not in written  # of an earlier version, without what the picture shows
+    history = read_history(workdir)
+    assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in page(history, [])
+    assert of_history(history) is None  # of an earlier version, without what the picture shows
     costs = {"softmax": dict(bytes=2e6, rounds=700, seconds=28.4), "projections": dict(bytes=5e5, rounds=98, seconds=4)}
     measured |= dict(costs=costs, network="wan", architecture="SM", export="optimised")
     measured["setting"]["fraction_bits"] = 18
     (workdir / "private.json").write_text(json.dumps(measured))
-    written = report(workdir)
-    assert "under secure computation" in written["page"].read_text() and written["private"].exists()
+    assert of_history(read_history(workdir)).get_axes()
     (workdir / "private.json").write_text("{}")
     with pytest.raises(UserError, match="private.json' is damaged"):
-        report(workdir)
+        read_history(workdir)
 
 
 @pytest.mark.parametrize("case", ["paper", "smallest", "single_step", "diverged", "never_finite"])
 def test_report_of_any_run_is_whole(tmp_path, case):
     workdir = write_run(tmp_path / case, **CASES[case])
     written = report(workdir)
-    page = written.pop("page")
+    text = written.pop("page").read_text()
     pictures = list(written.values())
     assert [path.stem for path in pictures] == list(written)
-    assert page == workdir / "report.html" and {path.parent for path in pictures} == {workdir / "figures"}
+    assert {path.parent for path in pictures} == {workdir / "figures"}
+    assert ("thresholds" in written) == ("temperature" in written) == CASES[case].get("ereg", True)
     assert sorted(path.name for path in pictures) == sorted(path.name for path in (workdir / "figures").iterdir())
-    text = page.read_text()
     for path in pictures:
         png = path.read_bytes()
         pixels = imread(path)
@@ -163,7 +164,7 @@ def test_page_tells_the_key_numbers_of_held_out_text_and_of_a_batch_apart(tmp_pa
     lines[-1]["head_entropy"] = [[0.1, 1.0, 2.0, 3.0]] * 4  # held out
     (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     history = read_history(workdir)
-    text = report(workdir)["page"].read_text()
+    text = page(history, [])
     assert f"<dt>validation perplexity</dt><dd>{math.exp(history.evaluate['validation_loss'][-1]):.4g}</dd>" in text
     assert f"<dd>{np.median(history.train['tokens_per_second']):,.0f} <small>tokens/s" in text
     assert "4 layers · 4 heads · 256 wide · 128 tokens of context" in text
@@ -181,7 +182,7 @@ def test_page_says_which_run_it_is_and_what_the_guard_did(tmp_path, monkeypatch)
     for now, state, reason in ((0, "starting", ""), (8000, "training", ""), (8065, "failed", "the disk is full")):
         monkeypatch.setattr("time.time", lambda now=now: 1.7e9 + now)
         status.write_status(state, 150, 200, reason, devices="8 × TPU v5e")
-    text = report(workdir)["page"].read_text()
+    text = page(read_history(workdir), [])
     assert "<title>EReg(SM(t)+ScFuFFN) · first</title>" in text
     for fact in (str(workdir), "failed at step 150 of 200: the disk is full", "15 November 2023, 00:27 UTC",
                  "2 h 14 min", "8 × TPU v5e", f"jax {jax.__version__}"):  # fmt: skip
@@ -189,7 +190,7 @@ def test_page_says_which_run_it_is_and_what_the_guard_did(tmp_path, monkeypatch)
     assert "<li>step 120, back to step 60: the loss is not finite at step 120</li>" in text
     (workdir / "guard.jsonl").unlink()
     (workdir / "status.json").unlink()
-    text = report(workdir)["page"].read_text()
+    text = page(read_history(workdir), [])
     assert "guard" not in text and "<dt>state</dt><dd>step 150</dd>" in text
 
 
@@ -206,7 +207,9 @@ def test_names_are_shown_and_never_obeyed(tmp_path):
         json.dumps(dict(setting=dict(protocol=evil), num_tokens=evil, total=dict(warm=dict(bytes=[1], rounds=2))))
     )
     Workdir(workdir).write_status("failed", 70, 100, evil, devices=evil)
-    text = report(workdir, against=workdir)["page"].read_text("utf-8")
+    written = report(workdir, against=workdir)
+    assert written["page"] == workdir / "report.html" and written["comparison"].parent == workdir / "figures"
+    text = written["page"].read_text("utf-8")
     assert "<script" not in text and "alert(1)$title" in text
     assert text.count("&lt;script&gt;alert(&#x27;x&#x27;)") >= 8
     assert text.count("${config}") >= 8  # what stands in a value is not a place of the page's

@@ -15,7 +15,7 @@ _CHOICES = {
     "final_norm": ("none", "layer", "rms"),
     "activation": ("identity", "gelu", "gelu_tanh", "relu", "leaky_relu"),
     "slope": ("fixed", "layer", "global"),
-    "ffn": ("full", "scaled", "fused"),
+    "ffn": ("full", "fused"),
     "reparametrization": ("none", "weight", "spectral"),
     "reparametrized": ("", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"),
     "temperature_parameter": ("direct", "log"),
@@ -44,7 +44,8 @@ class ModelConfig:
     activation: str = "gelu"  # identity | gelu (erf) | gelu_tanh | relu | leaky_relu
     negative_slope: float = 0.01  # of leaky_relu; the initial value where it is learned
     slope: str = "fixed"  # of leaky_relu: fixed | layer (learned, one a layer) | global (learned, one in all)
-    ffn: str = "full"  # full | scaled (Eq. 8) | fused (Eq. 8 around one D×D matrix)
+    ffn: str = "full"  # full | fused (one D×D matrix)
+    scaled: bool = False  # Eq. 8: learned α and β around the feed-forward
     ffn_free_layers: int = 0  # the k deepest blocks have no feed-forward
     reparametrization: str = "none"  # none | weight | spectral
     reparametrized: str = ""  # which linear layers: QK | FFN | QK+FFN | QKV+FFN | QKVO+FFN
@@ -91,6 +92,8 @@ class ModelConfig:
                 f"^{self.ffn_free_layers} asks for more blocks without feed-forward than there are layers; "
                 f"with num_layers={self.num_layers} the largest is ^{self.num_layers}"
             )
+        if self.ffn == "fused" and not self.scaled:
+            raise UserError("the notation has no fused feed-forward without scales; take ScFuFFN (scaled=True)")
         if self.ffn == "fused" and self.activation != "identity":
             raise UserError(f"a fused feed-forward (ScFuFFN) has no room for activation={self.activation!r}; use ScFFN")
         if self.ffn == "fused" and self.ffn_dim not in (None, self.model_dim):
@@ -128,7 +131,7 @@ class ModelConfig:
         pieces += activations[self.activation]
         if self.reparametrization != "none":
             pieces.append(f"{self.reparametrization[0].upper()}Norm({self.reparametrized})")
-        pieces += {"full": [], "scaled": ["ScFFN"], "fused": ["ScFuFFN"]}[self.ffn]
+        pieces += {"full": ["ScFFN"], "fused": ["ScFuFFN"]}[self.ffn] if self.scaled else []
         body = "+".join(pieces) + (f"^{self.ffn_free_layers}" if self.ffn_free_layers else "")
         return f"EReg({body})" if self.entropy_regularizer else body
 
@@ -212,7 +215,7 @@ def _piece(piece: str, wrong) -> dict[str, Any]:
     """The fields that one piece of the notation sets."""
     simple = {
         "LN": dict(norm="layer"), "RN": dict(norm="rms"), "G": dict(activation="gelu"), "R": dict(activation="relu"),
-        "ScFFN": dict(ffn="scaled"), "ScFuFFN": dict(ffn="fused"),
+        "ScFFN": dict(scaled=True), "ScFuFFN": dict(ffn="fused", scaled=True),
     }  # fmt: skip
     if piece in simple:
         return simple[piece]

@@ -47,7 +47,7 @@ _BELOW_ONE = Bound(lambda value: 0 <= value < 1, "must be at least 0 and below 1
 _SHARE = Bound(lambda value: 0 <= value <= 1, "must be a share, from 0 to 1")
 _INSIDE = Bound(lambda value: 0 < value < 1, "must lie between 0 and 1")
 _FACTOR = Bound(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
-_SEED = Bound(lambda value: 0 <= value < 2**32, "must lie between 0 and 2^32 - 1")
+_SEED = Bound(lambda value: 0 <= value < 2**64, "must be a whole number from 0 to 2^64 − 1")
 _VOCABULARY = Bound(lambda value: 257 <= value <= 2**20, "must lie between 257 (bytes, end of text) and 2^20")
 _UNSET = {"ffn_dim": int, "vocab_size": int, "activation": str, "residual_init_std": float}
 _MODEL = {field.name: field.default for field in dataclasses.fields(ModelConfig)}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax_entropy.errors import UserError
 from jax_entropy.model import empty_cache
 from jax_entropy.runs.load import Run, load_run
+from jax_entropy.seeds import check_seed, random_key
 
 
 def generate(
@@ -30,7 +31,7 @@ def generate(
       num_tokens: at most so many tokens; prompt and new tokens must fit into the model's context.
       temperature: of the sampling; 0 is greedy.
       top_k: sample among the k likeliest tokens; 0: among all.
-      seed: of the sampling.
+      seed: of the sampling, from 0 to 2^64 − 1.
       best, notify: as for `load_run`.
 
     Raises:
@@ -44,10 +45,10 @@ def generate(
     if len(ids) + num_tokens > context:
         raise UserError(
             f"the prompt's {len(ids)} tokens and {num_tokens} new ones do not fit into the context of {context}; "
-            + (f"ask for at most {context - len(ids)}" if len(ids) < context else "shorten the prompt")
+            + (f"ask for at most num_tokens={context - len(ids)}" if len(ids) < context else "shorten the prompt")
         )
     ids = _continue(
-        run.model, run.variables, jnp.asarray([ids]), jax.random.key(seed), jnp.asarray(temperature, jnp.float32),
+        run.model, run.variables, jnp.asarray([ids]), random_key(seed), jnp.asarray(temperature, jnp.float32),
         num_tokens, min(top_k, run.model.config.vocab_size), end_of_text,
     )  # fmt: skip
     ids = jax.device_get(ids).tolist()
@@ -69,23 +70,26 @@ def check_sampling(num_tokens: int, temperature: float, top_k: int, seed: int) -
     for name, value in dict(temperature=temperature, top_k=top_k).items():
         if not value >= 0:
             raise UserError(f"{name}={value} must not be negative")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed} must lie between 0 and 2^63")
+    check_seed(seed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def _continue(model, variables, prompt_1xT, key, temperature, num_tokens, top_k, end_of_text) -> jax.Array:
     """The `num_tokens` ids after the prompt; after an end-of-text only end-of-text."""
-    decode = functools.partial(model.apply, variables, method="decode")
+
+    def read(tokens_1xT, cache, position):
+        known = {**variables, "cache": cache}
+        (logits_1xTxV, _), changed = model.apply(known, tokens_1xT, position, method="decode", mutable=["cache"])
+        return logits_1xTxV, changed["cache"]
 
     def step(carry, key):
         cache, token, position = carry
-        logits_1xTxV, cache = decode(token[None, None], cache, position)
+        logits_1xTxV, cache = read(token[None, None], cache, position)
         following = jnp.where(token == end_of_text, token, choose(logits_1xTxV[0, -1], key, temperature, top_k))
         return (cache, following, position + 1), following
 
     keys = jax.random.split(key, num_tokens)
-    logits_1xTxV, cache = decode(prompt_1xT, empty_cache(model.config, 1), 0)
+    logits_1xTxV, cache = read(prompt_1xT, empty_cache(model.config, 1), 0)
     first = choose(logits_1xTxV[0, -1], keys[0], temperature, top_k)
     _, rest = jax.lax.scan(step, (cache, first, prompt_1xT.shape[1]), keys[1:])
     return jnp.concatenate([first[None], rest])

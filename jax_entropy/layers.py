@@ -5,6 +5,7 @@ Modules are pure functions of their parameters; a block returns its attention st
 
 import functools
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,6 @@ from flax import linen as nn
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats, attention
-from jax_entropy.attention.cached import cached_attention
 from jax_entropy.sharding import constrain
 
 _TEMPERATURE_FLOOR = 1e-4
@@ -37,12 +37,12 @@ class Linear(nn.Module):
         shape = (*in_shape, *self.out_shape)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, jnp.float32)
         matrix = kernel.reshape(math.prod(in_shape), math.prod(self.out_shape))
+        gain = vectors = None
         if self.reparametrization == "weight":
-            norm = jnp.linalg.norm(matrix, axis=0)
-            gain = self.param("gain", lambda _: norm.reshape(self.out_shape))
-            matrix = matrix * (gain.reshape(-1) / norm)[None]
+            gain = self.param("gain", lambda _: jnp.linalg.norm(matrix, axis=0).reshape(self.out_shape))
         elif self.reparametrization == "spectral":
-            matrix = matrix / self._spectral_norm(matrix)
+            vectors = self._singular_vectors(matrix)
+        matrix = effective_matrix(matrix, gain, vectors)
         # Rows are flattened: with two batch axes XLA's CPU backend computes the kernel's gradient far more slowly.
         matrix = constrain(matrix.astype(self.dtype), *(("tensor", None) if self.split_inputs else (None, "tensor")))
         y = x.reshape(-1, matrix.shape[0]) @ matrix
@@ -52,8 +52,8 @@ class Linear(nn.Module):
             y = y + jnp.expand_dims(bias.astype(self.dtype), range(len(batch_shape)))
         return y
 
-    def _spectral_norm(self, matrix: jax.Array) -> jax.Array:
-        """Largest singular value by one power iteration a step, kept in the collection `spectral`."""
+    def _singular_vectors(self, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Those of the largest singular value, by one power iteration a step; kept in the collection `spectral`."""
         frozen = jax.lax.stop_gradient(matrix)
 
         def iterate(_, vectors):
@@ -67,8 +67,21 @@ class Linear(nn.Module):
         vectors = self.variable("spectral", "singular_vectors", start)
         if self.is_mutable_collection("spectral") and not self.is_initializing():
             vectors.value = iterate(0, vectors.value)
-        left, right = vectors.value
-        return left @ matrix @ right
+        return vectors.value
+
+
+def effective_matrix(matrix: Any, gain: Any, vectors: tuple[Any, Any] | None) -> Any:
+    """The matrix [in, out] that a reparametrised layer multiplies with; arrays of JAX or of NumPy, None where absent.
+
+    Args:
+      matrix: the kernel, [in, out].
+      gain: of weight normalisation, one for each output.
+      vectors: of spectral normalisation, the left and right singular vector.
+    """
+    if gain is not None:
+        norm = matrix.__array_namespace__().linalg.norm(matrix, axis=0)
+        return matrix * (gain.reshape(-1) / norm)[None]
+    return matrix if vectors is None else matrix / (vectors[0] @ matrix @ vectors[1])
 
 
 def _unit(vector: jax.Array) -> jax.Array:
@@ -77,8 +90,7 @@ def _unit(vector: jax.Array) -> jax.Array:
 
 def _linear(config: ModelConfig, role: str, out_shape: tuple[int, ...], **kwargs: Any) -> Linear:
     """The linear layer of one role (Q, K, V, O or FFN) under the config's biases and reparametrisation."""
-    targets = config.reparametrized.split("+")
-    chosen = role in targets or (role != "FFN" and role in targets[0] and targets[0] != "FFN")
+    chosen = role in re.findall("FFN|[QKVO]", config.reparametrized)
     kwargs.setdefault("init_std", config.init_std)
     return Linear(
         out_shape,
@@ -93,26 +105,29 @@ def _residual_std(config: ModelConfig) -> float:
     return config.residual_init_std or config.init_std
 
 
-class KeyValueCache(NamedTuple):
-    """Keys and values of the positions read so far; [L, B, S, N, H] each, S the context length."""
+class Watched(NamedTuple):
+    """What attention hands up beside its output; scanned, each leaf gets a leading L."""
 
-    key: jax.Array
-    value: jax.Array
+    stats: AttentionStats
+    threshold_N: jax.Array | None
+    temperature_NxT: jax.Array | None
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention with an optional temperature [N, T] and entropy threshold [N]."""
+    """Multi-head causal attention with an optional temperature [N, T] and entropy threshold [N].
+
+    With the collection `cache`, keys and values [B, S, N, H], tokens stand at `position` and see what was read before.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, cache: KeyValueCache | None, position: int | jax.Array):
-        """Returns (out [B, T, D], stats or None, threshold [N] or None, cache or None)."""
+    def __call__(self, x_BxTxD: jax.Array, position: int | jax.Array) -> tuple[jax.Array, Watched]:
         config, (_, T, D) = self.config, x_BxTxD.shape
         heads = (config.num_heads, config.head_dim)
         q_BxTxNxH = _linear(config, "Q", heads, name="query")(x_BxTxD)
-        k_BxTxNxH = _linear(config, "K", heads, name="key")(x_BxTxD)
-        v_BxTxNxH = _linear(config, "V", heads, name="value")(x_BxTxD)
+        k_BxSxNxH = _linear(config, "K", heads, name="key")(x_BxTxD)
+        v_BxSxNxH = _linear(config, "V", heads, name="value")(x_BxTxD)
 
         temperature_NxT = threshold_N = None
         if config.learnable_temperature:
@@ -121,16 +136,22 @@ class Attention(nn.Module):
             initializer = nn.initializers.constant(config.threshold_init)
             threshold_N = self.param("threshold", initializer, (config.num_heads,), jnp.float32)
 
-        if cache is None:
-            out_BxTxNxH, stats = attention(
-                q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, temperature_NxT, implementation=config.attention
-            )
-        else:
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
-            cache = KeyValueCache(write(cache.key, k_BxTxNxH), write(cache.value, v_BxTxNxH))
-            out_BxTxNxH, stats = cached_attention(q_BxTxNxH, *cache, temperature_NxT, position=position), None
+        cached = self.has_variable("cache", "key")
+        if cached:
+            k_BxSxNxH = self._remember("key", k_BxSxNxH, position)
+            v_BxSxNxH = self._remember("value", v_BxSxNxH, position)
+        out_BxTxNxH, stats = attention(
+            q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT,
+            position=position if cached else None, implementation=config.attention,
+        )  # fmt: skip
         out = _linear(config, "O", (D,), in_axes=2, split_inputs=True, init_std=_residual_std(config), name="out")
-        return out(out_BxTxNxH), stats, threshold_N, cache
+        return out(out_BxTxNxH), Watched(stats, threshold_N, temperature_NxT)
+
+    def _remember(self, name: str, new_BxTxNxH: jax.Array, position: int | jax.Array) -> jax.Array:
+        """All of the cache, with what is new at its position."""
+        all_BxSxNxH = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new_BxTxNxH, position, 1)
+        self.put_variable("cache", name, all_BxSxNxH)
+        return all_BxSxNxH
 
     def _temperature(self) -> jax.Array:
         """The divisor t of App. A, positive whatever the optimiser does to its parameter."""
@@ -191,12 +212,10 @@ def normalise(kind: str, config: ModelConfig, name: str):
     return layer(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
 
 
-class BlockOutput(NamedTuple):
-    """What a block hands up beside the residual stream; scanned, each leaf gets a leading L."""
+class Stream(NamedTuple):
+    """What goes from block to block; what later blocks read of the first ones is a field here."""
 
-    stats: AttentionStats | None
-    threshold_N: jax.Array | None
-    cache: KeyValueCache | None
+    residual_BxTxD: jax.Array
 
 
 class Block(nn.Module):
@@ -206,18 +225,17 @@ class Block(nn.Module):
     with_ffn: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD, cache, slope, position) -> tuple[jax.Array, BlockOutput]:
-        config = self.config
-        attended, stats, threshold, cache = Attention(config, name="attention")(
-            normalise(config.norm, config, "norm1")(x_BxTxD), cache, position
-        )
-        x_BxTxD = x_BxTxD + attended
+    def __call__(self, stream: Stream, slope: jax.Array | None, position: int | jax.Array) -> tuple[Stream, Watched]:
+        config, x_BxTxD = self.config, stream.residual_BxTxD
+        attention = Attention(config, name="attention")
+        attended_BxTxD, watched = attention(normalise(config.norm, config, "norm1")(x_BxTxD), position)
+        x_BxTxD = x_BxTxD + attended_BxTxD
         if self.with_ffn:
             ffn = FeedForward(config, name="ffn")(normalise(config.norm, config, "norm2")(x_BxTxD), slope)
-            if config.ffn != "full":
+            if config.scaled:
                 alpha = self.param("alpha", nn.initializers.constant(config.alpha_init), (), jnp.float32)
                 beta = self.param("beta", nn.initializers.constant(config.beta_init), (), jnp.float32)
                 x_BxTxD = beta.astype(config.dtype) * x_BxTxD
                 ffn = ffn / alpha.astype(config.dtype)
             x_BxTxD = x_BxTxD + ffn
-        return x_BxTxD, BlockOutput(stats, threshold, cache)
+        return Stream(x_BxTxD), watched

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
+from jax.sharding import PartitionSpec
 
 from jax_entropy.entropy import entropy_penalty
 from jax_entropy.model import Aux, Transformer, logits
-from jax_entropy.sharding import map_rows, platform
+from jax_entropy.sharding import BATCH, on_shards, platform, sum_over
 
 # Logits in one chunk on one device: what a CPU's cache holds (measured: docs/benchmarks/step.md), or enough to keep an
 # accelerator busy.
 _CHUNK_ELEMENTS = {"cpu": 1 << 20}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
+_WHOLE, _ROWS = PartitionSpec(), PartitionSpec(BATCH)
 
 
 class LossParts(NamedTuple):
@@ -78,9 +80,10 @@ def token_losses(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.
     def rows_losses(head, hidden, targets):
         chunks = _split(hidden, targets, head.shape[0])
         losses_CxBxT = jax.lax.map(lambda chunk: _chunk_losses(chunk[0], head, chunk[1]), chunks)
-        return (), rearrange(losses_CxBxT, "C B T -> B (C T)")
+        return rearrange(losses_CxBxT, "C B T -> B (C T)")
 
-    return map_rows(rows_losses, head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT)[1]
+    on_rows = on_shards(rows_losses, (_WHOLE, _ROWS, _ROWS), _ROWS)
+    return on_rows(head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT)
 
 
 @jax.custom_vjp
@@ -100,9 +103,10 @@ def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT):
 
         nothing = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32)), jnp.zeros(head.shape, head_VxD.dtype)
         sums, d_hidden = jax.lax.scan(step, nothing, _split(hidden, targets, head.shape[0]))
-        return sums, rearrange(d_hidden, "C B T D -> B (C T) D")
+        return *sum_over(BATCH, sums), rearrange(d_hidden, "C B T D -> B (C T) D")
 
-    (loss, d_head), d_hidden = map_rows(rows_gradients, head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT)
+    on_rows = on_shards(rows_gradients, (_WHOLE, _ROWS, _ROWS), (_WHOLE, _WHOLE, _ROWS))
+    loss, d_head, d_hidden = on_rows(head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT)
     return loss, (d_hidden, d_head)
 
 

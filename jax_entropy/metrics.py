@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_entropy.architecture import ModelConfig
 from jax_entropy.entropy import head_bands, head_entropy, max_entropy
-from jax_entropy.layers import temperature
 from jax_entropy.model import Aux
 from jax_entropy.sharding import path_name
 
@@ -29,7 +27,7 @@ _GROUPS = (
 
 @jax.jit
 def entropy_metrics(aux: Aux) -> dict[str, jax.Array]:
-    """Entropies of heads and layers in nats, their bands, thresholds, largest logits, and counts of NaN and Inf."""
+    """Entropies of heads and layers in nats, their bands, largest logits, counts of NaN and Inf, what was learned."""
     entropy_LxN = head_entropy(aux.stats.entropy)
     T = aux.stats.entropy.shape[-1]
     bands = head_bands(entropy_LxN)
@@ -51,16 +49,10 @@ def entropy_metrics(aux: Aux) -> dict[str, jax.Array]:
             threshold_mean=jnp.mean(aux.threshold, axis=1),
             threshold_variance=jnp.var(aux.threshold, axis=1),
         )
+    if aux.temperature is not None:
+        of_layers = {name: getattr(jnp, name)(aux.temperature, axis=(1, 2)) for name in ("mean", "min", "max")}
+        metrics["temperature"] = of_layers
     return metrics
-
-
-def temperature_metrics(params: Any, config: ModelConfig) -> dict[str, jax.Array]:
-    """Mean, least and largest temperature of each layer, [L] each; empty without SM(t)."""
-    if not config.learnable_temperature:
-        return {}
-    stacks = [params[name]["attention"] for name in ("blocks", "blocks_without_ffn") if name in params]
-    t_LxNxT = temperature(jnp.concatenate([stack["temperature"] for stack in stacks]), config)
-    return dict(temperature={name: getattr(jnp, name)(t_LxNxT, axis=(1, 2)) for name in ("mean", "min", "max")})
 
 
 def gradient_norms(gradients: Any) -> dict[str, jax.Array]:

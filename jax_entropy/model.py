@@ -3,7 +3,7 @@
 `apply(variables, tokens)` returns logits and `Aux`, the attention statistics of every layer; jit drops unused ones.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,24 @@ from flax import linen as nn
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats
 from jax_entropy.errors import UserError
-from jax_entropy.layers import Block, KeyValueCache, normalise
+from jax_entropy.layers import Block, Stream, Watched, normalise
 from jax_entropy.sharding import BATCH, constrain
 
 
 class Aux(NamedTuple):
-    """stats: entropy, logsumexp, max_logit, each [L, B, N, T] float32; threshold: θ [L, N], None without EReg."""
+    """What attention did: stats [L, B, N, T] float32 each; θ [L, N] with EReg; the divisors t [L, N, T] with SM(t)."""
 
     stats: AttentionStats
     threshold: jax.Array | None
+    temperature: jax.Array | None
 
 
 class Transformer(nn.Module):
     """A decoder-only language model.
 
     Variables: `params`, and `spectral` (power-iteration vectors) where layers are spectrally normalised; pass
-    `mutable=["spectral"]` in training. An rng named "dropout" switches the embedding dropout on.
+    `mutable=["spectral"]` in training. An rng named "dropout" switches the embedding dropout on. With `empty_cache` as
+    the collection `cache`, and that mutable, `decode` reads a text piece by piece.
     """
 
     config: ModelConfig
@@ -60,15 +62,14 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, jax.Array, Aux]:
         """What the loss needs instead of logits: (hidden [B, T, D], head [V, D], Aux)."""
-        hidden_BxTxD, outputs = self._run(tokens_BxT, None, 0)
-        return hidden_BxTxD, self.head, Aux(outputs.stats, outputs.threshold_N)
+        return self._run(tokens_BxT, 0)
 
-    def decode(self, tokens_BxT, cache: KeyValueCache, position) -> tuple[jax.Array, KeyValueCache]:
-        """Reads T tokens that stand at `position`, after those in the cache: (logits [B, T, V], cache)."""
-        hidden_BxTxD, outputs = self._run(tokens_BxT, cache, position)
-        return logits(hidden_BxTxD, self.head), outputs.cache
+    def decode(self, tokens_BxT: jax.Array, position: int | jax.Array) -> tuple[jax.Array, Aux]:
+        """Reads T tokens that stand at `position`, after those in the cache: (logits [B, T, V] float32, Aux)."""
+        hidden_BxTxD, head_VxD, aux = self._run(tokens_BxT, position)
+        return logits(hidden_BxTxD, head_VxD), aux
 
-    def _run(self, tokens_BxT, cache, position):
+    def _run(self, tokens_BxT: jax.Array, position: int | jax.Array) -> tuple[jax.Array, jax.Array, Aux]:
         config, T = self.config, tokens_BxT.shape[1]
         if T > config.context_length:
             raise UserError(f"{T} tokens do not fit into context_length={config.context_length}")
@@ -77,14 +78,14 @@ class Transformer(nn.Module):
         positions_TxD = jax.lax.dynamic_slice_in_dim(self.position_embedding, position, T, axis=0)
         x_BxTxD = tokens_BxTxD * config.embedding_scale + positions_TxD[None]
         x_BxTxD = self.dropout(x_BxTxD, deterministic=not self.has_rng("dropout")).astype(config.dtype)
-        outputs, shallow = [], config.num_layers - config.ffn_free_layers
-        for layers, stack in ((slice(shallow), "blocks"), (slice(shallow, None), "blocks_without_ffn")):
+        stream, watched = Stream(x_BxTxD), []
+        for stack in ("blocks", "blocks_without_ffn"):
             if hasattr(self, stack):
-                part = jax.tree.map(lambda leaf: leaf[layers], cache)
-                x_BxTxD = constrain(x_BxTxD, BATCH, None, None)
-                x_BxTxD, output = getattr(self, stack)(x_BxTxD, part, self.negative_slope, position)
-                outputs.append(output)
-        return self.final_norm(x_BxTxD), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+                stream = jax.tree.map(lambda x_BxTxD: constrain(x_BxTxD, BATCH, None, None), stream)
+                stream, of_stack = getattr(self, stack)(stream, self.negative_slope, position)
+                watched.append(of_stack)
+        watched: Watched = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *watched)
+        return self.final_norm(stream.residual_BxTxD), self.head, Aux(*watched)
 
 
 def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:
@@ -92,9 +93,9 @@ def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:
     block = nn.remat(Block, prevent_cse=False) if config.remat else Block
     return nn.scan(
         block,
-        variable_axes={"params": 0, "spectral": 0},
+        variable_axes={"params": 0, "spectral": 0, "cache": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(nn.broadcast, nn.broadcast),
         length=length,
         unroll=min(config.scan_unroll, length),
     )(config, with_ffn=with_ffn)
@@ -106,7 +107,12 @@ def logits(hidden_BxTxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
     return jnp.einsum("BTD,VD->BTV", hidden_BxTxD, head_VxD, preferred_element_type=wide)
 
 
-def empty_cache(config: ModelConfig, batch_size: int) -> KeyValueCache:
-    """A key-value cache for `batch_size` sequences that have read nothing yet."""
-    shape = (config.num_layers, batch_size, config.context_length, config.num_heads, config.head_dim)
-    return KeyValueCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+def empty_cache(config: ModelConfig, batch_size: int) -> dict[str, Any]:
+    """The collection `cache` for `batch_size` sequences that have read nothing yet: keys and values by stack."""
+    lengths = {"blocks": config.num_layers - config.ffn_free_layers, "blocks_without_ffn": config.ffn_free_layers}
+    shape = (batch_size, config.context_length, config.num_heads, config.head_dim)
+    return {
+        stack: {"attention": {name: jnp.zeros((length, *shape), config.dtype) for name in ("key", "value")}}
+        for stack, length in lengths.items()
+        if length
+    }

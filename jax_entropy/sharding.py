@@ -142,26 +142,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def map_rows(f: Callable, shared: Any, *rows: Any) -> tuple[Any, Any]:
-    """`f(shared, *rows) -> (sums, rows)` of the rows of a batch that each device has.
+def on_shards(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`f` of the parts that a device holds inside a mesh of ours; elsewhere `f` of the whole.
 
-    The sums are added up over `data` and `fsdp` once, at the end, whatever loops `f` has; `tensor` splits as elsewhere.
+    Args:
+      f: a function of arrays; what it sums over rows it adds up by `sum_over`, once, whatever loops it has.
+      in_specs, out_specs: a PartitionSpec for each argument and result; axes that none of them names stay automatic.
     """
-    if jax.sharding.get_abstract_mesh().axis_names != AXES:
-        return f(shared, *rows)
+    if not _inside():
+        return f
+    specs = jax.tree.leaves((in_specs, out_specs), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    names = {name for spec in specs for axis in spec if axis for name in ((axis,) if isinstance(axis, str) else axis)}
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
 
-    def on_device(shared, *rows):
-        sums, mapped = f(shared, *rows)
-        return jax.lax.psum(sums, BATCH), mapped
 
-    whole, split = PartitionSpec(), PartitionSpec(BATCH)
-    return jax.shard_map(
-        on_device,
-        in_specs=(whole, *(split for _ in rows)),
-        out_specs=(whole, split),
-        axis_names=set(BATCH),
-        check_vma=False,
-    )(shared, *rows)
+def sum_over(axes: Sequence[str], x: Any) -> Any:
+    """Sums of what the devices along `axes` found, within `on_shards`; elsewhere `x`."""
+    return jax.lax.psum(x, axes) if _inside() else x
 
 
 def platform() -> str:
@@ -172,6 +169,8 @@ def platform() -> str:
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Fixes the layout of an activation inside a mesh of ours; elsewhere the identity."""
-    if jax.sharding.get_abstract_mesh().axis_names != AXES:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if _inside() else x
+
+
+def _inside() -> bool:
+    return jax.sharding.get_abstract_mesh().axis_names == AXES

@@ -1,5 +1,6 @@
 """The state of training and one step of it: pure functions of the state, to be jitted over a mesh."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,14 +12,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jax_entropy.loss import LossParts, loss_fn
-from jax_entropy.metrics import entropy_metrics, gradient_norms, temperature_metrics
+from jax_entropy.metrics import entropy_metrics, gradient_norms
 from jax_entropy.model import Transformer
 from jax_entropy.optimizer import learning_rate_schedule, make_optimizer
-from jax_entropy.sharding import BATCH, batch_sharding, constrain
+from jax_entropy.seeds import random_key
+from jax_entropy.sharding import BATCH, batch_sharding, constrain, tree_sharding
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and the key that its randomness is folded from."""
+    """All that a step changes, and the data of the key that its randomness is folded from."""
 
     step: jax.Array  # optimiser steps done
     params: Any
@@ -34,11 +36,20 @@ class TrainState(NamedTuple):
 
 def init_state(config: ConfigDict, model: Transformer) -> TrainState:
     """The state before the first step, a function of config.seed alone."""
-    init_key, key = jax.random.split(jax.random.PRNGKey(config.seed))
+    init_key, key = jax.random.split(random_key(config.seed))
     collections = dict(model.init(init_key, jnp.zeros((1, 1), jnp.int32)))
     params = collections.pop("params")
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    return TrainState(jnp.zeros((), jnp.int32), params, collections, optimizer.init(params), key)
+    return TrainState(jnp.zeros((), jnp.int32), params, collections, optimizer.init(params), jax.random.key_data(key))
+
+
+def abstract_state(config: ConfigDict, model: Transformer, mesh: Mesh | None = None) -> TrainState:
+    """Shapes and types of `init_state`, with their shardings over a mesh; nothing is computed."""
+    state = jax.eval_shape(functools.partial(init_state, config, model))
+    if mesh is None:
+        return state
+    shardings = tree_sharding(state, mesh, config.mesh.rules)
+    return jax.tree.map(lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), state, shardings)
 
 
 def penalty_schedule(config: ConfigDict) -> optax.Schedule:
@@ -89,13 +100,12 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
             one, (zeros, state.collections), (jnp.arange(accumulate), batches)
         )
         stats = jax.tree.map(lambda s: rearrange(s, "A L B N T -> L (B A) N T"), parts.aux.stats)
-        threshold = None if parts.aux.threshold is None else parts.aux.threshold[0]
-        aux = parts.aux._replace(stats=stats, threshold=threshold)
+        aux = jax.tree.map(lambda of_batches: of_batches[0], parts.aux)._replace(stats=stats)
         means = jnp.mean(losses), LossParts(jnp.mean(parts.cross_entropy), jnp.mean(parts.penalty), aux, collections)
         return gradients, *means
 
     def train_step(state: TrainState, tokens, watch: bool) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(state.key, state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if accumulate == 1:
             gradients, loss, parts = gradients_of(state.params, state.collections, tokens, key, state.step)
         else:
@@ -109,7 +119,7 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
             not_finite=jnp.sum(~jnp.isfinite(parts.aux.stats.logsumexp), axis=(1, 2, 3)),
         )
         if watch:
-            metrics |= entropy_metrics(parts.aux) | temperature_metrics(state.params, model.config)
+            metrics |= entropy_metrics(parts.aux)
             metrics["gradient_norms"] = gradient_norms(gradients)
             metrics["learning_rate"] = learning_rate(state.step)
         params = optax.apply_updates(state.params, updates)

@@ -32,7 +32,7 @@ def test_a_notation_is_printed_back_to_the_letter(name):
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("SM+LN+G", dict(norm="layer", activation="gelu", ffn="full")),
+        ("SM+LN+G", dict(norm="layer", activation="gelu", ffn="full", scaled=False)),
         ("SM+LN+R", dict(norm="layer", activation="relu")),
         ("SM+LN", dict(norm="layer", activation="identity")),
         ("SM+RN+G", dict(norm="rms", activation="gelu")),
@@ -43,8 +43,8 @@ def test_a_notation_is_printed_back_to_the_letter(name):
         ("SM+LR(global)", dict(activation="leaky_relu", slope="global")),
         ("SM+WNorm(QKV+FFN)", dict(reparametrization="weight", reparametrized="QKV+FFN")),
         ("SM+SNorm(QK)", dict(reparametrization="spectral", reparametrized="QK")),
-        ("SM+ScFFN", dict(ffn="scaled", hidden_dim=3072)),
-        ("SM+ScFuFFN", dict(ffn="fused", hidden_dim=768, entropy_regularizer=False)),
+        ("SM+ScFFN", dict(ffn="full", scaled=True, hidden_dim=3072)),
+        ("SM+ScFuFFN", dict(ffn="fused", scaled=True, hidden_dim=768, entropy_regularizer=False)),
         ("SM(t)+ScFuFFN", dict(ffn="fused", learnable_temperature=True)),
         ("EReg(SM(t)+ScFuFFN^6)", dict(entropy_regularizer=True, ffn_free_layers=6, ffn="fused")),
     ],
@@ -70,7 +70,8 @@ def written_fields(draw):
     """Any combination of fields that the notation writes."""
     fused = draw(st.booleans())
     fields = dict(
-        ffn="fused" if fused else draw(st.sampled_from(["full", "scaled"])),
+        ffn="fused" if fused else "full",
+        scaled=fused or draw(st.booleans()),
         activation="identity" if fused else draw(st.sampled_from(["identity", "gelu", "relu", "leaky_relu"])),
         norm=draw(st.sampled_from(["none", "layer", "rms"])),
         learnable_temperature=draw(st.booleans()),
@@ -214,6 +215,11 @@ def test_heads_that_do_not_divide_the_width_are_answered_with_a_number_that_does
         ModelConfig(num_heads=10)
     with pytest.raises(UserError, match="is 5$"):
         ModelConfig(num_heads=7, model_dim=25)
+
+
+def test_a_fused_feed_forward_without_scales_has_no_spelling():
+    with pytest.raises(UserError, match="no fused feed-forward without scales; take ScFuFFN"):
+        architecture("SM+ScFuFFN", scaled=False)
 
 
 def test_a_fused_feed_forward_is_square():

@@ -11,13 +11,17 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_entropy import attention
-from jax_entropy.attention import IMPLEMENTATIONS, choose
+from jax_entropy.attention import IMPLEMENTATIONS, Implementation, choose
 from jax_entropy.bench.attention import bench_attention
 from jax_entropy.errors import UserError
+from jax_entropy.sharding import platform
+from tests.attention_cases import CASES, cotangents, in_float64
 
 B, N, H = 2, 3, 8
 compiled_attention = jax.jit(attention, static_argnames="implementation")
-BOTH = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+BOTH = pytest.mark.parametrize(
+    "implementation", sorted(name for name, record in IMPLEMENTATIONS.items() if platform() in record.platforms)
+)
 
 
 def definition(q, k, v, t):
@@ -108,6 +112,56 @@ def test_values_and_gradients_agree_with_the_definition(implementation, T, earli
         for actual, values in zip((*actual_outputs, *actual_gradients), (*outputs, *gradients), strict=True):
             assert actual.dtype == jnp.float64
             assert_close(actual, values)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def outputs_and_gradients(arguments, cotangents, position, implementation):
+    def outputs(*arguments):
+        out, stats = attention(*arguments, position=position, implementation=implementation)
+        return (out, stats.entropy, stats.logsumexp), stats.max_logit
+
+    values, backward, max_logit = jax.vjp(outputs, *arguments, has_aux=True)
+    return *values, max_logit, *backward(cotangents)
+
+
+@BOTH
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_cases_that_all_implementations_share(implementation, case):
+    """In float32; the weights of a row sum to 1 in the gradient too, however large its logits are."""
+    as_float32 = lambda arrays: tuple(jnp.asarray(x, jnp.float32) for x in arrays)  # noqa: E731
+    arguments, expected = as_float32(case.arguments()), in_float64(case)
+    found = outputs_and_gradients(arguments, as_float32(cotangents(case)), case.position, implementation)
+    for (name, (value, size)), actual in zip(expected.items(), found, strict=True):
+        assert actual.dtype == jnp.float32
+        off = np.abs(np.asarray(actual, np.float64) - value) / (size + 1e-30)
+        assert off.max() <= case.rtol, f"{name} by {off.max():.1e} of what it is summed from"
+
+
+@BOTH
+def test_products_that_are_not_exact_have_exact_weights_even_so(implementation):
+    """The backward pass computes the logits once more: a row's gradients by the values must sum to 1 all the same."""
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).standard_normal((3, 1, 200, 2, 32)))
+
+    @jax.jit
+    def weights(size):
+        out = lambda v: attention(size * q, size * k, v, implementation=implementation)[0].sum()  # noqa: E731
+        return jax.grad(out)(v).sum(1)
+
+    for size in (1.0, 1e2, 1e4, 1e6):
+        np.testing.assert_allclose(weights(size), 200, rtol=1e-6)
+
+
+@BOTH
+def test_a_position_known_only_later_is_one_known_before(implementation):
+    q, k, v, t = inputs(5, 140, dtype=np.float32)
+    attend = jax.jit(functools.partial(attention, implementation=implementation))
+    for position in (0, 60, 135):
+        end = position + 5
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+            attend(q, k, v, t, position=jnp.asarray(position)),
+            attention(q, k[:, :end], v[:, :end], t, implementation=implementation),
+        )
 
 
 @pytest.mark.parametrize("through", ["entropy", "logsumexp"])
@@ -343,11 +397,19 @@ def test_auto_follows_its_rule():
     jax.tree.map(np.testing.assert_array_equal, attention(*arguments), expected)
 
 
-@pytest.mark.parametrize("name, named", [("flash", "blockwise"), ("gpu", "dense"), ("tpu", "auto"), ("dnse", "dense")])
-def test_an_implementation_that_is_not_here_is_an_error_that_says_which_is(name, named):
+@pytest.mark.parametrize("name, named", [("flash", "blockwise"), ("dnse", "did you mean 'dense'")])
+def test_an_implementation_that_does_not_exist_is_answered_with_those_that_do(name, named):
     with pytest.raises(UserError, match=name) as caught:
         attention(*inputs(4, 4, dtype=np.float32), implementation=name)
     assert named in str(caught.value)
+
+
+def test_an_implementation_for_another_device_is_an_error_that_says_which_work_here(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", Implementation(None, ("gpu", "tpu")))
+    with pytest.raises(UserError) as caught:
+        attention(*inputs(4, 4, dtype=np.float32), implementation="kernel")
+    message = "attention 'kernel' runs on gpu and tpu, and this is cpu; here work 'auto', 'dense', 'blockwise'"
+    assert str(caught.value) == message
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -356,3 +418,6 @@ def test_shapes_that_do_not_fit_are_refused():
                 (q, k, v, t[:, :3]), (q, k[:, :, :2], v[:, :, :2], None)):  # fmt: skip
         with pytest.raises(UserError, match=r"\("):
             attention(*bad)
+    for position in (-1, 3):
+        with pytest.raises(UserError, match=f"position={position} must lie between 0 and S − T = 2"):
+            attention(q, k, v, t, position=position)

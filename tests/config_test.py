@@ -107,7 +107,7 @@ def test_the_defaults_of_config_and_model_agree():
 
 def test_every_field_of_the_model_can_be_set_or_is_written_by_the_notation():
     written = {
-        "norm", "negative_slope", "slope", "ffn", "ffn_free_layers", "reparametrization", "reparametrized",
+        "norm", "negative_slope", "slope", "ffn", "scaled", "ffn_free_layers", "reparametrization", "reparametrized",
         "learnable_temperature", "entropy_regularizer",
     }  # fmt: skip
     elsewhere = {"dtype": "train", "threshold_init": "penalty"}

@@ -158,12 +158,13 @@ def test_fewer_tokens_are_the_beginning_of_more():
         ("", {}, "the prompt is empty"),
         ("0" * 16, {}, "16 tokens and 8 new ones do not fit into the context of 16; shorten the prompt"),
         ("0" * 99, {}, "99 tokens .* shorten the prompt"),
-        ("0" * 10, {}, "10 tokens and 8 new ones do not fit into the context of 16; ask for at most 6"),
-        ("0", dict(num_tokens=0), "num_tokens=0 must be at least 1"),
+        ("0" * 10, {}, "10 tokens and 8 new ones do not fit into the context of 16; ask for at most num_tokens=6"),
+        ("0", dict(num_tokens=0), "^num_tokens=0 must be at least 1"),
         ("0", dict(num_tokens=-3), "num_tokens=-3"),
         ("0", dict(temperature=-0.1), "temperature=-0.1"),
         ("0", dict(temperature=math.nan), "temperature=nan"),
-        ("0", dict(top_k=-1), "top_k=-1"),
+        ("0", dict(top_k=-1), "^top_k=-1"),
+        ("0", dict(seed=-1), "^seed=-1"),
     ],
 )
 def test_what_cannot_be_generated_is_named(prompt, options, message):

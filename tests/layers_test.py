@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_entropy.layers import Attention, Block, Linear, normalise, temperature
+from jax_entropy.layers import Attention, Block, Linear, Stream, effective_matrix, normalise, temperature
 from jax_entropy.model import Transformer
 from tests import reference_model as reference
 from tests.tiny_model import (
@@ -142,6 +142,17 @@ def test_the_gradient_holds_the_singular_vectors_fixed(mutable):
     np.testing.assert_allclose(gradient["kernel"].reshape(12, 12), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["plain", "weight", "spectral"])
+def test_the_effective_matrix_is_the_same_in_numpy(kind):
+    """The private export computes it in float64."""
+    matrix, gain, *vectors = normal(12, 8), normal(2, 4), normal(12, seed=1), normal(8, seed=2)
+    arguments = matrix, gain if kind == "weight" else None, tuple(vectors) if kind == "spectral" else None
+    of_numpy = effective_matrix(*arguments)
+    assert isinstance(of_numpy, np.ndarray) and of_numpy.dtype == np.float64
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(effective_matrix(*jax.tree.map(jnp.asarray, arguments)), of_numpy, rtol=1e-12)
+
+
 def test_evaluation_neither_updates_nor_needs_to_update_the_singular_vectors():
     config = tiny("SM+SNorm(QKVO+FFN)")
     variables, tokens = scattered(config), random_tokens(2, 8)
@@ -192,7 +203,7 @@ def test_a_block_without_feed_forward_has_no_parameters_of_one():
         lengths = {stack: length for stack, length in stacks.items() if length}
         assert {stack for stack in params if stack.startswith("blocks")} == set(lengths), name
         norms = {"norm1", "norm2"} if config.norm != "none" else set()
-        scales = {"alpha", "beta"} if config.ffn != "full" else set()
+        scales = {"alpha", "beta"} if config.scaled else set()
         expected = {
             "blocks": {"attention", "ffn"} | norms | scales,
             "blocks_without_ffn": {"attention"} | norms - {"norm2"},
@@ -240,7 +251,7 @@ def test_the_scaled_feed_forward_is_equation_8(name):
     config = tiny(name)
     params = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), scattered(config)["params"]["blocks"])
     x = normal(2, 8, 16)
-    output, _ = jit(lambda params, x: Block(config, True).apply({"params": params}, x, None, None, 0))(
+    (output,), _ = jit(lambda params, x: Block(config, True).apply({"params": params}, Stream(x), None, 0))(
         *jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
     )
     attended, _ = reference.attend(
@@ -306,7 +317,7 @@ def test_a_temperature_acts_on_its_head_and_query_position_alone(parameter):
 
     @jit
     def entropy(temperatures):
-        return attention.apply({"params": variables | {"temperature": temperatures}}, x, None, 0)[1].entropy
+        return attention.apply({"params": variables | {"temperature": temperatures}}, x, 0)[1].stats.entropy
 
     before, head, position = variables["temperature"], 1, 5
     after = before.at[head, position].add(0.3)
@@ -324,7 +335,7 @@ def test_a_higher_temperature_diffuses():
     @jit
     def mean_entropy(t):
         params = variables | {"temperature": jnp.full((2, 16), t)}
-        return attention.apply({"params": params}, x, None, 0)[1].entropy.mean()
+        return attention.apply({"params": params}, x, 0)[1].stats.entropy.mean()
 
     entropies = [float(mean_entropy(t)) for t in (0.02, 0.2, 1.0, 5.0, 1e3)]
     assert entropies == sorted(entropies)

@@ -9,17 +9,17 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jax_entropy.attention import AttentionStats
-from jax_entropy.metrics import entropy_metrics, gradient_norms, temperature_metrics
+from jax_entropy.metrics import entropy_metrics, gradient_norms
 from jax_entropy.model import Aux
 from tests.tiny_model import ARCHITECTURES, changed, jit, scattered, tiny
 
 L, B, N, T = 3, 4, 2, 16
 
 
-def random_aux(with_threshold=True):
-    rng = np.random.default_rng(0)
-    stats = [rng.uniform(0.1, math.log(T), (L, B, N, T)).astype(np.float32) for _ in range(3)]
-    return Aux(AttentionStats(*stats), rng.uniform(size=(L, N)).astype(np.float32) if with_threshold else None)
+def random_aux():
+    uniform = lambda *arguments: np.random.default_rng(0).uniform(*arguments).astype(np.float32)  # noqa: E731
+    stats = AttentionStats(*(uniform(0.1, math.log(T), (L, B, N, T)) for _ in range(3)))
+    return Aux(stats, uniform(0, 1, (L, N)), uniform(0.1, 2, (L, N, T)))
 
 
 def quarters(entropy, maximum):
@@ -47,6 +47,10 @@ def test_entropy_metrics():
         threshold_mean=aux.threshold.mean(1),
         threshold_variance=aux.threshold.var(1),
     )
+    of_temperature = metrics.pop("temperature")
+    assert of_temperature.keys() == {"mean", "min", "max"}
+    for name, value in of_temperature.items():
+        np.testing.assert_allclose(value, getattr(np, name)(aux.temperature, axis=(1, 2)), rtol=1e-5)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -55,15 +59,16 @@ def test_entropy_metrics():
 def test_the_three_maxima_give_three_shares():
     """Heads at 0.6 of log T: in the third quarter of log T, in the last of what causal heads reach."""
     stats = AttentionStats(*[np.full((L, B, N, T), 0.6 * math.log(T), np.float32)] * 3)
-    metrics = entropy_metrics(Aux(stats, None))
+    metrics = entropy_metrics(Aux(stats, None, None))
     np.testing.assert_array_equal(metrics["bands_observed"], [0, 0, 0, 1])
     np.testing.assert_array_equal(metrics["bands_context"], [0, 0, 1, 0])
     np.testing.assert_array_equal(metrics["bands_causal"], [0, 0, 0, 1])
     assert metrics["overload"] == 1 and metrics["collapse"] == 0
 
 
-def test_without_thresholds_there_are_none_to_watch():
-    assert not [name for name in entropy_metrics(random_aux(with_threshold=False)) if name.startswith("threshold")]
+def test_what_is_not_learned_is_not_watched():
+    learned = ("threshold", "temperature")
+    assert not [name for name in entropy_metrics(Aux(random_aux().stats, None, None)) if name.startswith(learned)]
 
 
 def test_numbers_that_are_none_are_counted_in_their_layer():
@@ -77,25 +82,6 @@ def test_numbers_that_are_none_are_counted_in_their_layer():
     np.testing.assert_array_equal(metrics["inf_count"], [5, 0, 1])
     np.testing.assert_array_equal(np.isnan(metrics["head_entropy"]), [[False, False], [True, False], [True, False]])
     np.testing.assert_allclose(np.sum(metrics["bands_observed"]), 4 / 6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("parameter", ["direct", "log"])
-@pytest.mark.parametrize("without_ffn", [0, 1, 3])
-def test_temperatures(parameter, without_ffn):
-    config = tiny("SM(t)", num_layers=3, ffn_free_layers=without_ffn, temperature_parameter=parameter)
-    params = scattered(config)["params"]
-    stacks = [params[s]["attention"]["temperature"] for s in ("blocks", "blocks_without_ffn") if s in params]
-    t = np.concatenate(stacks).astype(np.float64)
-    t = np.exp(t) if parameter == "log" else np.sqrt(t**2 + 1e-8)
-    metrics = temperature_metrics(params, config)["temperature"]
-    assert metrics.keys() == {"mean", "min", "max"} and t.shape[0] == 3
-    for name, value in metrics.items():
-        np.testing.assert_allclose(value, getattr(np, name)(t, axis=(1, 2)), rtol=1e-5)
-
-
-def test_without_temperatures_there_are_none_to_watch():
-    config = tiny("SM+ScFuFFN")
-    assert temperature_metrics(scattered(config)["params"], config) == {}
 
 
 def group_of(path):

@@ -54,6 +54,13 @@ def test_the_model_is_the_papers(name):
         stacks = [params[s]["attention"]["threshold"] for s in ("blocks", "blocks_without_ffn") if s in params]
         np.testing.assert_array_equal(aux.threshold, np.concatenate(stacks))
         assert aux.threshold.shape == (2, 2)
+    if not config.learnable_temperature:
+        assert aux.temperature is None
+    else:
+        params = scattered(config)["params"]
+        stacks = [params[s]["attention"]["temperature"] for s in ("blocks", "blocks_without_ffn") if s in params]
+        expected = np.sqrt(np.square(np.concatenate(stacks)) + 1e-8)[..., :T]
+        np.testing.assert_allclose(aux.temperature, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +83,18 @@ def test_the_fields_that_the_notation_leaves_open(name, overrides):
     assert ("final_norm" in params) == (config.final_norm != "none")
 
 
+def decode(config, variables, tokens, cache, position):
+    """(logits, aux, cache) after tokens that stand at `position`."""
+    (logits, aux), changed = Transformer(config).apply(
+        {**variables, "cache": cache}, tokens, position, method="decode", mutable=["cache"]
+    )
+    return logits, aux, changed["cache"]
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_reading_with_a_cache_is_reading_at_once(name):
     config = tiny(name)
-    model, variables, tokens = Transformer(config), scattered(config), random_tokens(2, T)
+    variables, tokens = scattered(config), random_tokens(2, T)
 
     @jit
     def read(variables):
@@ -87,25 +102,28 @@ def test_reading_with_a_cache_is_reading_at_once(name):
         cache, parts, position = empty_cache(config, 2), [], 0
         for size in (7, 1, 4):
             piece = tokens[:, position : position + size]
-            logits, cache = model.apply(variables, piece, cache, position, method="decode")
-            parts.append(logits)
+            logits, aux, cache = decode(config, variables, piece, cache, position)
+            parts.append((jnp.moveaxis(logits, 1, -1), aux.stats.entropy))
             position += size
-        return jnp.concatenate(parts, axis=1)
+        return [jnp.concatenate(pieces, axis=-1) for pieces in zip(*parts)]
 
-    logits, _ = forward(config)
-    np.testing.assert_allclose(read(variables), logits, rtol=1e-4, atol=1e-5 * float(jnp.abs(logits).max()))
+    logits, aux = forward(config)
+    read_logits, entropy = read(variables)
+    logits = jnp.moveaxis(logits, 1, -1)
+    np.testing.assert_allclose(read_logits, logits, rtol=1e-4, atol=1e-5 * float(jnp.abs(logits).max()))
+    np.testing.assert_allclose(entropy, aux.stats.entropy, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", VARIED)
 def test_a_cache_may_be_read_at_a_position_known_only_later(name):
     config = tiny(name)
-    model, variables, tokens = Transformer(config), scattered(config), random_tokens(2, T)
+    variables, tokens = scattered(config), random_tokens(2, T)
 
     @jit
     def read(variables):
         def step(carry, token_B):
             cache, position = carry
-            logits, cache = model.apply(variables, token_B[:, None], cache, position, method="decode")
+            logits, _, cache = decode(config, variables, token_B[:, None], cache, position)
             return (cache, position + 1), logits[:, 0]
 
         return jnp.moveaxis(jax.lax.scan(step, (empty_cache(config, 2), 0), tokens.T)[1], 0, 1)
@@ -116,11 +134,11 @@ def test_a_cache_may_be_read_at_a_position_known_only_later(name):
 
 def test_what_lies_behind_in_a_cache_is_not_seen():
     config = tiny("SM+LN+G")
-    model, variables, tokens = Transformer(config), scattered(config), random_tokens(2, T)
-    decode = jit(functools.partial(model.apply, method="decode"))
+    variables, tokens = scattered(config), random_tokens(2, T)
+    read = jit(lambda cache: decode(config, variables, tokens, cache, 0)[:2])
     clean = empty_cache(config, 2)
     dirty = jax.tree.map(lambda leaf: leaf + 1e3, clean)
-    np.testing.assert_array_equal(decode(variables, tokens, clean, 0)[0], decode(variables, tokens, dirty, 0)[0])
+    jax.tree.map(np.testing.assert_array_equal, read(clean), read(dirty))
 
 
 @pytest.mark.parametrize("name", VARIED)
@@ -181,7 +199,7 @@ def test_activations_in_bfloat16_keep_statistics_and_logits_in_float32(name):
         functools.partial(Transformer(narrow).apply, method="hidden"), shapes(narrow), random_tokens(2, T)
     )
     assert hidden.dtype == jnp.bfloat16
-    assert empty_cache(narrow, 1).key.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(empty_cache(narrow, 1))} == {jnp.dtype("bfloat16")}
     expected, aux_expected = forward(wide)
     error = np.abs(logits - expected).max() / np.abs(expected).max()
     assert 1e-5 < error < 0.1  # really computed in bfloat16, and not wrongly

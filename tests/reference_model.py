@@ -37,7 +37,7 @@ def apply_block(config, params, vectors, x, slope):
     if "ffn" in params:
         normed = normalise(config, config.norm, params.get("norm2"), x)
         hidden = feed_forward(config, params["ffn"], vectors.get("ffn", {}), normed, slope)
-        x = x + hidden if config.ffn == "full" else params["beta"] * x + hidden / params["alpha"]  # Eq. 8
+        x = x + hidden if not config.scaled else params["beta"] * x + hidden / params["alpha"]  # Eq. 8
     return x, stats
 
 

@@ -9,9 +9,11 @@ import optax
 import pytest
 
 from jax_entropy.config import model_config
+from jax_entropy.errors import UserError
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer
 from jax_entropy.optimizer import make_optimizer
+from jax_entropy.seeds import random_key
 from jax_entropy.state import init_state, make_train_step
 from tests.tiny_model import changed, jit, random_tokens, run_config
 
@@ -138,7 +140,11 @@ def test_dropout_follows_the_key_and_the_step():
         return float(step(state, tokens, False)[1]["loss"])
 
     assert loss(state) == loss(state)
-    losses = {loss(state), loss(state._replace(step=state.step + 1)), loss(state._replace(key=jax.random.PRNGKey(5)))}
+    losses = {
+        loss(state),
+        loss(state._replace(step=state.step + 1)),
+        loss(state._replace(key=jax.random.key_data(jax.random.key(5)))),
+    }
     assert len(losses) == 3
 
 
@@ -160,6 +166,17 @@ def test_a_state_is_a_function_of_the_seed():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.all(a == b)), again, start()))
     assert not np.array_equal(other.params["token_embedding"], again.params["token_embedding"])
     assert not np.array_equal(other.key, again.key)
+
+
+def test_all_64_bits_of_a_seed_count():
+    seeds = (0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1)
+    keys = {seed: tuple(jax.random.key_data(random_key(seed)).tolist()) for seed in seeds}
+    assert len(set(keys.values())) == len(seeds)
+    for seed in seeds[:4]:
+        assert keys[seed] == (0, seed)  # as JAX has it
+    for seed in (-1, 2**64):
+        with pytest.raises(UserError, match=f"seed={seed} must be a whole number from 0 to 2.64 − 1"):
+            random_key(seed)
 
 
 def test_a_state_holds_what_the_model_takes():

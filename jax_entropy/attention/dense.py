@@ -6,23 +6,26 @@ The reference that the other implementations are held to.
 import jax
 import jax.numpy as jnp
 
+# q·k of a key that is not seen: below every row's largest, and times any temperature still finite, so that it adds
+# 0 · finite to the entropy and to every gradient, never 0 · inf.
+MASKED = -1e20
+
 
 def dense_attention(
-    q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array
+    q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array, position: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k)."""
     T, S = q_BxTxNxH.shape[1], k_BxSxNxH.shape[1]
-    visible_TxS = jnp.arange(S)[None] <= jnp.arange(T)[:, None] + S - T
+    visible_TxS = jnp.arange(S)[None] <= jnp.arange(T)[:, None] + position
     s_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q_BxTxNxH, k_BxSxNxH, preferred_element_type=scale_NxT.dtype)
-    # Finite, so that a masked key adds 0 · finite to the entropy and to every gradient, never 0 · inf.
-    s_BxNxTxS = jnp.where(visible_TxS[None, None], s_BxNxTxS, -1e30)
+    s_BxNxTxS = jnp.where(visible_TxS[None, None], s_BxNxTxS, MASKED)
     max_BxNxT = jax.lax.stop_gradient(jnp.max(s_BxNxTxS, axis=-1))
     # Scaled after the maximum is taken off: what is exactly 0 then stays so, and no entropy falls below 0.
-    s_BxNxTxS = (s_BxNxTxS - max_BxNxT[..., None]) * scale_NxT[None, :, :, None]
+    x_BxNxTxS = (s_BxNxTxS - max_BxNxT[..., None]) * scale_NxT[None, :, :, None]
     max_BxNxT = max_BxNxT * scale_NxT[None]
-    e_BxNxTxS = jnp.exp(s_BxNxTxS)
+    e_BxNxTxS = jnp.exp(x_BxNxTxS)
     z_BxNxT = jnp.sum(e_BxNxTxS, axis=-1)
-    entropy_BxNxT = jnp.log(z_BxNxT) - jnp.sum(e_BxNxTxS * s_BxNxTxS, axis=-1) / z_BxNxT
+    entropy_BxNxT = jnp.log(z_BxNxT) - jnp.sum(e_BxNxTxS * x_BxNxTxS, axis=-1) / z_BxNxT
     p_BxNxTxS = (e_BxNxTxS / z_BxNxT[..., None]).astype(v_BxSxNxH.dtype)
     out_BxTxNxH = jnp.einsum("BNTS,BSNH->BTNH", p_BxNxTxS, v_BxSxNxH, preferred_element_type=scale_NxT.dtype)
     return out_BxTxNxH.astype(q_BxTxNxH.dtype), entropy_BxNxT, max_BxNxT + jnp.log(z_BxNxT), max_BxNxT

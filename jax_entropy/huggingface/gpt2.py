@@ -48,8 +48,9 @@ GPT2 = Family(
     free_keys={"reorder_and_upcast_attn": False},  # the order of a product and a scale, in float32 the same
     fields=dict(norm="layer", final_norm="layer", bias="all"),
     fixed_fields=dict(
-        norm="layer", final_norm="layer", ffn="full", ffn_free_layers=0, reparametrization="none",
-        learnable_temperature=False, entropy_regularizer=False, tied_head=True, embedding_scale=1.0,
+        norm="layer", final_norm="layer", ffn="full", scaled=False, ffn_free_layers=0,
+        reparametrization="none", learnable_temperature=False, entropy_regularizer=False, tied_head=True,
+        embedding_scale=1.0,
     ),
     tensors={
         "wte.weight": "token_embedding",

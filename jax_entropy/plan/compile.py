@@ -4,7 +4,6 @@ Memory is the compiler's; network and memory traffic are read off the compiled p
 """
 
 import dataclasses
-import functools
 import math
 import re
 import time
@@ -22,8 +21,8 @@ from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
 from jax_entropy.plan.hlo import Collective, Program
 from jax_entropy.plan.topology import devices_of, kept_stderr
-from jax_entropy.sharding import batch_sharding, config_mesh, tree_sharding
-from jax_entropy.state import init_state, jit_train_step
+from jax_entropy.sharding import batch_sharding, config_mesh
+from jax_entropy.state import abstract_state, jit_train_step
 
 _REMATERIALIZED = "nvoluntary full rematerialization"
 
@@ -82,8 +81,8 @@ def plan(config: ConfigDict, topology: str) -> Plan:
     chip, devices = devices_of(topology)
     mesh = config_mesh(config, devices)
     model = Transformer(model_config(config, vocabulary(config)))
-    state = jax.eval_shape(functools.partial(init_state, config, model))
-    state_sharding, tokens_sharding = tree_sharding(state, mesh, config.mesh.rules), batch_sharding(mesh)
+    state = abstract_state(config, model, mesh)
+    state_sharding, tokens_sharding = jax.tree.map(lambda leaf: leaf.sharding, state), batch_sharding(mesh)
     sequences = config.train.batch_size * config.optimizer.accumulate
     tokens = jax.ShapeDtypeStruct((sequences, config.model.context_length + 1), jnp.int32)
     placed = jax.tree.leaves(((state, tokens), (state_sharding, tokens_sharding)))
@@ -161,8 +160,7 @@ def _meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[tuple
             try:
                 mesh = config_mesh(trial, devices)
                 model = Transformer(model_config(trial, vocabulary(trial)))
-                state = jax.eval_shape(functools.partial(init_state, trial, model))
-                tree_sharding(state, mesh, trial.mesh.rules)
+                abstract_state(trial, model, mesh)
                 found.append(tuple(mesh.shape.values()))
             except UserError as error:
                 refused = refused or error

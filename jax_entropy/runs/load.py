@@ -1,6 +1,5 @@
 """The trained model in a run's folder."""
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
-from jax_entropy.state import TrainState, init_state
+from jax_entropy.state import TrainState, abstract_state
 
 
 class Run(NamedTuple):
@@ -65,7 +64,7 @@ def load_state(
 
     Raises UserError if there is no checkpoint, or none that is undamaged.
     """
-    abstract = jax.eval_shape(functools.partial(init_state, config, model))
+    abstract = abstract_state(config, model)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
     nothing = UserError(f"{workdir.path} has no checkpoint yet; train it first")

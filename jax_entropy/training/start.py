@@ -17,8 +17,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.optimizer import learning_rate_schedule
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
-from jax_entropy.sharding import tree_sharding
-from jax_entropy.state import TrainState, init_state
+from jax_entropy.state import TrainState, abstract_state, init_state
 from jax_entropy.training.warm_start import Source, take_over
 
 
@@ -37,9 +36,7 @@ class Setup:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the training state."""
-        shapes = jax.eval_shape(functools.partial(init_state, self.config, self.model))
-        shardings = tree_sharding(shapes, self.mesh, self.config.mesh.rules)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        return abstract_state(self.config, self.model, self.mesh)
 
     @property
     def state_sharding(self) -> TrainState:

@@ -3,7 +3,6 @@
 Every process of a pod runs this same function.
 """
 
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.load import own_tokens
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.sharding import config_mesh
-from jax_entropy.state import init_state
+from jax_entropy.state import abstract_state
 from jax_entropy.training.loop import Loop
 from jax_entropy.training.start import Setup, find_start
 from jax_entropy.training.warm_start import Origin, Source, open_source
@@ -100,7 +99,7 @@ def _train(
 ) -> Result:
     # traced, not run: what cannot work is found before the corpus is prepared
     rehearsal = Transformer(model_config(config, config.model.vocab_size or 1))
-    jax.eval_shape(functools.partial(init_state, config, rehearsal))
+    abstract_state(config, rehearsal)
     corpus = _corpus(config, workdir, notify)
     model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
     notify(f"{config.architecture}: {_describe(config, model, corpus, mesh)}")
@@ -150,7 +149,7 @@ def _iterator(config: ConfigDict, corpus: data.Corpus) -> grain.DatasetIterator:
 
 
 def _describe(config: ConfigDict, model: Transformer, corpus: data.Corpus, mesh: Mesh) -> str:
-    size = jax.eval_shape(functools.partial(init_state, config, model)).params
+    size = abstract_state(config, model).params
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(size))
     return (
         f"{count / 1e6:.2f} M parameters, {corpus.num_train_chunks:,} chunks of {corpus.context_length} tokens from "

@@ -23,6 +23,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.paths import local_path, writing
 from jax_entropy.runs.load import load_run
 from jax_entropy.runs.workdir import Workdir
+from jax_entropy.seeds import random_key
 
 # Axes along which one model may have more entries than another, of which the first are taken over.
 _BY_POSITION = {"position_embedding": 0, "attention/temperature": 1}
@@ -135,7 +136,7 @@ def take_over(source: Source, model: Transformer, seed: int, *, same_tokens: boo
     Raises:
       UserError: nothing fits.
     """
-    tokens, key = jnp.zeros((1, 1), jnp.int32), jax.random.key(seed)
+    tokens, key = jnp.zeros((1, 1), jnp.int32), random_key(seed)
     theirs = _by_layer(source.params, source.model)
     ours = _by_layer(jax.device_get(jax.jit(model.init)(key, tokens)["params"]), model.config)
     axes = _BY_POSITION | (_BY_TOKEN if same_tokens else {})

@@ -231,7 +231,7 @@ def test_export_replaces_a_gpt2_but_nothing_else(tmp_path):
         ("SM+RN+G", {}, "norm='rms'"),
         ("SM+LN", {}, "activation='identity'"),
         ("SM+LN+LR(0.1)", {}, "activation='leaky_relu'"),
-        ("SM+LN+G+ScFFN", {}, "ffn='scaled'"),
+        ("SM+LN+G+ScFFN", {}, "scaled=True"),
         ("SM+LN+G^1", {}, "ffn_free_layers=1"),
         ("SM+LN+G+WNorm(QK)", {}, "reparametrization='weight'"),
         ("SM(t)+LN+G", {}, "learnable_temperature=True"),

@@ -50,7 +50,7 @@ def _key(kind: str, config: ModelConfig, plain: bool) -> str:
     """Costs that differ in more than counts: what a kind does depends on the architecture."""
     variant = ""
     if kind == "residual":
-        variant = f" {config.ffn != 'full'}"
+        variant = f" {config.scaled}"
     if kind == "scores" and plain:
         variant = f" {config.learnable_temperature}"
     differs = ("temperature", "scores", "mix", *(["softmax"] if plain else []))

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.layers import temperature
+from jax_entropy.layers import effective_matrix, temperature
 from jax_entropy.private.program.blueprint import Blueprint, Rewrites
 
 _FOLDABLE = 16.0  # products of β beyond this, or below its inverse, would cost precision in fixed point
@@ -74,7 +74,7 @@ def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndar
         if f"{path}/kernel" in params:
             kernel = params[f"{path}/kernel"]
             inputs = config.model_dim if name != "down" else config.hidden_dim
-            block[f"{name}.kernel"] = _effective(
+            block[f"{name}.kernel"] = effective_matrix(
                 kernel.reshape(inputs, -1), params.get(f"{path}/gain"), vectors.get(path)
             )
         if f"{path}/bias" in params:
@@ -92,13 +92,6 @@ def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndar
             temperature(jnp.asarray(params["attention/temperature"], jnp.float32), config), np.float64
         )
     return block
-
-
-def _effective(matrix: np.ndarray, gain: np.ndarray | None, vectors: tuple | None) -> np.ndarray:
-    """The matrix that a reparametrised layer multiplies with."""
-    if gain is not None:
-        return matrix * (gain.reshape(-1) / np.linalg.norm(matrix, axis=0))[None]
-    return matrix / (vectors[0] @ matrix @ vectors[1]) if vectors else matrix
 
 
 def _heads(layer: dict[str, np.ndarray], config: ModelConfig, rewrites: Rewrites) -> None:

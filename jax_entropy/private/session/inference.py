@@ -29,6 +29,7 @@ from jax_entropy.private.program.stage import (
     lower,
 )
 from jax_entropy.private.session.messages import Message, Progress, Prompt
+from jax_entropy.seeds import random_key
 
 CLIENT, SERVER = 0, 1
 REVEALED = ("logits", "token")
@@ -197,7 +198,7 @@ def sampler(num_tokens: int, temperature: float, top_k: int, seed: int) -> Calla
     Raises UserError for options out of range.
     """
     check_sampling(num_tokens, temperature, top_k, seed)
-    keys = iter(jax.random.split(jax.random.key(seed), num_tokens))
+    keys = iter(jax.random.split(random_key(seed), num_tokens))
     return lambda logits_V: int(choose_token(jnp.asarray(logits_V), next(keys), temperature, min(top_k, logits_V.size)))
 
 

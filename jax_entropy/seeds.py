@@ -1,0 +1,21 @@
+"""Seeds are whole numbers of 64 bits, and all of them count."""
+
+import jax
+
+from jax_entropy.errors import UserError
+
+LIMIT = 2**64
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a number that is no seed."""
+    if not 0 <= seed < LIMIT:
+        raise UserError(f"seed={seed} must be a whole number from 0 to 2^64 − 1")
+
+
+def random_key(seed: int) -> jax.Array:
+    """JAX's key of a seed; it reads 32 bits, so that larger seeds have their upper half folded in."""
+    check_seed(seed)
+    upper, lower = divmod(seed, 2**32)
+    key = jax.random.key(lower)
+    return jax.random.fold_in(key, upper) if upper else key

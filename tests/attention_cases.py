@@ -1,0 +1,121 @@
+"""Cases that every implementation of attention is held to, and what they come to in float64.
+
+A new implementation is run by `tests/attention_test.py` on all of CASES as soon as it has its record.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+N, H = 2, 16
+Arguments = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+class Case(NamedTuple):
+    """Arguments q, k, v, temperature (exact in bfloat16, but for the last), and how well float32 must do on them.
+
+    `rtol` is relative to the sum of the magnitudes that a number is summed from: the error of any order of summation.
+    """
+
+    name: str
+    arguments: Callable[[], Arguments]
+    position: int | None = None
+    through: tuple[str, ...] = ("out", "entropy", "logsumexp")  # which outputs have a cotangent
+    rtol: float = 1e-5
+
+
+def _normal(T: int, S: int, temperatures: tuple[float, float] = (0.1, 10.0)) -> Arguments:
+    rng = np.random.default_rng(0)
+    q, k, v = (np.round(rng.standard_normal((2, length, N, H)) * 32) / 32 for length in (T, S, S))
+    return q, k, v, np.exp(rng.uniform(*np.log(temperatures), (N, T)))
+
+
+def _around(offset: float, unit: float, temperature: float, T: int = 130) -> Arguments:
+    """q·k is offset + unit times a whole number up to 60, exact in float32: differences survive beside any offset."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.integers(-2, 3, (2, T, N, H)).astype(float) for _ in range(2))
+    q[..., 0], k[..., 0] = 1, offset / unit
+    return q, k * unit, _normal(T, T)[2], np.full((N, T), temperature)
+
+
+def _behind(garbage: float) -> Arguments:
+    """Nine queries in a cache of 140 keys, which holds `garbage` behind the last of them."""
+    q, k, v, t = _normal(9, 140)
+    for x in (k, v):
+        x[:, 60 + 9 :] = garbage
+    return q, k, v, t
+
+
+_WITHOUT_LSE = ("out", "entropy")  # its gradient by the temperature is as large as the logits and would hide the others
+CASES = (
+    Case("one key", lambda: _normal(1, 1)),
+    Case("one tile", lambda: _normal(7, 7)),
+    Case("tiles that do not fit", lambda: _normal(130, 130)),
+    Case("earlier keys", lambda: _normal(20, 150)),
+    Case("cold and hot rows", lambda: _normal(130, 130, (0.01, 100.0))),
+    Case("logits of 5e5, weights of any size", lambda: _around(2.0**26, 8.0, 32.0), through=_WITHOUT_LSE),
+    Case("logits of 1e8, equal or e^16 apart", lambda: _around(2.0**30, 128.0, 2.0), through=_WITHOUT_LSE),
+    Case("logits of -1e8", lambda: _around(-(2.0**30), 128.0, 2.0), through=_WITHOUT_LSE),
+    Case("logits of 1e10", lambda: _around(2.0**37, 2.0**14, 2.0), through=_WITHOUT_LSE),
+    Case("temperatures of 1e-9", lambda: _around(1.0, 1.0, 1e-9), through=_WITHOUT_LSE),
+    Case("a cache at its position", lambda: _behind(0.0), position=60),
+    Case("a cache with anything behind", lambda: _behind(1e30), position=60),
+)
+
+
+class Number(NamedTuple):
+    """An array in float64 and the sum of the magnitudes that its elements are summed from."""
+
+    value: np.ndarray
+    size: np.ndarray
+
+
+def cotangents(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of out, entropy and logsumexp; 0 where nothing goes through."""
+    (B, T, *_), rng = case.arguments()[0].shape, np.random.default_rng(1)
+    shapes = dict(out=(B, T, N, H), entropy=(B, N, T), logsumexp=(B, N, T))
+    return tuple(rng.choice([-2.0, -1.0, 1.0, 2.0], shape) * (name in case.through) for name, shape in shapes.items())
+
+
+def in_float64(case: Case) -> dict[str, Number]:
+    """Outputs and gradients by their formulas (docs/mathematics.md), no trick but the subtracted maximum."""
+    q, k, v, t = case.arguments()
+    dout, dentropy, dlse = cotangents(case)
+    T, S = q.shape[1], k.shape[1]
+    position = S - T if case.position is None else case.position
+    visible = np.arange(S) <= np.arange(T)[:, None] + position
+    k, v = (np.where((np.arange(S) < position + T)[:, None, None], x, 0) for x in (k, v))  # nobody sees the others
+    dot = lambda equation, x, y: Number(np.einsum(equation, x, y), np.einsum(equation, abs(x), abs(y)))  # noqa: E731
+
+    scale = (1 / (t * np.sqrt(H)))[:, :, None]
+    s = np.where(visible, np.einsum("BTNH,BSNH->BNTS", q, k), -np.inf)
+    largest = s.max(-1, keepdims=True)
+    x = np.where(visible, (s - largest) * scale, -np.inf)
+    z = np.exp(x).sum(-1, keepdims=True)
+    p, x = np.exp(x) / z, np.where(visible, x, 0)
+    log_p = x - np.log(z)
+    entropy = -(p * log_p).sum(-1)
+    logit = largest[..., 0] * scale[..., 0]
+    out = dot("BNTS,BSNH->BTNH", p, v)
+
+    dp = dot("BTNH,BSNH->BNTS", dout, v)
+    row = np.einsum("BTNH,BTNH->BNT", dout, out.value)[..., None]
+    dlse, dentropy, H_ = dlse[..., None], dentropy[..., None], entropy[..., None]
+    dx = p * (dp.value - row + dlse - dentropy * (log_p + H_))
+    size = p * (dp.size + abs(row) + abs(dlse) + abs(dentropy) * (abs(log_p) + H_))
+    dq, dk = (np.einsum(e, dx * scale, y) for e, y in (("BNTS,BSNH->BTNH", k), ("BNTS,BTNH->BSNH", q)))
+    dq_size, dk_size = (np.einsum(e, size * scale, abs(y)) for e, y in (("BNTS,BSNH->BTNH", k), ("BNTS,BTNH->BSNH", q)))
+    by_lse = (dlse[..., 0] * logit).sum(0)
+    return dict(
+        out=out,
+        entropy=Number(entropy, 1 + entropy),
+        logsumexp=Number(logit + np.log(z[..., 0]), 1 + abs(logit)),
+        max_logit=Number(logit, 1 + abs(logit)),
+        dq=Number(dq, dq_size),
+        dk=Number(dk, dk_size),
+        dv=dot("BNTS,BTNH->BSNH", p, dout),
+        dtemperature=Number(
+            -((dx * x).sum((0, 3)) + by_lse) / t, ((size * abs(x)).sum((0, 3)) + abs(by_lse)) / t
+        ),
+    )  # fmt: skip

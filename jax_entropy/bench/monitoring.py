@@ -1,6 +1,5 @@
 """What watching a run costs: the metrics of a watched step, and what the host does with them."""
 
-import json
 import statistics
 import tempfile
 import time
@@ -9,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jax_entropy.bench import started
+from jax_entropy.runs.metrics import read_metrics
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.training.train import train
 
@@ -36,7 +36,7 @@ def bench_monitoring(config: ConfigDict, *, rounds: int = 20) -> dict[str, float
     )
     with tempfile.TemporaryDirectory() as folder:
         train(config, folder, notify=lambda line: None)
-        lines = [json.loads(line) for line in Workdir(folder).metrics.read_text().splitlines()]
+        lines = read_metrics(Workdir(folder).metrics)
     shares = [line["performance"]["monitoring"] for line in lines if line["kind"] == "train"]
     host = statistics.median(shares[2:])  # the first line has the compilation
     return {

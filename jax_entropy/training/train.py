@@ -44,15 +44,17 @@ class Result(NamedTuple):
 
 def train(
     config: ConfigDict,
-    path: str | os.PathLike,
+    workdir: str | os.PathLike,
     notify: Callable[[str], None] = print,
     *,
     profile: int = 0,
     start_from: str | os.PathLike | None = None,
 ) -> Result:
-    """Trains the run of `config` in the workdir `path`.
+    """Trains the run of `config` in a workdir, or goes on with it.
 
     Args:
+      config: as `default_config` or a file in `configs/` makes it.
+      workdir: the run's folder, made if it is missing.
       start_from: workdir or Hugging Face folder of a model of any architecture or size; what fits of it is taken over,
         and its tokenizer is the run's unless `config.data.tokenizer` names one.
       notify: is told, one line at a time, how training goes; on process 0 only.
@@ -65,7 +67,7 @@ def train(
     if profile < 0:
         raise UserError(f"profile={profile} must not be negative")
     mesh = config_mesh(config)
-    workdir = Workdir(path)
+    workdir = Workdir(workdir)
     if jax.process_index() > 0:
         notify = _say_nothing
     config, source = open_source(config, workdir, start_from, notify)

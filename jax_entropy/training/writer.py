@@ -8,8 +8,6 @@ import hashlib
 import importlib
 import io
 import json
-import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
 from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
+from jax_entropy.runs.metrics import drop_lines_after
 from jax_entropy.runs.workdir import Workdir, to_json
 
 _SQUARE = 16  # pixels of a head in a picture
@@ -46,7 +45,7 @@ class MetricsWriter:
         with self._failures_explained():
             self._workdir.path.mkdir(parents=True, exist_ok=True)
             if self._workdir.metrics.exists():
-                _drop_lines_after(self._workdir.metrics, first_step)
+                drop_lines_after(self._workdir.metrics, first_step)
             self._lines = self._workdir.metrics.open("ab", buffering=0)
             # tensorboardX's SummaryWriter hands events to a thread that dies of a full disk and then blocks the run.
             self._events = EventsWriter(str(self._workdir.events), f".{time.time_ns()}")
@@ -109,22 +108,6 @@ class MetricsWriter:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"the metrics could not be written in {str(self._workdir.path)!r}: {reason}") from error
-
-
-def _drop_lines_after(path: Path, first_step: int) -> None:
-    """Keeps the whole lines up to `first_step`, none if it is 0; a kill leaves the old file or the new one."""
-    kept = path.with_suffix(".new")
-    with path.open("rb") as old, kept.open("wb") as new:
-        new.writelines(line for line in old if 0 < first_step and _step_of(line) <= first_step)
-    os.replace(kept, path)
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a line, infinity for one that a kill or a full disk cut short."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def _scalars(value: Any, tag: str) -> Iterator[tuple[str, float]]:

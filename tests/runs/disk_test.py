@@ -34,7 +34,7 @@ def alone(*arguments):
 def test_a_corpus_on_a_full_disk(disk, tmp_path, capfd):
     small = disk(200)
     said = sentence(capfd, "train", TINY, f"--workdir={tmp_path}/run", f"--config.data.directory={small.path}")
-    assert "no space left" in said and "larger disk" in said
+    assert "No space left on device; choose another place" in said
     assert not [path for path in small.path.iterdir() if path.suffix != ".lock"]
     small.enlarge(20_000)
     arguments = ["train", TINY, f"--workdir={tmp_path}/run", f"--config.data.directory={small.path}", *FIELDS]
@@ -81,7 +81,7 @@ def test_a_report_that_cannot_be_written(disk, finished, capfd, make):
     before = sorted(path.name for path in workdir.rglob("*"))
     shutil.rmtree(workdir / "figures")
     make(there)
-    assert "cannot write" in sentence(capfd, "report", f"--workdir={workdir}")
+    assert "cannot be written" in sentence(capfd, "report", f"--workdir={workdir}")
     if make is Disk.fill:
         (there.path / "filler").unlink()
         assert main(["report", f"--workdir={workdir}"]) == 0

@@ -172,6 +172,20 @@ def test_maxima_of_one_token_are_zero():
     assert max_entropy(1) == max_entropy(1, "causal") == 0
 
 
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 9), (5, 8), (64, 64)])
+def test_rows_with_earlier_keys_reach_the_mean_logarithm_of_the_keys_they_see(T, S):
+    """Uniform weights over what each row sees have that entropy."""
+    visible = np.tril(np.ones((T, S)), S - T)
+    rows = row_entropy(visible / visible.sum(-1, keepdims=True))
+    assert max_entropy(T, "causal", num_keys=S) == pytest.approx(float(rows.mean()), rel=1e-6, abs=1e-7)
+    assert max_entropy(T, num_keys=S) == math.log(S)
+
+
+def test_fewer_keys_than_rows_are_refused():
+    with pytest.raises(UserError, match="num_keys=7 must be at least context_length=8"):
+        max_entropy(8, num_keys=7)
+
+
 @pytest.mark.parametrize("T", [0, -1])
 def test_a_context_without_tokens_has_no_maximum(T):
     with pytest.raises(UserError, match=f"context_length={T} must be at least 1"):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_entropy.attention import IMPLEMENTATIONS, attention
+from jax_entropy.sharding import platform
 
 SHAPES = ((32, 128, 4, 64), (8, 512, 4, 64), (4, 1024, 4, 64), (4, 1024, 12, 64))  # B, T, N, H
 
@@ -20,16 +21,16 @@ def bench_attention(
     shapes: Sequence[tuple[int, int, int, int]] = SHAPES,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     *,
-    implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
     rounds: int = 10,
 ) -> list[dict[str, Any]]:
-    """Calls every implementation in turn, `rounds` times after a warm-up, for every shape [B, T, N, H] and type.
+    """Calls every implementation of this device in turn, `rounds` times after a warm-up, for every shape [B, T, N, H] and type.
 
     Returns:
       A row each: median milliseconds, the median of the ratios to the first implementation's calls of the same rounds
       (above 1: faster than it), and temporaries of forward + backward in MiB.
     """
     rows = []
+    implementations = [name for name, record in IMPLEMENTATIONS.items() if platform() in record.platforms]
     for dtype in dtypes:
         for shape in shapes:
             arguments = _arguments(shape, dtype)

@@ -16,6 +16,7 @@ import numpy as np
 from jax_entropy.data.sources import SOURCES
 from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
+from jax_entropy.paths import reading
 from jax_entropy.runs.metrics import read_metrics
 from jax_entropy.runs.workdir import Status, Workdir
 
@@ -77,9 +78,15 @@ def read_history(workdir: str | Path) -> History:
     """Reads a workdir, of a finished run or one still in training.
 
     Raises:
-      UserError: there is no workdir, no config, no training line yet, or a damaged one before the last.
+      UserError: there is no workdir, no config, no training line yet, or a damaged one before the last; or it may not
+        be read.
     """
     workdir = Workdir(workdir)
+    with reading(workdir.path, "workdir"):
+        return _read(workdir)
+
+
+def _read(workdir: Workdir) -> History:
     if not workdir.path.is_dir():
         raise UserError(f"workdir {str(workdir.path)!r} is not there; give the folder that `jax-entropy train` wrote")
     try:
@@ -87,8 +94,6 @@ def read_history(workdir: str | Path) -> History:
         int(config["model"]["context_length"])
     except FileNotFoundError:
         raise UserError(f"workdir {str(workdir.path)!r} has no config.json; it is not the folder of a run") from None
-    except OSError as error:
-        raise UserError(f"{str(workdir.config)!r} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{str(workdir.config)!r} is damaged: it is not a JSON object with model.context_length"

@@ -78,6 +78,11 @@ def empty_metrics(workdir):
     (workdir / "metrics.jsonl").write_text("")
 
 
+def unreadable_metrics(workdir):
+    drop_metrics(workdir)
+    (workdir / "metrics.jsonl").mkdir()
+
+
 def only_evaluations(workdir):
     (workdir / "metrics.jsonl").write_text('{"step": 5, "kind": "evaluate", "validation_loss": 3.0}\n')
 
@@ -93,6 +98,7 @@ def damage_second_line(workdir):
         (drop_config, "has no config.json"),
         (damage_config, "config.json' is damaged"),
         (drop_metrics, "no training line in metrics.jsonl yet"),
+        (unreadable_metrics, "cannot be read: Is a directory"),
         (empty_metrics, "no training line in metrics.jsonl yet"),
         (only_evaluations, "no training line in metrics.jsonl yet"),
         (damage_second_line, "damaged at line 2"),

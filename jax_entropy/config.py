@@ -70,7 +70,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{field.name}={value} {bound.words}")
     for name in PATHS:
         local_path(flat[name], f"config.{name}")
-    model_config(config, config.model.vocab_size or 1)
+    model_config(config, 1 if config.model.vocab_size is None else config.model.vocab_size)
 
 
 def changes(stored: ConfigDict, config: ConfigDict, *, imported: bool = False, complete: bool = False) -> list[str]:

@@ -30,7 +30,7 @@ def status(values: Namespace) -> None:
     BEST,
     Flag("batch_size", 32, "sequences evaluated at once; does not change the numbers"),
     Flag("text", None, "file of text to evaluate on instead of the run's held-out text, all of it", kind=Path),
-    CONFIG._replace(help="another config than the run's, to evaluate on the validation split of its data"),
+    CONFIG._replace(required=False, help="another config than the run's, to evaluate on what its data holds out"),
     JSON,
     examples=[
         "evaluate runs/quickstart",
@@ -50,7 +50,10 @@ def evaluate(values: Namespace) -> None:
     from jax_entropy.commands.summary import print_evaluation
     from jax_entropy.evaluate import evaluate as run
 
-    evaluation = run(values.workdir, best=values.best, batch_size=values.batch_size, notify=warn)
+    section = values.config.data if values.fields or "config" in values.given else None
+    evaluation = run(
+        values.workdir, best=values.best, batch_size=values.batch_size, text=values.text, section=section, notify=warn
+    )
     print_evaluation(evaluation, console(values.json))
     write_json(values.json, evaluation)
 

@@ -16,24 +16,10 @@ from tests import REPOSITORY
 
 TINY = f"--config={REPOSITORY}/tests/tiny_config.py"
 
+# what only the command finds; tests/config_test.py has the values that `check` refuses
 FIELDS = """
-seed=x seed=-1 model.num_layers=0 model.num_layers=-2 model.num_heads=0 model.num_heads=3 model.model_dim=0
-model.model_dim=33 model.ffn_dim=0 model.context_length=0 model.context_length=-5 model.vocab_size=0
-model.activation=swish model.temperature_init=0.0 model.temperature_init=-1.0 model.temperature_init=nan
-model.temperature_parameter=exp model.final_norm=batch model.bias=some model.tied_head=maybe
-model.embedding_dropout=1.0 model.embedding_dropout=-0.1 model.init_std=-0.1 model.init_std=nan
-model.residual_init_std=-1.0 model.norm_epsilon=-1e-5 model.attention= model.attention=gpu model.scan_unroll=0
-model.remat=2 data.source= data.vocab_size=0 data.vocab_size=10 data.validation_fraction=0.0
-data.validation_fraction=1.0 data.validation_fraction=nan data.max_documents=-1 data.num_threads=0 data.prefetch=0
-train.num_steps=1.5 train.num_steps=-1 train.batch_size=0 train.batch_size=12 train.dtype=fp8 train.log_every=0
-train.evaluate_every=-1 train.evaluate_chunks=-1 train.checkpoint_every=0 train.keep=0 train.wandb=perhaps
-optimizer.learning_rate=0.0 optimizer.learning_rate=nan optimizer.learning_rate=inf optimizer.end_learning_rate=-1.0
-optimizer.schedule= optimizer.warmup=-0.5 optimizer.warmup=nan optimizer.warmup=1000.0 optimizer.beta1=1.0
-optimizer.beta2=-0.1 optimizer.weight_decay=-0.1 optimizer.clip_norm=-1.0 optimizer.clip_norm=nan
-optimizer.accumulate=0 penalty.weight=-1.0 penalty.weight=nan penalty.warmup=2.0 penalty.tolerance=-0.2
-penalty.reduction=sum penalty.shape=square penalty.threshold_init=nan guard.limit=-1 guard.zscore=-3.0 guard.window=0
-guard.learning_rate_factor=0.0 guard.learning_rate_factor=1.5 optimizer.lr=1.0 model.layers=3 penalty.lambda=1.0
-nothing=3
+model.attention= model.attention=gpu train.batch_size=12 optimizer.warmup=1000.0 optimizer.lr=1.0 model.layers=3
+penalty.lambda=1.0 nothing=3 train.num_steps=1e3 data.files=gs://x data.directory=s3://x
 """.split()
 
 MESHES = ["mesh.data=0", "mesh.data=-2", "mesh.data=16", "mesh.fsdp=-1", "mesh.tensor=16", "mesh.tensor=0"]
@@ -56,7 +42,6 @@ LINES = {
     "evaluate --workdir=nowhere": "nowhere",
     "evaluate --workdir=nowhere --batch_size=x": "batch_size",
     "evaluate --workdir=nowhere --besst": "best",
-    "evaluate nowhere --batch_size=0": "--batch_size=0",
     "generate": "--workdir",
     "generate --workdir=nowhere --prompt=x": "nowhere",
     "generate --workdir=nowhere --prompt=x --seed=x": "seed",

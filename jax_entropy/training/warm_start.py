@@ -4,9 +4,10 @@ What fits is taken over, by name, layer and shape; what was taken over is told a
 source no more once its first checkpoint is saved.
 """
 
+import collections
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -139,45 +140,47 @@ def take_over(source: Source, model: Transformer, seed: int, *, same_tokens: boo
     tokens, key = jnp.zeros((1, 1), jnp.int32), random_key(seed)
     theirs = _by_layer(source.params, source.model)
     ours = _by_layer(jax.device_get(jax.jit(model.init)(key, tokens)["params"]), model.config)
-    axes = _BY_POSITION | (_BY_TOKEN if same_tokens else {})
-    kept, whole, in_part, count = {}, [], {}, 0
-    for place, new in ours.items():
-        old, (_, name) = theirs.get(place), place
-        if old is None or (name in _BY_TOKEN and not same_tokens):
-            continue
-        if old.shape == new.shape:
-            kept[place] = old
-            whole.append(place)
-            count += old.size
-        elif (part := _first_entries(old.shape, new.shape, axes.get(name))) is not None:
-            kept[place] = np.array(new)
-            kept[place][part] = old[part]
-            in_part[place] = f"the first {old[part].shape[axes[name]]:,} of {new.shape[axes[name]]:,}"
-            count += old[part].size
+    kept = {place: _kept(place[1], theirs.get(place), new, same_tokens) for place, new in ours.items()}
+    kept = {place: part for place, part in kept.items() if part is not None}
     if not kept:
         raise UserError(f"nothing of {source.name}, {source.model}, fits into {model.config} of this size")
-    params = _stacked(kept, ours, model.config)
+    params = _stacked({place: part.value for place, part in kept.items()}, ours, model.config)
     # What is missing is initialised, and after what it is derived from: gains and singular vectors of kept matrices.
     complete = jax.jit(lambda params: model.apply(params, tokens, mutable=["params", "spectral"], rngs={"params": key}))
     _, variables = complete({"params": params})
     origin = Origin(
         source=source.name,
         architecture=str(source.model),
-        share=count / sum(leaf.size for leaf in ours.values()),
-        taken_over=_told(whole, ours),
-        in_part=[f"{name} ({note})" for note in dict.fromkeys(in_part.values())
-                 for name in _told([place for place in in_part if in_part[place] == note], ours)],
-        anew=_told([place for place in ours if place not in kept], ours),
-        left_behind=_told([place for place in theirs if place not in kept], theirs),
-    )  # fmt: skip
+        share=sum(part.count for part in kept.values()) / sum(leaf.size for leaf in ours.values()),
+        taken_over=_told({place: "" for place, part in kept.items() if not part.note}, ours),
+        in_part=_told({place: f" ({part.note})" for place, part in kept.items() if part.note}, ours),
+        anew=_told(dict.fromkeys((place for place in ours if place not in kept), ""), ours),
+        left_behind=_told(dict.fromkeys((place for place in theirs if place not in kept), ""), theirs),
+    )
     return variables, origin
 
 
-def _first_entries(old: tuple[int, ...], new: tuple[int, ...], axis: int | None) -> tuple[slice, ...] | None:
-    """The part of both shapes that is common along an axis; None where they differ elsewhere."""
-    if axis is None or old[:axis] + old[axis + 1 :] != new[:axis] + new[axis + 1 :]:
+class _Kept(NamedTuple):
+    """What a parameter starts from, how many numbers of it are the source's, and which where not all are."""
+
+    value: np.ndarray
+    count: int
+    note: str = ""
+
+
+def _kept(name: str, old: np.ndarray | None, new: np.ndarray, same_tokens: bool) -> _Kept | None:
+    """None where nothing fits."""
+    if old is None or (name in _BY_TOKEN and not same_tokens):
         return None
-    return (*(slice(None),) * axis, slice(min(old[axis], new[axis])))
+    if old.shape == new.shape:
+        return _Kept(old, old.size)
+    axis = (_BY_POSITION | _BY_TOKEN).get(name)
+    if axis is None or old.shape[:axis] + old.shape[axis + 1 :] != new.shape[:axis] + new.shape[axis + 1 :]:
+        return None
+    entries = min(old.shape[axis], new.shape[axis])
+    first, value = (*(slice(None),) * axis, slice(entries)), np.array(new)
+    value[first] = old[first]
+    return _Kept(value, old[first].size, f"the first {entries:,} of {new.shape[axis]:,}")
 
 
 def _stacks(config: ModelConfig) -> dict[str, range]:
@@ -206,13 +209,13 @@ def _stacked(kept: dict[_Key, np.ndarray], ours: dict[_Key, np.ndarray], config:
     return unflatten_dict(params, sep="/")
 
 
-def _told(places: Iterable[_Key], among: dict[_Key, Any]) -> list[str]:
-    """Names, with their layers where not all that have them are meant."""
-    layers: dict[str, list[int | None]] = {}
-    for layer, name in places:
-        layers.setdefault(name, []).append(layer)
-    every = {name: sum(other == name for _, other in among) for name in layers}
+def _told(places: Mapping[_Key, str], among: Mapping[_Key, Any]) -> list[str]:
+    """Names and what is noted of them, with their layers where not all that have them are meant."""
+    layers: dict[tuple[str, str], list[int | None]] = {}
+    for (layer, name), note in places.items():
+        layers.setdefault((name, note), []).append(layer)
+    every = collections.Counter(name for _, name in among)
     return [
-        name if len(which) == every[name] else f"{name} of layers {', '.join(map(str, which))}"
-        for name, which in layers.items()
+        name + ("" if len(which) == every[name] else f" of layers {', '.join(map(str, which))}") + note
+        for (name, note), which in layers.items()
     ]

@@ -12,10 +12,10 @@ from tests import REPOSITORY
 
 # Each room imports from those before it. Mathematics first, then what is done with it.
 ROOMS = """
-    errors paths manifest supervise
-    architecture entropy attention chips data
+    errors paths manifest seeds supervise
+    architecture entropy chips data
     fields config config_file sharding
-    layers model census loss metrics optimizer state
+    attention layers model census loss metrics optimizer state
     runs report plan evaluate generate huggingface
     training private.engine private.program private.session private.cost private
     bench commands __main__

@@ -24,9 +24,9 @@ penalty.lambda=1.0 nothing=3 train.num_steps=1e3 data.files=gs://x data.director
 
 MESHES = ["mesh.data=0", "mesh.data=-2", "mesh.data=16", "mesh.fsdp=-1", "mesh.tensor=16", "mesh.tensor=0"]
 
+# beside those of tests/architecture_test.py, which are not asked of the command again
 NOTATIONS = """
-SM+ GELU EReg(SM EReg() EReg(EReg(SM)) SM+WNorm(XX) SM+WNorm() SM+LN+G+R SM+LN+LN SM(t SM(s) SM^ SM^-1 SM^x
-SM+ScFFN+ScFuFFN SM+SNorm(QK)+WNorm(QK) SM+LR(x) SM+LR() LN+SM sm+ln+g SM+LN+G) SM+ScFuFFN+G SM+ScFuFFN^99 ☃
+SM+LN+LN SM(t SM(s) SM^x SM+SNorm(QK)+WNorm(QK) SM+LR(x) LN+SM sm+ln+g SM+LN+G) SM+ScFuFFN+G SM+ScFuFFN^99 ☃
 """.split()
 
 LINES = {

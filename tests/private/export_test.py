@@ -11,7 +11,8 @@ from jax_entropy.private.program.blueprint import NO_REWRITES, REWRITES, Rewrite
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.forward import float32_logits, prefill, step
 from jax_entropy.private.program.stage import compose, external_inputs
-from tests.tiny_model import ARCHITECTURES, VARIED, jit, random_tokens, scattered, tiny
+from tests.private.helpers import plain_logits
+from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
 
 
 def run(exported, stages, outputs, **values):
@@ -20,9 +21,8 @@ def run(exported, stages, outputs, **values):
 
 
 def assert_equal_to_model(config, rewrites, num_tokens=16):
-    tokens_1xT = random_tokens(1, num_tokens)
-    expected_TxV = jit(Transformer(config).apply)(scattered(config), tokens_1xT)[0][0]
-    logits_TxV = float32_logits(export(config, scattered(config), rewrites), tokens_1xT[0])
+    expected_TxV = plain_logits(config, num_tokens)
+    logits_TxV = float32_logits(export(config, scattered(config), rewrites), random_tokens(1, num_tokens)[0])
     np.testing.assert_allclose(logits_TxV, expected_TxV, atol=2e-5 * np.abs(expected_TxV).max(), rtol=0)
 
 
@@ -58,7 +58,7 @@ def test_any_number_of_tokens(num_tokens):
 def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, rewrites):
     config = tiny(name)
     tokens_T = np.asarray(random_tokens(1, 16)[0])
-    expected_TxV = jit(Transformer(config).apply)(scattered(config), jnp.asarray(tokens_T)[None])[0][0]
+    expected_TxV = plain_logits(config)
     exported = export(config, scattered(config), rewrites)
     caches = tuple(f"{layer}.{kind}" for layer in range(2) for kind in "kv")
     padded_T = np.concatenate([tokens_T[:5], [0, 0, 0]])  # a prompt of 5 in a program for 8

@@ -22,12 +22,18 @@ from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.state import init_state
 from tests import REPOSITORY
-from tests.tiny_model import run_config, scattered
+from tests.tiny_model import jit, random_tokens, run_config, scattered
 
 
 def private_model(engine: Engine, config, variables=None, rewrites: Rewrites = Rewrites()) -> PrivateModel:
     """A tiny model with its weights shared."""
     return PrivateModel.of(engine, export(config, scattered(config) if variables is None else variables, rewrites))
+
+
+@functools.cache
+def plain_logits(config, num_tokens: int = 16) -> np.ndarray:
+    """What the plain model, compiled once, says of `random_tokens`."""
+    return np.asarray(jit(Transformer(config).apply)(scattered(config), random_tokens(1, num_tokens))[0][0])
 
 
 @functools.cache

@@ -13,8 +13,8 @@ from jax_entropy.private.program.blueprint import NO_REWRITES, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.stage import lower
 from jax_entropy.private.session.inference import CLIENT, SERVER, generate
-from tests.private.helpers import greedy, private_model
-from tests.tiny_model import ARCHITECTURES, VARIED, jit, random_tokens, scattered, tiny
+from tests.private.helpers import greedy, plain_logits, private_model
+from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
 
 PROMPT = (0, 5, 3)
 PRECISE = Setting(fraction_bits=22, exponent_iterations=10)
@@ -31,10 +31,6 @@ def logits_of(engine, config, rewrites=Rewrites()):
     model.put_tokens(np.asarray(random_tokens(1, 16)[0]).tolist())
     model.forward(16)
     return engine.get(["logits"], CLIENT)["logits"]
-
-
-def plain_logits(config):
-    return np.asarray(jit(Transformer(config).apply)(scattered(config), random_tokens(1, 16))[0][0])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

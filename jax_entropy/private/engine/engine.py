@@ -92,7 +92,7 @@ class Engine:
     def __init__(
         self, setting: Setting, link: Link | None = None, *, peer: Any = None, directory: Path | None = None,
         timeout: float = 3600,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.setting, self.link, self.peer, self.timeout = setting.check(), link, peer, timeout
         python = environment_python(directory)
         self.folder = tempfile.TemporaryDirectory(prefix="jax_entropy_private_")

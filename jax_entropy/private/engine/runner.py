@@ -31,26 +31,26 @@ class Clock:
     it has waited for them.
     """
 
-    def __init__(self, num_parties):
+    def __init__(self, num_parties) -> None:
         self.lock, self.rounds, self.sent, self.messages = threading.Lock(), 0, [0] * num_parties, 0
         self.main, self.link, self.events, self.beside = None, None, 0, {}
 
-    def start(self, rounds):
+    def start(self, rounds) -> None:
         """The calling thread is the main one, and what comes depends on everything before."""
         self.main, self.rounds = threading.get_native_id(), rounds
         self.beside.clear()
 
-    def send(self, peer, key, num_bytes):
+    def send(self, peer, key, num_bytes) -> int:
         with self.lock:
             self.sent[peer] += num_bytes
             self.messages += 1
             return self._now(key, None) + 1
 
-    def receive(self, key, stamp):
+    def receive(self, key, stamp) -> None:
         with self.lock:
             self._now(key, stamp)
 
-    def _now(self, key, stamp):
+    def _now(self, key, stamp) -> int:
         """This thread's clock after a message with a stamp came in, or before one (None) goes out."""
         link, thread = key.partition(":")[0], threading.get_native_id()
         if thread == self.main:
@@ -65,12 +65,12 @@ class Clock:
         beside.sends |= stamp is None
         return beside.rounds
 
-    def end(self):
+    def end(self) -> None:
         """The main thread has waited for all others."""
         with self.lock:
             self._join(None)
 
-    def _join(self, link):
+    def _join(self, link) -> None:
         """Before the main thread goes on at a link: takes over the clocks of those that it has waited for."""
         for name, beside in list(self.beside.items()):
             helps = name == link or (name == self.link and not beside.sends)  # receives for the main thread
@@ -83,22 +83,22 @@ class Clock:
 class Beside:
     """The clock of a link that another thread than the main one uses, which had seen so many events when it began."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rounds, self.events, self.thread, self.sends = 0, 0, None, False
 
 
 class Mailbox:
     """Messages on their way to one party from one other, by key."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.messages, self.arrived, self.closed = {}, threading.Condition(), False
 
-    def put(self, key, message):
+    def put(self, key, message) -> None:
         with self.arrived:
             self.messages[key] = message
             self.arrived.notify_all()
 
-    def take(self, key, timeout=3600):
+    def take(self, key, timeout=3600) -> tuple[int, bytes]:
         with self.arrived:
             if not self.arrived.wait_for(lambda: key in self.messages or self.closed, timeout):
                 raise RuntimeError("a party waited in vain for another")
@@ -106,7 +106,7 @@ class Mailbox:
                 raise RuntimeError(DESERTED)
             return self.messages.pop(key)
 
-    def close(self):
+    def close(self) -> None:
         """Whoever waits here waits no longer."""
         with self.arrived:
             self.closed = True
@@ -116,39 +116,39 @@ class Mailbox:
 class CountedChannel(libspu.link.IChannel):
     """One party's end of its connection with another; the engine calls these methods by their C++ names."""
 
-    def __init__(self, clock, peer, inbox, outbox):
+    def __init__(self, clock, peer, inbox, outbox) -> None:
         super().__init__()
         self.clock, self.peer, self.inbox, self.outbox = clock, peer, inbox, outbox
 
-    def Send(self, key, value):
+    def Send(self, key, value) -> None:
         value = bytes(value)
         self.outbox.put(key, (self.clock.send(self.peer, key, len(value)), value))
 
     SendAsync = SendAsyncThrottled = Send
 
-    def Recv(self, key):
+    def Recv(self, key) -> bytes:
         stamp, value = self.inbox.take(key)
         self.clock.receive(key, stamp)
         return value
 
-    def TestSend(self, timeout):
+    def TestSend(self, timeout) -> None:
         self.outbox.put("connected", (0, b""))
 
-    def TestRecv(self):
+    def TestRecv(self) -> None:
         self.inbox.take("connected")
 
-    def SetThrottleWindowSize(self, size):
+    def SetThrottleWindowSize(self, size) -> None:
         pass
 
     SetChunkParallelSendSize = SetThrottleWindowSize
 
-    def WaitLinkTaskFinish(self):
+    def WaitLinkTaskFinish(self) -> None:
         pass
 
     Abort = WaitLinkTaskFinish
 
 
-def engine_config(options):
+def engine_config(options) -> libspu.RuntimeConfig:
     """The engine's RuntimeConfig from names and numbers, like {"protocol": "SEMI2K", "fxp_fraction_bits": 18}."""
     config = libspu.RuntimeConfig(
         protocol=getattr(libspu.ProtocolKind, options["protocol"]), field=libspu.FieldType.FM64
@@ -161,7 +161,7 @@ def engine_config(options):
     return config
 
 
-def tls_options(side, tls):
+def tls_options(side, tls) -> None:
     side.cert.certificate_path, side.cert.private_key_path = tls["certificate"], tls["private_key"]
     side.verify.ca_file_path, side.verify.verify_depth = tls["peer_certificate"], 1  # 0 would accept anybody
 
@@ -169,7 +169,7 @@ def tls_options(side, tls):
 class Machine:
     """The parties of a computation that this process holds, and what they can be asked to do."""
 
-    def open(self, num_parties, config, link=None):
+    def open(self, num_parties, config, link=None) -> None:
         """Starts all parties, or with a link ({rank, addresses, timeout_ms, tls}) the one that this process is.
 
         Whatever was there before is gone: arrays, programs, and what a runtime knows of weights that it opened.
@@ -203,12 +203,12 @@ class Machine:
         # a runtime sets itself up with the others
         self.runtimes = self._together(lambda i: spu.Runtime(contexts[i], config))
 
-    def _together(self, function):
+    def _together(self, function) -> list:
         """The results of function(i) for every party here, run at the same time."""
         if len(self.ranks) == 1:
             return [function(0)]
 
-        def guarded(i):
+        def guarded(i) -> object:
             try:
                 return function(i)
             except BaseException:
@@ -223,7 +223,7 @@ class Machine:
             raise next((error for error in errors if DESERTED not in str(error)), errors[0])
         return [future.result() for future in futures]
 
-    def load(self, name, file, visibility, options):
+    def load(self, name, file, visibility, options) -> None:
         """Compiles an HLO proto under a name."""
         with open(file, "rb") as stream:
             source = libspu.CompilationSource(
@@ -231,7 +231,7 @@ class Machine:
             )
         self.programs[name] = spu.compile(source, libspu.CompilerOptions(**options))
 
-    def put(self, names, owner, file=None, visibility="secret", colocated=False):
+    def put(self, names, owner, file=None, visibility="secret", colocated=False) -> None:
         """Shares the owner's arrays with all parties; only the owner gives the .npz file."""
         arrays = np.load(file) if file else None
         own = range(self.num_parties) if len(self.ranks) > 1 else [owner]
@@ -249,7 +249,7 @@ class Machine:
             else:
                 self.runtimes[0].set_var(name, self._receive_share(owner))
 
-    def get(self, names, to, file=None):
+    def get(self, names, to, file=None) -> None:
         """Reveals arrays to one party, which writes them to the .npz file."""
         arrays = {}
         for name in names:
@@ -263,13 +263,13 @@ class Machine:
         if file:
             np.savez(file, **arrays)
 
-    def run(self, program, inputs, outputs):
+    def run(self, program, inputs, outputs) -> dict:
         """Runs a program on named arrays. Bytes sent by each party (a sum over its peers), rounds, seconds."""
         executable = libspu.Executable(program, inputs, outputs, self.programs[program])
         before = [(sum(clock.sent), clock.messages) for clock in self.clocks]
         start_rounds, start = max((clock.rounds for clock in self.clocks), default=0), time.perf_counter()
 
-        def run(i):
+        def run(i) -> None:
             if self.clocks:
                 self.clocks[i].start(start_rounds)
             self.runtimes[i].run(executable)
@@ -284,29 +284,29 @@ class Machine:
             rounds=max((clock.rounds for clock in self.clocks), default=0) - start_rounds,
         )
 
-    def peak_memory(self):
+    def peak_memory(self) -> int:
         """Bytes of memory that this process held at most."""
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def _send_share(self, to, share):
+    def _send_share(self, to, share) -> None:
         context, chunks = self.contexts[0], share.share_chunks
         context.send(to, share.meta)
         context.send(to, str(len(chunks)))
         for chunk in chunks:
             context.send(to, chunk)
 
-    def _receive_share(self, source):
+    def _receive_share(self, source) -> libspu.Share:
         share, context = libspu.Share(), self.contexts[0]
         share.meta = context.recv(source)
         share.share_chunks = [context.recv(source) for _ in range(int(context.recv(source)))]
         return share
 
 
-def _visibility(name):
+def _visibility(name) -> libspu.Visibility:
     return PUBLIC if name == "public" else SECRET
 
 
-def main(requests_fd, replies_fd):
+def main(requests_fd, replies_fd) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: shares do not outlive who asked for them
     machine, replies = Machine(), os.fdopen(replies_fd, "w", buffering=1)
     for line in os.fdopen(requests_fd):

@@ -15,7 +15,7 @@ from jax_entropy.private.program.blueprint import Blueprint
 from jax_entropy.private.program.stage import PAST, POSITION, Stage
 
 
-def _tempered(blueprint: Blueprint, layer: int, rows) -> list[Stage]:
+def _tempered(blueprint: Blueprint, layer: int, rows: Callable[..., jax.Array]) -> list[Stage]:
     """Queries times their constants 1/(t·√H), where these are not in the kernel already."""
     factor = blueprint.present(f"{layer}.inverse_temperature")
     function = lambda q_TxNxH, c_NxS, *at: q_TxNxH * rows(c_NxS, *at).T[:, :, None]  # noqa: E731
@@ -28,26 +28,28 @@ class _Rows(NamedTuple):
 
     count: int
 
-    def __call__(self, values_NxS):
+    def __call__(self, values_NxS: jax.Array) -> jax.Array:
         return values_NxS[:, : self.count]
 
 
-def _column(values_NxS, position):
+def _column(values_NxS: jax.Array, position: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(values_NxS, position, 1, axis=1)
 
 
-def _divisor(blueprint: Blueprint, temperature_NxT):
+def _divisor(blueprint: Blueprint, temperature_NxT: jax.Array | None) -> jax.Array | float:
     """What scores are divided by where nothing is folded."""
     root = math.sqrt(blueprint.config.head_dim)
     return root if temperature_NxT is None else temperature_NxT[..., None] * root
 
 
 def attention(blueprint: Blueprint, layer: int, num_tokens: int) -> list[Stage]:
+    """Queries, keys and values of a whole prompt → `mixed` [T, D]."""
+    """Queries, keys and values of a whole prompt → `mixed` [T, D]."""
     q, k, v = (f"{layer}.{name}" for name in "qkv")
     divided = blueprint.present(f"{layer}.temperature")
     rows = _Rows(num_tokens)
 
-    def scores(q_TxNxH, k_TxNxH, *temperature_NxS):
+    def scores(q_TxNxH: jax.Array, k_TxNxH: jax.Array, *temperature_NxS: jax.Array) -> jax.Array:
         scores_NxTxT = jnp.einsum("TNH,SNH->NTS", q_TxNxH, k_TxNxH)
         if blueprint.rewrites.temperature:
             return scores_NxTxT
@@ -64,7 +66,7 @@ def attention(blueprint: Blueprint, layer: int, num_tokens: int) -> list[Stage]:
 def _softmax(blueprint: Blueprint, layer: int, exponentials: Callable, *extra: str) -> list[Stage]:
     """scores → weights, or unnormalised ones and the reciprocals of their sums."""
 
-    def function(*arrays):
+    def function(*arrays: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
         weights, total = exponentials(*arrays)
         return (weights, 1 / total) if blueprint.rewrites.denominator else weights / total[..., None]
 
@@ -73,7 +75,7 @@ def _softmax(blueprint: Blueprint, layer: int, exponentials: Callable, *extra: s
 
 
 def _mix(blueprint: Blueprint, layer: int, values: str, equation: str) -> Stage:
-    def function(weights_NxTxS, v_SxNxH, *reciprocal_NxT):
+    def function(weights_NxTxS: jax.Array, v_SxNxH: jax.Array, *reciprocal_NxT: jax.Array) -> jax.Array:
         out_TxNxH = jnp.einsum(equation, weights_NxTxS, v_SxNxH)
         for factor_NxT in reciprocal_NxT:
             out_TxNxH = out_TxNxH * factor_NxT.T[..., None]
@@ -123,10 +125,12 @@ def tile_edge(num_tokens: int) -> int:
 
 
 def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
+    """As `attention`, for one token at `position`, whose key and value are written into the caches before."""
+    """As `attention`, for one token at `position`, whose key and value are written into the caches before."""
     q, k, v = (f"{layer}.{name}" for name in "qkv")
     divided = blueprint.present(f"{layer}.temperature")
 
-    def scores(q_1xNxH, k_SxNxH, *temperature):
+    def scores(q_1xNxH: jax.Array, k_SxNxH: jax.Array, *temperature: jax.Array) -> jax.Array:
         if blueprint.rewrites.one_dot:
             scores_SxN = k_SxNxH.reshape(blueprint.config.context_length, -1) @ _block_diagonal(q_1xNxH[0])
             scores_Nx1xS = scores_SxN.T[:, None]
@@ -136,14 +140,14 @@ def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
             return scores_Nx1xS
         return scores_Nx1xS / _divisor(blueprint, _column(*temperature) if temperature else None)
 
-    def exponentials(scores_Nx1xS, position):
+    def exponentials(scores_Nx1xS: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         seen_1x1xS = (jnp.arange(blueprint.config.context_length) <= position).astype(jnp.float32)[None, None]
         own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, position, 1, axis=2)
         scores_Nx1xS = scores_Nx1xS * seen_1x1xS + own_Nx1x1 * (1 - seen_1x1xS)
         e_Nx1xS = jnp.exp(scores_Nx1xS - scores_Nx1xS.max(-1, keepdims=True)) * seen_1x1xS
         return e_Nx1xS, e_Nx1xS.sum(-1)
 
-    def write(cache_SxNxH, new_1xNxH, position):
+    def write(cache_SxNxH: jax.Array, new_1xNxH: jax.Array, position: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(cache_SxNxH, new_1xNxH, position, axis=0)
 
     return [
@@ -156,14 +160,14 @@ def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
     ]
 
 
-def _block_diagonal(q_NxH):
+def _block_diagonal(q_NxH: jax.Array) -> jax.Array:
     """[N·H, N] with one head's query in each column; its zeros are public and cost nothing to make."""
     N, H = q_NxH.shape
     return (jnp.eye(N)[:, None] * q_NxH[:, :, None]).reshape(N * H, N)
 
 
 def _cached_mix(blueprint: Blueprint, layer: int, values: str) -> Stage:
-    def function(weights_Nx1xS, v_SxNxH, *reciprocal_Nx1):
+    def function(weights_Nx1xS: jax.Array, v_SxNxH: jax.Array, *reciprocal_Nx1: jax.Array) -> jax.Array:
         N, H = blueprint.config.num_heads, blueprint.config.head_dim
         out_NxNxH = (weights_Nx1xS[:, 0] @ v_SxNxH.reshape(-1, N * H)).reshape(N, N, H)
         out_NxH = jnp.stack([out_NxNxH[head, head] for head in range(N)])

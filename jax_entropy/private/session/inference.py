@@ -40,7 +40,7 @@ COMPILER = "enable_optimize_denominator_with_broadcast"
 class PrivateModel:
     """A model inside an engine: its weights as shares, its programs compiled when they are first needed."""
 
-    def __init__(self, engine: Engine, blueprint: Blueprint):
+    def __init__(self, engine: Engine, blueprint: Blueprint) -> None:
         self.engine, self.blueprint = engine, blueprint
         self.programs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self.accounts: list[tuple[str, Account]] = []

@@ -152,7 +152,7 @@ def _context(keys: Keys, server: bool) -> ssl.SSLContext:
 class Line:
     """Messages between two processes. Raises UserError, in a sentence, when the other is gone or silent."""
 
-    def __init__(self, connection: socket.socket, keys: Keys | None, *, server: bool, timeout: float):
+    def __init__(self, connection: socket.socket, keys: Keys | None, *, server: bool, timeout: float) -> None:
         self.timeout, self._buffer = timeout, bytearray()
         connection.settimeout(HANDSHAKE_SECONDS)
         try:

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import socket
+import threading
 
 import jax
 import numpy as np
@@ -10,11 +12,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jax_entropy.commands.parties import read_tokenizer
+from jax_entropy.data.tokenizer import train_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import PLAIN, Blueprint, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.session.messages import Agreement, Hello, More, Offer, Progress, Prompt, Refusal, read, write
+from jax_entropy.private.session.parties import ask
 from tests.tiny_model import VARIED, scattered, tiny
 
 KINDS = (Hello, Refusal, Offer, Agreement, More, Prompt, Progress)
@@ -146,3 +151,50 @@ def test_what_both_parties_know_holds_no_weight():
 
     for leaf in leaves(json.loads(write(offer("SM+LN+G")))):
         assert not isinstance(leaf, np.ndarray | jax.Array), leaf
+
+
+def lying_server(line):
+    """The address of one that welcomes a client and then says this line, whatever it hears."""
+    door = socket.create_server(("127.0.0.1", 0))
+
+    def run():
+        with door, door.accept()[0] as connection:
+            connection.sendall(b"jax_entropy\n" + line + b"\n")
+            connection.recv(1 << 16)
+
+    threading.Thread(target=run, daemon=True).start()
+    return door.getsockname()
+
+
+def changed_offer(**fields):
+    return json.dumps(json.loads(write(offer())) | fields).encode()
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    (b"[" * 100_000, "does not speak this protocol"),
+    (changed_offer(tokenizer=5), "5 where str belongs"),
+    (changed_offer(port="9501"), "'9501' where int belongs"),
+    (changed_offer(port=-1), "engine cannot be at port -1"),
+    (changed_offer(setting="semi2k"), "no Setting"),
+    (write(offer()._replace(setting=Setting(fraction_bits=60))), "fraction_bits=60 must lie between"),
+    (write(Refusal("no\x1b[2Jway")), r"refuses: 'no\\x1b\[2Jway'"),
+])  # fmt: skip
+def test_a_lying_server_ends_a_client_in_a_sentence(line, message):
+    asked = lambda tokenizer, config, setting: []  # noqa: E731
+    with pytest.raises(UserError, match=message) as caught:
+        ask(lying_server(line), 9600, None, 4, questions=asked, reveal="logits", timeout=5, patience=0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", '{"model": []}', "[" * 100_000, '{"model": {"vocab": {"a": "b"}}}'])
+def test_a_tokenizer_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="the server's tokenizer cannot be used"):
+        read_tokenizer(text, tiny("SM"))
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_is_refused(tmp_path):
+    train_tokenizer(["a few words"], 300).save(tmp_path / "tokenizer.json")
+    text = (tmp_path / "tokenizer.json").read_text()
+    assert read_tokenizer(text, tiny("SM", vocab_size=400)).encode("few")
+    with pytest.raises(UserError, match="entries, and its model 61; they do not belong together"):
+        read_tokenizer(text, tiny("SM"))

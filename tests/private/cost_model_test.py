@@ -11,14 +11,14 @@ from jax_entropy.private.cost import model as cost_model
 from jax_entropy.private.cost.account import run_whole
 from jax_entropy.private.cost.memory import ciphertext_memory
 from jax_entropy.private.cost.model import calibrate, count_by_layers, predict, predict_total
-from jax_entropy.private.cost.profile import profile, random_variables
+from jax_entropy.private.cost.profile import profile
 from jax_entropy.private.cost.work import Work, ciphertexts, work
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import PLAIN, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.fixed_point import random_tokens
 from jax_entropy.private.program.stage import lower
-from tests.tiny_model import ARCHITECTURES, tiny
+from tests.tiny_model import ARCHITECTURES, initial, tiny
 
 # None of these sizes is among those of docs/benchmarks/private.md's calibration.
 HELD_OUT = dict(num_layers=3, num_heads=5, model_dim=80, context_length=48, vocab_size=150)
@@ -27,7 +27,7 @@ HELD_OUT = dict(num_layers=3, num_heads=5, model_dim=80, context_length=48, voca
 @pytest.fixture
 def measure(engine):
     def measure(config, rewrites, setting):
-        exported = export(config, random_variables(config), rewrites)
+        exported = export(config, initial(config), rewrites)
         return profile(engine(setting), exported, random_tokens(config.vocab_size, config.context_length))
 
     return measure
@@ -108,7 +108,7 @@ def test_blocks_counted_by_layers(measure):
 def test_stages_add_up_to_the_whole_program(engine, measure):
     config = tiny("SM+LN+R")
     parts = measure(config, Rewrites(), Setting())
-    exported = export(config, random_variables(config))
+    exported = export(config, initial(config))
     cold, warm, _ = run_whole(engine(Setting()), exported, random_tokens(config.vocab_size, config.context_length))
     assert parts.total().bytes[0] == pytest.approx(warm.bytes[0], rel=0.01)
     assert parts.total("cold").bytes[0] == pytest.approx(cold.bytes[0], rel=0.01)

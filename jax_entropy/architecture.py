@@ -104,7 +104,7 @@ class ModelConfig:
             )
         for name in ("temperature_init", "alpha_init", "init_std", "residual_init_std", "norm_epsilon"):
             value = getattr(self, name)
-            if not (value is None and name == "residual_init_std" or value > 0):
+            if not ((value is None and name == "residual_init_std") or value > 0):
                 raise UserError(f"model field {name}={value!r} must be above 0")
         if not 0 <= self.embedding_dropout < 1:
             raise UserError(f"model field embedding_dropout={self.embedding_dropout} must be in [0, 1)")
@@ -197,7 +197,7 @@ def _parse(name: str) -> dict[str, Any]:
         ffn_free_layers=int(count or 0),
     )  # fmt: skip
     last = -1
-    for previous, piece in zip([first, *pieces], pieces):
+    for previous, piece in zip([first, *pieces], pieces, strict=False):
         rank = next((i for i, (_, pattern) in enumerate(_GRAMMAR) if re.fullmatch(pattern, piece)), None)
         if rank is None:
             raise wrong(piece)

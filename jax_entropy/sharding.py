@@ -70,7 +70,7 @@ def _hybrid(shape: tuple[int, ...], slow: int, devices: Sequence[jax.Device], *,
     for size in shape:
         between.append(math.gcd(size, slow))
         slow //= between[-1]
-    within = [size // part for size, part in zip(shape, between)]
+    within = [size // part for size, part in zip(shape, between, strict=True)]
     grid = mesh_utils.create_hybrid_device_mesh(
         within, between, devices, process_is_granule=by_process, allow_split_physical_axes=True
     )
@@ -128,7 +128,7 @@ def tree_sharding(tree: Any, mesh: Mesh, rules: Iterable = RULES) -> Any:
         if leaf.ndim == 0 or name == "key":
             return NamedSharding(mesh, PartitionSpec())
         spec = parameter_spec(name, leaf.shape, rules)
-        for size, axes in zip(leaf.shape, spec):
+        for size, axes in zip(leaf.shape, spec, strict=False):
             parts = math.prod(mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis)
             if size % parts:
                 raise UserError(f"{name} {leaf.shape}: a dimension of {size} cannot be split in {parts} ({axes})")

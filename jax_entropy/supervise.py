@@ -6,6 +6,7 @@ host has a supervisor; `launch/local.sh --restart` has one above all of its proc
 
 import argparse
 import collections
+import contextlib
 import os
 import signal
 import subprocess
@@ -55,10 +56,8 @@ class Supervisor:
         self.process = subprocess.Popen(self.command, start_new_session=True)
         self._pass_on()
         code = self.process.wait()
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         return code if code >= 0 else 128 - code
 
     def _wait(self, seconds: float) -> bool:

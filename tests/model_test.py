@@ -105,7 +105,7 @@ def test_reading_with_a_cache_is_reading_at_once(name):
             logits, aux, cache = decode(config, variables, piece, cache, position)
             parts.append((jnp.moveaxis(logits, 1, -1), aux.stats.entropy))
             position += size
-        return [jnp.concatenate(pieces, axis=-1) for pieces in zip(*parts)]
+        return [jnp.concatenate(pieces, axis=-1) for pieces in zip(*parts, strict=True)]
 
     logits, aux = forward(config)
     read_logits, entropy = read(variables)

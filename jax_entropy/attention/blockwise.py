@@ -27,7 +27,7 @@ def blockwise_attention(
 
 def _forward(*arguments: CustomVJPPrimal):
     """Largest q·k and log z are kept one by one: their sum has lost the digits that differences of large q·k need."""
-    q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position = values = [argument.value for argument in arguments]
+    _, _, _, scale_NxT, _ = values = [argument.value for argument in arguments]
     results = out_BxTxNxH, entropy_BxNxT, log_z_BxNxT, max_BxNxT = _attend(*values)
     has_temperature = () if arguments[3].perturbed else None  # residuals are arrays; this one's structure speaks
     max_BxNxT = max_BxNxT * scale_NxT[None]
@@ -60,7 +60,7 @@ def _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position):
         log_z_BxNxQ = jnp.log(z_BxNxQ)
         stats_BxNxQ = (log_z_BxNxQ - w_BxNxQ / z_BxNxQ, log_z_BxNxQ, max_BxNxQ)
         out_BxTxNxH, *stats_BxNxT = results
-        stats_BxNxT = (_put(x, y, i, 2) for x, y in zip(stats_BxNxT, stats_BxNxQ))
+        stats_BxNxT = (_put(x, y, i, 2) for x, y in zip(stats_BxNxT, stats_BxNxQ, strict=True))
         return _put(out_BxTxNxH, out_BxQxNxH, i, 1), *stats_BxNxT
 
     zeros_BxNxT = jnp.zeros_like(q_BxTxNxH[..., 0].swapaxes(1, 2), dtype)

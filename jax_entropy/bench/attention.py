@@ -23,7 +23,7 @@ def bench_attention(
     *,
     rounds: int = 10,
 ) -> list[dict[str, Any]]:
-    """Calls every implementation of this device in turn, `rounds` times after a warm-up, for every shape [B, T, N, H] and type.
+    """Calls all implementations of this device in turn, `rounds` times after a warm-up, for each shape and type.
 
     Returns:
       A row each: median milliseconds, the median of the ratios to the first implementation's calls of the same rounds

@@ -31,7 +31,7 @@ def main(shape: dict) -> None:
     def penalty(attentions):
         """Per row, summed over batch and rows, averaged over heads and layers: the paper's listing."""
         total = 0.0
-        for weights, theta in zip(attentions, thresholds):
+        for weights, theta in zip(attentions, thresholds, strict=True):
             weights = weights.float()
             entropy = -(weights * torch.log(weights + 1e-9)).sum(-1)
             deviation = entropy - (theta * maximum)[None, :, None]

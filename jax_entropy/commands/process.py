@@ -1,4 +1,4 @@
-"""What a command needs of the process that it runs in, whoever runs it and wherever: threads, and a place for settings."""
+"""What a command needs of the process that it runs in, whoever runs it and wherever: threads, a place for settings."""
 
 import atexit
 import os
@@ -26,8 +26,8 @@ def _check_threads() -> None:
             threads[-1].start()
     except RuntimeError:
         raise UserError(
-            f"this user may start only {len(threads) - 1} more threads, and {_THREADS} are needed; raise the limit that "
-            "`ulimit -u` prints, or the container's"
+            f"this user may start only {len(threads) - 1} more threads, and {_THREADS} are needed; raise the limit "
+            "that `ulimit -u` prints, or the container's"
         ) from None
     finally:
         done.set()

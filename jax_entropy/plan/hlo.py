@@ -237,7 +237,7 @@ def _written(inside: dict[str, Instruction], shape: str) -> float:
     results = [inside[name] for name in root.operands if name in inside] if root.opcode == "tuple" else [root]
     shapes = [match[0] for match in _ARRAY.finditer(shape)]
     total = 0.0
-    for result, written in zip(results, shapes):
+    for result, written in zip(results, shapes, strict=False):
         while result.opcode == "bitcast" and result.operands[0] in inside:
             result = inside[result.operands[0]]
         size = _size(written, True)

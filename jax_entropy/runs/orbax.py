@@ -1,4 +1,4 @@
-"""What Orbax must be spared or asked for, beside saving and restoring: odd paths, its noise, what a checkpoint holds."""
+"""What Orbax is spared or asked for, beside saving and restoring: odd paths, its noise, what a checkpoint holds."""
 
 import functools
 import glob
@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 class Alias:
     """A directory by a name that Orbax and TensorStore can use.
 
-    They take `[`, `*` and `?` in it for a pattern, a backslash for a separator, and text for UTF-8, and would write what
-    can never be read. Such a directory gets a link of a harmless name, on this machine and until `close`.
+    They take `[`, `*` and `?` in it for a pattern, a backslash for a separator, and text for UTF-8, and would write
+    what can never be read. Such a directory gets a link of a harmless name, on this machine and until `close`.
     """
 
     def __init__(self, directory: Path):

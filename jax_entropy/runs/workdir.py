@@ -141,7 +141,7 @@ class Workdir:
         seconds = before.seconds + (0 if state == "starting" else max(now - before.time, 0)) if before else 0.0
         status = Status(
             state, step, num_steps, reason, now, os.getpid(), socket.gethostname(),
-            started=before and before.started or now,
+            started=(before and before.started) or now,
             seconds=seconds,
             versions=_versions() if state == "starting" or not before else before.versions,
             devices=devices or (before.devices if before else ""),
@@ -206,7 +206,7 @@ class Status(NamedTuple):
     host: str
     started: float = 0.0  # when the first process began, in Unix seconds; 0: not known
     seconds: float = 0.0  # that processes trained here, all together
-    versions: dict[str, str] = {}  # of the process that trained last
+    versions: Mapping[str, str] = {}  # of the process that trained last
     devices: str = ""  # of the same, as in "8 × TPU v5 lite"
 
 

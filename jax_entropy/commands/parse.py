@@ -117,7 +117,8 @@ def command(
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise UserError(message.removeprefix("argument "))
+        message = message.replace("ignored explicit argument", "takes no value, but was given")
+        raise UserError(message.removeprefix("argument ").replace("expected one argument", "needs a value"))
 
 
 class _Switch(argparse.Action):

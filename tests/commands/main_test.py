@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from jax_entropy.commands.main import COMMANDS, FAMILIES, family, main
+from jax_entropy.commands.runs import read_prompt
+from jax_entropy.errors import UserError
 from jax_entropy.training.train import train
 from tests import REPOSITORY
 from tests.damage import flip, sentence
@@ -126,6 +128,18 @@ def test_bad_prompts(run, tmp_path, capsys):
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe")
     assert str(binary) in sentence(capsys, *generate, f"--prompt_file={binary}")
+
+
+def test_a_prompt_is_the_bytes_that_were_given(tmp_path):
+    file = tmp_path / "prompt"
+    file.write_bytes("def é():\r\n\tx\r".encode())
+    assert read_prompt("", file) == "def é():\r\n\tx\r"
+    assert read_prompt("é", None) == "é"
+    assert read_prompt("é".encode().decode("ascii", "surrogateescape"), None) == "é"  # an argument under LC_ALL=C
+    with pytest.raises(UserError, match="--prompt is not UTF-8"):
+        read_prompt("\udcff", None)
+    with pytest.raises(UserError, match="--prompt and --prompt_file exclude each other"):
+        read_prompt("x", file)
 
 
 def test_generation_is_a_function_of_its_seed(run, capsys):

@@ -33,7 +33,7 @@ from jax_entropy.commands.private_flags import (
 )
 from jax_entropy.commands.runs import PROMPT, PROMPT_FILE, read_prompt
 from jax_entropy.errors import UserError
-from jax_entropy.private.engine.engine import Account, Engine, Setting
+from jax_entropy.private.engine.engine import Engine, Setting
 from jax_entropy.private.engine.environment import environment_python
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def generate(values: Namespace) -> None:
         read_prompt(values.prompt, values.prompt_file),
     )
     choose = read_sampling(values)()
+    from jax_entropy.commands.private_tables import spent
     from jax_entropy.private.program.export import export
     from jax_entropy.private.program.fixed_point import check_range
     from jax_entropy.private.session.inference import PrivateModel, check_request
@@ -330,29 +331,3 @@ COMMANDS = {
     found.name: _closing_engines(found)
     for found in (setup, generate, profile, compare, predict, precision, calibrate, keys, serve, ask)
 }
-
-
-def spent(accounts: list, num_tokens: int, seconds: float, setting: Setting) -> str:
-    """What generating took, in two lines."""
-    prefill = next(account for name, account in accounts if name.startswith("prefill"))
-    names = [name for name, _ in accounts]
-    first = names.index("step") if "step" in names else len(names)
-    rest = [account for name, account in accounts[first:] if name in ("step", "choose")]
-    line = f"{num_tokens} tokens in {seconds:.1f} s under {setting.protocol}; the prompt {describe(prefill)}"
-    if rest:
-        steps = names.count("step")
-        line += f"\na token {describe(Account(*(_mean(values, steps) for values in zip(*rest, strict=True))))}"
-    return line
-
-
-def _mean(values: tuple, count: int) -> Any:
-    if isinstance(values[0], tuple):
-        return tuple(sum(column) / count for column in zip(*values, strict=True))
-    return sum(values) / count
-
-
-def describe(account: Account) -> str:
-    """Bytes of each party, rounds and time in a phrase."""
-    each = " / ".join(f"{count / 1e6:,.2f}" for count in account.bytes)
-    parties = " / ".join(map(str, range(len(account.bytes))))
-    return f"{each} MB sent by party {parties}, {account.rounds:.0f} rounds, {account.seconds:.2f} s"

@@ -1,4 +1,6 @@
-"""What was measured and predicted of private execution, as tables."""
+"""What was measured and predicted of private execution, as tables and lines."""
+
+from typing import Any
 
 from rich.console import Console
 
@@ -10,7 +12,7 @@ from jax_entropy.private.cost.account import Network, on_network
 from jax_entropy.private.cost.paper import paper_cost
 from jax_entropy.private.cost.precision import Precision, cheapest
 from jax_entropy.private.cost.profile import Profile
-from jax_entropy.private.engine.engine import Account
+from jax_entropy.private.engine.engine import Account, Setting
 
 
 def print_profile(measured: Profile, network: Network, network_name: str, console: Console) -> None:
@@ -102,3 +104,29 @@ def print_precision(rows: list[Precision], largest_logit: float, tolerance: floa
     if best.setting.exponent == "taylor":
         flags += f" --exponent_iterations={best.setting.exponent_iterations}"
     console.print(f"cheapest with the same tokens and errors under {tolerance:.1%} of the largest logit: {flags}")
+
+
+def spent(accounts: list, num_tokens: int, seconds: float, setting: Setting) -> str:
+    """What generating took, in two lines."""
+    prefill = next(account for name, account in accounts if name.startswith("prefill"))
+    names = [name for name, _ in accounts]
+    first = names.index("step") if "step" in names else len(names)
+    rest = [account for name, account in accounts[first:] if name in ("step", "choose")]
+    line = f"{num_tokens} tokens in {seconds:.1f} s under {setting.protocol}; the prompt {_describe(prefill)}"
+    if rest:
+        steps = names.count("step")
+        line += f"\na token {_describe(Account(*(_mean(values, steps) for values in zip(*rest, strict=True))))}"
+    return line
+
+
+def _mean(values: tuple, count: int) -> Any:
+    if isinstance(values[0], tuple):
+        return tuple(sum(column) / count for column in zip(*values, strict=True))
+    return sum(values) / count
+
+
+def _describe(account: Account) -> str:
+    """Bytes of each party, rounds and time in a phrase."""
+    each = " / ".join(f"{count / 1e6:,.2f}" for count in account.bytes)
+    parties = " / ".join(map(str, range(len(account.bytes))))
+    return f"{each} MB sent by party {parties}, {account.rounds:.0f} rounds, {account.seconds:.2f} s"

@@ -18,7 +18,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.runs.load import load_run
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.training.train import train
-from jax_entropy.training.warm_start import Origin, Source, take_over
+from jax_entropy.training.warm_start import Origin, Source, source_config, take_over
 from tests import REPOSITORY
 from tests.run_helpers import lines
 from tests.tiny_model import VARIED, jit, random_tokens, scattered, tiny
@@ -129,33 +129,35 @@ def gpt2(tmp_path):
 
 
 def test_an_imported_gpt2_is_repaired(tmp_path, gpt2, tiny):
-    """`train --from` with EReg: thresholds join at step 0, it trains, and goes on when the source is gone."""
-    config, variables = from_huggingface(gpt2)
-    expected, digest = logits(config, variables, TOKENS), load_tokenizer(gpt2 / "tokenizer.json").digest()
-    data = tiny().data
-    flags = [f"--workdir={tmp_path / 'run'}", f"--from={gpt2}", "--config.architecture=EReg(SM+LN+G)"]
-    fields = dict(
-        num_steps=4, batch_size=8, log_every=2, evaluate_every=2, evaluate_chunks=8, checkpoint_every=2, keep=9
-    )
-    flags += [f"--config.train.{name}={value}" for name, value in fields.items()]
-    flags += [f"--config.data.{name}={data[name]}" for name in ("source", "files", "directory")]
-    assert main(["train", *flags]) == 0
-    origin = Origin.read(Workdir(tmp_path / "run"))
-    assert origin.source == str(gpt2) and origin.anew == ["attention/threshold"] and origin.share > 0.99
+    """EReg on a GPT-2: thresholds join at step 0, it trains, and goes on when the source is gone."""
+    model, variables = from_huggingface(gpt2)
+    expected, digest = logits(model, variables, TOKENS), load_tokenizer(gpt2 / "tokenizer.json").digest()
+    config = source_config(gpt2)
+    config.architecture, config.mesh.data = "EReg(SM+LN+G)", 8
+    config.data.update({name: tiny().data[name] for name in ("source", "files", "directory")})
+    config.train.update(num_steps=2, batch_size=8, log_every=2, evaluate_every=2, evaluate_chunks=8)
+    said, run = [], tmp_path / "run"
+    trained = train(config, run, said.append, start_from=gpt2)
+    assert trained.complete and all(np.isfinite(line["loss"]) for line in lines(run))
+    (line,) = [line for line in said if line.startswith("started from")]
+    assert line == f"started from {gpt2}, SM+LN+G: 100.0% of the parameters are taken over"
+    assert "  starting anew: attention/threshold" in said
+    assert Origin.read(Workdir(run)).anew == ["attention/threshold"]
 
-    run = load_run(tmp_path / "run")
-    assert run.step == 4 and run.tokenizer.digest() == digest
-    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
-    for step in ("2", "4"):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
-    start = load_run(tmp_path / "run")
-    assert start.step == 0 and str(start.model.config) == "EReg(SM+LN+G)"
+    shutil.rmtree(run / "checkpoints" / "2")
+    start = load_run(run)
+    assert (start.step, str(start.model.config), start.tokenizer.digest()) == (0, "EReg(SM+LN+G)", digest)
     np.testing.assert_array_equal(logits(start.model.config, start.variables, TOKENS), expected)
 
     shutil.rmtree(gpt2)
-    assert main(["train", *flags]) == 0  # the same command, and from step 0 again
-    again = load_run(tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, again.variables, run.variables)
+    again = train(config, run, said.append, start_from=gpt2)  # the same command, and from step 0 again
+    jax.tree.map(np.testing.assert_array_equal, again.variables, trained.variables)
+
+
+def test_without_a_config_the_command_takes_the_sources(tmp_path, gpt2, capfd):
+    assert main(["train", f"--workdir={tmp_path / 'run'}", f"--from={gpt2}", "--config.model.num_heads=3"]) == 2
+    assert "model_dim=32 is not divisible by num_heads=3" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_started_from_is_said(tmp_path, gpt2, tiny):

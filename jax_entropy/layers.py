@@ -6,6 +6,7 @@ Modules are pure functions of their parameters; a block returns its attention st
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -203,7 +204,7 @@ def _activate(x: jax.Array, config: ModelConfig, slope: jax.Array | None) -> jax
             return jnp.where(x >= 0, x, slope * x)
 
 
-def normalise(kind: str, config: ModelConfig, name: str):
+def normalise(kind: str, config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
     """The normalisation layer of a kind, statistics in float32; the identity for "none"."""
     if kind == "none":
         return lambda x: x

@@ -92,7 +92,7 @@ def cross_entropy(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax
     return jnp.mean(token_losses(hidden_BxTxD, head_VxD, targets_BxT))
 
 
-def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT):
+def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     def chunk_sum(hidden, head, targets):
         return jnp.sum(_chunk_losses(hidden, head, targets)) / targets_BxT.size
 
@@ -110,7 +110,7 @@ def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT):
     return loss, (d_hidden, d_head)
 
 
-def _cross_entropy_backward(gradients, cotangent):
+def _cross_entropy_backward(gradients, cotangent) -> tuple[jax.Array, jax.Array, None]:
     d_hidden, d_head = gradients
     return d_hidden * cotangent.astype(d_hidden.dtype), d_head * cotangent, None
 
@@ -118,11 +118,11 @@ def _cross_entropy_backward(gradients, cotangent):
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _chunk_losses(hidden_BxTxD, head_VxD, targets_BxT):
+def _chunk_losses(hidden_BxTxD, head_VxD, targets_BxT) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits(hidden_BxTxD, head_VxD), targets_BxT)
 
 
-def _split(hidden_BxTxD, targets_BxT, vocab_size):
+def _split(hidden_BxTxD, targets_BxT, vocab_size) -> tuple[jax.Array, jax.Array]:
     """Cuts along T into the fewest equal chunks that stay small; [C, B, T/C, …]."""
     B, T = targets_BxT.shape
     most = _CHUNK_ELEMENTS.get(platform(), _CHUNK_ELEMENTS_ELSEWHERE)

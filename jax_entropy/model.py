@@ -34,7 +34,7 @@ class Transformer(nn.Module):
 
     config: ModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         table = (config.vocab_size, config.model_dim)
         normal = nn.initializers.normal(config.init_std)

@@ -3,6 +3,8 @@
 Flash attention with one more running sum, w = Σ e^x·x with x = s − max s, which gives the entropy log z − w/z.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,7 +27,7 @@ def blockwise_attention(
     return out_BxTxNxH, entropy_BxNxT, max_BxNxT + log_z_BxNxT, max_BxNxT
 
 
-def _forward(*arguments: CustomVJPPrimal):
+def _forward(*arguments: CustomVJPPrimal) -> tuple[tuple[jax.Array, ...], Any]:
     """Largest q·k and log z are kept one by one: their sum has lost the digits that differences of large q·k need."""
     _, _, _, scale_NxT, _ = values = [argument.value for argument in arguments]
     results = out_BxTxNxH, entropy_BxNxT, log_z_BxNxT, max_BxNxT = _attend(*values)
@@ -34,7 +36,7 @@ def _forward(*arguments: CustomVJPPrimal):
     return (out_BxTxNxH, entropy_BxNxT, max_BxNxT + log_z_BxNxT, max_BxNxT), (values, results, has_temperature)
 
 
-def _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position):
+def _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position) -> tuple[jax.Array, ...]:
     """out [B, T, N, H]; entropy, log z and largest q·k, each [B, N, T]."""
     T, S, dtype = q_BxTxNxH.shape[1], k_BxSxNxH.shape[1], scale_NxT.dtype
     (num_queries, Q), (num_keys, K) = _blocks(T), _blocks(S)
@@ -69,7 +71,7 @@ def _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position):
     return out_BxTxNxH[:, :T], *(x[..., :T] for x in stats_BxNxT)
 
 
-def _accumulate(running, s_BxNxQxK: jax.Array, scale_NxQ: jax.Array, v_BxNxKxH: jax.Array):
+def _accumulate(running, s_BxNxQxK: jax.Array, scale_NxQ: jax.Array, v_BxNxKxH: jax.Array) -> tuple[jax.Array, ...]:
     """Adds a tile to the running Σ e^x·v, z = Σ e^x, w = Σ e^x·x, and the largest q·k, which x is counted from.
 
     Scaled after the maximum is taken off: what is exactly 0 then stays so, and no entropy falls below 0.
@@ -86,7 +88,7 @@ def _accumulate(running, s_BxNxQxK: jax.Array, scale_NxQ: jax.Array, v_BxNxKxH: 
     return decay_BxNxQ[..., None] * out_BxNxQxH + values_BxNxQxH, z_BxNxQ, w_BxNxQ, max_BxNxQ
 
 
-def _backward(residuals, cotangents):
+def _backward(residuals: Any, cotangents: tuple[jax.Array | SymbolicZero, ...]) -> tuple[jax.Array | None, ...]:
     """With p = e^(x − log z): ds = p · (dout·v − dout·out + dlse − dentropy · (log p + entropy)), tile by tile."""
     (q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position), results, has_temperature = residuals
     out_BxTxNxH, entropy_BxNxT, log_z_BxNxT, max_BxNxT = results

@@ -73,7 +73,7 @@ class ModelConfig:
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # of activations and matrix products; statistics and loss are float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"model field {name}={value!r} is not known{nearest(value, choices)}")

@@ -24,7 +24,7 @@ _ELSEWHERE = ("directory", "num_threads", "prefetch", "tokenizer")  # where and 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate_batch(model: Transformer, variables: Any, tokens_BxT1, weight_B, bytes_V):
+def _evaluate_batch(model: Transformer, variables: Any, tokens_BxT1, weight_B, bytes_V) -> tuple[jax.Array, ...]:
     """Per sequence: weight, loss in nats, bytes predicted [B], head entropy [B, L, N]; the same on every process."""
     hidden_BxTxD, head_VxD, aux = model.apply(variables, tokens_BxT1[:, :-1], method="hidden")
     loss_B = jnp.sum(token_losses(hidden_BxTxD, head_VxD, tokens_BxT1[:, 1:]), axis=1)

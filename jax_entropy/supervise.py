@@ -24,7 +24,7 @@ HEALTHY = 600.0  # seconds after which an attempt counts as a good one, and the 
 class Supervisor:
     """Restarts a command until it ends with 0 or 2, a signal to the supervisor, or `restart` failures in a row."""
 
-    def __init__(self, command: Sequence[str], restart: int = 10, backoff: float = 1.0):
+    def __init__(self, command: Sequence[str], restart: int = 10, backoff: float = 1.0) -> None:
         self.command, self.restart, self.backoff = list(command), restart, backoff
         self.process, self.wanted, self.signals = None, False, collections.deque()
 

@@ -92,7 +92,7 @@ def write_json(file: Path | None, content: Any) -> None:
 class _Output(io.RawIOBase):
     """A file descriptor that a run can go on without: what cannot be written is dropped, and remembered."""
 
-    def __init__(self, descriptor: int):
+    def __init__(self, descriptor: int) -> None:
         self.descriptor, self.failure = descriptor, None
 
     def write(self, content: Any) -> int:

@@ -108,7 +108,7 @@ def draw(profiles: list[dict[str, Any]], file: Path | None) -> None:
 class Streamed:
     """Writes a prompt and the tokens after it as they come."""
 
-    def __init__(self, tokenizer: Any, prompt: str, file: TextIO):
+    def __init__(self, tokenizer: Any, prompt: str, file: TextIO) -> None:
         self.tokenizer, self.prompt, self.file, self.ids, self.written = tokenizer, prompt, file, [], None
 
     def token(self, token: int) -> None:

@@ -45,7 +45,7 @@ class Collective:
 class Program:
     """The text of a compiled module, taken apart into computations."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str) -> None:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current: dict[str, Instruction] = {}

@@ -42,7 +42,7 @@ class Checkpointer:
         notify: receives one sentence about each damaged step, and about leftovers that were removed.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, notify: Callable[[str], None] = print):
+    def __init__(self, directory: str | Path, *, keep: int = 2, notify: Callable[[str], None] = print) -> None:
         if keep < 1:
             raise UserError(f"at least 1 checkpoint must be kept, not {keep}")
         quieten()

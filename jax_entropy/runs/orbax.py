@@ -21,7 +21,7 @@ class Alias:
     what can never be read. Such a directory gets a link of a harmless name, on this machine and until `close`.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path) -> None:
         self.path, self._folder = directory, None
         if not _is_harmless(str(directory)):
             self._folder = tempfile.TemporaryDirectory(prefix="jax_entropy-")

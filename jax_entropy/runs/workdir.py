@@ -34,7 +34,7 @@ class Workdir:
         UserError: `path` is no path of this machine.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = local_path(path, "workdir")
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"

@@ -23,7 +23,7 @@ class StepClock:
       token_flops: of one token, forward and backward.
     """
 
-    def __init__(self, num_steps: int, tokens: int, token_flops: float):
+    def __init__(self, num_steps: int, tokens: int, token_flops: float) -> None:
         self.num_steps, self.tokens = num_steps, tokens
         peak = peak_flops(jax.devices()[0].device_kind)
         self.token_share = peak and token_flops / (peak * jax.device_count())  # of a second of all devices

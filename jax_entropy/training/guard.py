@@ -21,7 +21,7 @@ _COLLAPSE = 0.25  # of the most that causal attention can have: the bottom quart
 class Anomaly(Exception):
     """A step after which training must not simply go on."""
 
-    def __init__(self, step: int, what: str, metrics: dict[str, Any]):
+    def __init__(self, step: int, what: str, metrics: dict[str, Any]) -> None:
         super().__init__(what)
         self.step, self.what, self.metrics = step, what, metrics
 
@@ -29,7 +29,7 @@ class Anomaly(Exception):
 class Guard:
     """Losses of the last `config.guard.window` steps, and how often training was sent back."""
 
-    def __init__(self, options: ConfigDict):
+    def __init__(self, options: ConfigDict) -> None:
         self.options = options
         self.attempts = 0
         self.losses: deque[float] = deque(maxlen=options.window)

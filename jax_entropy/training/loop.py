@@ -47,7 +47,7 @@ class Loop:
       profile: steps to trace, 0: none.
     """
 
-    def __init__(self, setup: Setup, profile: int = 0):
+    def __init__(self, setup: Setup, profile: int = 0) -> None:
         self.setup, self.config, self.notify = setup, setup.config, setup.notify
         model = setup.model.config
         tokens = self.config.train.batch_size * self.config.optimizer.accumulate * model.context_length
@@ -224,7 +224,7 @@ class Loop:
 class _Trace:
     """Traces `steps` steps into a folder; entered, it ends with what it is around."""
 
-    def __init__(self, folder: Any, steps: int, notify: Callable[[str], None]):
+    def __init__(self, folder: Any, steps: int, notify: Callable[[str], None]) -> None:
         self.folder, self.steps, self.notify = folder, steps, notify
         self.tracing = False
 

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 class Signals:
     """While it is entered, the first signal is noted; a second one is obeyed at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.wanted = False
         self._previous: dict[int, Any] = {}
 

@@ -39,7 +39,7 @@ class MetricsWriter:
         UserError: the workdir cannot be written, or W&B is not installed or does not start.
     """
 
-    def __init__(self, workdir: str | Path, *, wandb: Mapping[str, Any] | None = None, first_step: int = 0):
+    def __init__(self, workdir: str | Path, *, wandb: Mapping[str, Any] | None = None, first_step: int = 0) -> None:
         self._workdir = Workdir(Path(workdir).absolute())
         self._wandb = _start_wandb(self._workdir.path, wandb) if wandb else None
         with self._failures_explained():

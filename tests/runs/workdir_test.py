@@ -36,15 +36,17 @@ def test_a_run_tells_from_outside_where_it_is(unbroken, tmp_path, corpus_directo
     assert "died at step 8 of 24" in describe(workdir) and str(process.pid) in describe(workdir)
 
 
-def test_what_does_not_change_the_mathematics_may_change_on_the_way(unbroken, tmp_path, corpus_directory):
-    workdir = tmp_path / "run"
-    shutil.copytree(unbroken[0], workdir)
+def test_what_does_not_change_the_mathematics_may_change_on_the_way(tmp_path, corpus_directory, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # without XLA's optimisation a step that is watched rounds differently
+    reference, workdir = tmp_path / "reference", tmp_path / "run"
+    assert run(reference, corpus_directory).returncode == 0
+    shutil.copytree(reference, workdir)
     shutil.rmtree(workdir / "checkpoints" / "24")
     done = run(workdir, corpus_directory, "--config.train.log_every=3", "--config.train.keep=5")
     assert done.returncode == 0, done.stderr
     assert "going on with train.keep=5 (was 2), train.log_every=3 (was 4)" in done.stdout
     assert "step 21/24" in done.stdout
-    jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(unbroken[0]))
+    jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(reference))
     assert json.loads((workdir / "config.json").read_text())["train"]["keep"] == 5
 
 

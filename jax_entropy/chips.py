@@ -1,6 +1,7 @@
 """The accelerators that a run can be planned for, and their published rates.
 
-Rates: Google's pages on TPU v5e, v5p and v6e, NVIDIA's H100 SXM data sheet; of each chip, in one direction.
+Rates: Google's pages on TPU v5e, v5p and v6e, NVIDIA's data sheets of the SXM versions of H100, H200 and A100 (80 GB);
+of each chip, in one direction.
 """
 
 import dataclasses
@@ -30,6 +31,8 @@ CHIPS = {
         Chip("v5p", 459e12, int(95.74 * 2**30), 2765e9, 200e9, "TPU v5"),
         Chip("v6e", 918e12, int(31.25 * 2**30), 1638e9, 200e9, "TPU v6 lite"),
         Chip("h100", 989e12, int(0.75 * 79.1 * 2**30), 3350e9, 450e9, "NVIDIA H100", "gpu"),
+        Chip("h200", 989e12, int(0.75 * 139.8 * 2**30), 4800e9, 450e9, "NVIDIA H200", "gpu"),
+        Chip("a100", 312e12, int(0.75 * 79.2 * 2**30), 2039e9, 300e9, "NVIDIA A100", "gpu"),
     )
 }
 

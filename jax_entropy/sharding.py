@@ -167,6 +167,12 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def device_kind() -> str:
+    """Of the same devices, as JAX names it: "NVIDIA H100 80GB HBM3"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
+
+
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Fixes the layout of an activation inside a mesh of ours; elsewhere the identity."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if _inside() else x

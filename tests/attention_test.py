@@ -1,6 +1,7 @@
 """The attention operator against its float64 definition: values, every gradient, properties, memory."""
 
 import functools
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,17 +12,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_entropy import attention
-from jax_entropy.attention import IMPLEMENTATIONS, Implementation, choose
+from jax_entropy.attention import IMPLEMENTATIONS, Implementation, available, choose
 from jax_entropy.bench.attention import bench_attention
+from jax_entropy.bench.cases import CASES, errors
 from jax_entropy.errors import UserError
-from jax_entropy.sharding import platform
-from tests.attention_cases import CASES, cotangents, in_float64
 
 B, N, H = 2, 3, 8
 compiled_attention = jax.jit(attention, static_argnames="implementation")
-BOTH = pytest.mark.parametrize(
-    "implementation", sorted(name for name, record in IMPLEMENTATIONS.items() if platform() in record.platforms)
-)
+BOTH = pytest.mark.parametrize("implementation", available())
 
 
 def definition(q, k, v, t):
@@ -114,27 +112,17 @@ def test_values_and_gradients_agree_with_the_definition(implementation, T, earli
             assert_close(actual, values)
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def outputs_and_gradients(arguments, cotangents, position, implementation):
-    def outputs(*arguments):
-        out, stats = attention(*arguments, position=position, implementation=implementation)
-        return (out, stats.entropy, stats.logsumexp), stats.max_logit
-
-    values, backward, max_logit = jax.vjp(outputs, *arguments, has_aux=True)
-    return *values, max_logit, *backward(cotangents)
-
-
 @BOTH
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_cases_that_all_implementations_share(implementation, case):
     """In float32; the weights of a row sum to 1 in the gradient too, however large its logits are."""
-    as_float32 = lambda arrays: tuple(jnp.asarray(x, jnp.float32) for x in arrays)  # noqa: E731
-    arguments, expected = as_float32(case.arguments()), in_float64(case)
-    found = outputs_and_gradients(arguments, as_float32(cotangents(case)), case.position, implementation)
-    for (name, (value, size)), actual in zip(expected.items(), found, strict=True):
-        assert actual.dtype == jnp.float32
-        off = np.abs(np.asarray(actual, np.float64) - value) / (size + 1e-30)
-        assert off.max() <= case.rtol, f"{name} by {off.max():.1e} of what it is summed from"
+
+    def operator(*arguments):
+        return attention(*arguments[:-1], position=arguments[-1], implementation=implementation)
+
+    found = errors(case, operator)
+    assert found.pop("bit-equal")
+    assert max(found.values()) <= case.rtol, found
 
 
 @BOTH
@@ -392,7 +380,17 @@ def test_the_benchmark_has_a_row_for_each_implementation_and_counts_from_the_fir
 
 def test_auto_follows_its_rule():
     arguments = inputs(8, 8, dtype=np.float32)
-    assert choose(8, 8) == "dense" and choose(2048, 2048) == "blockwise"
+    q = lambda T, H=64, dtype=jnp.float32: jax.ShapeDtypeStruct((1, T, 2, H), dtype)  # noqa: E731
+    assert choose("cpu", "cpu", q(8), 8) == "dense" and choose("cpu", "cpu", q(2048), 2048) == "blockwise"
+    for kind, at_end, x, chosen in (
+        ("NVIDIA H100 80GB HBM3", True, q(2048, dtype=jnp.bfloat16), "hopper"),
+        ("NVIDIA H100 80GB HBM3", True, q(2048), "gpu"),
+        ("NVIDIA H100 80GB HBM3", False, q(1, dtype=jnp.bfloat16), "gpu"),
+        ("NVIDIA H200", True, q(2048, 48, jnp.bfloat16), "gpu"),
+        ("NVIDIA A100-SXM4-80GB", True, q(2048, dtype=jnp.bfloat16), "gpu"),
+        ("NVIDIA A100-SXM4-80GB", True, q(2048, 256, jnp.bfloat16), "blockwise"),
+    ):
+        assert choose("gpu", kind, x, 2048, at_end) == chosen
     expected = attention(*arguments, implementation="dense")
     jax.tree.map(np.testing.assert_array_equal, attention(*arguments), expected)
 
@@ -404,8 +402,18 @@ def test_an_implementation_that_does_not_exist_is_answered_with_those_that_do(na
     assert named in str(caught.value)
 
 
+def test_a_kernel_for_another_card_says_for_which(monkeypatch):
+    operator = sys.modules["jax_entropy.attention"]  # the name is the function's
+    monkeypatch.setattr(operator, "platform", lambda: "gpu")
+    monkeypatch.setattr(operator, "device_kind", lambda: "NVIDIA A100-SXM4-80GB")
+    with pytest.raises(
+        UserError, match=r"'hopper' runs on NVIDIA H100 .*, and this is NVIDIA A100.*; here work 'auto', .*'gpu'"
+    ):
+        attention(*inputs(4, 4, dtype=np.float32), implementation="hopper")
+
+
 def test_an_implementation_for_another_device_is_an_error_that_says_which_work_here(monkeypatch):
-    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", Implementation(None, ("gpu", "tpu")))
+    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", Implementation("kernel", ("gpu", "tpu")))
     with pytest.raises(UserError) as caught:
         attention(*inputs(4, 4, dtype=np.float32), implementation="kernel")
     message = "attention 'kernel' runs on gpu and tpu, and this is cpu; here work 'auto', 'dense', 'blockwise'"

@@ -3,16 +3,17 @@
 All implementations give the same numbers and the same gradients, through the output, the entropy and the logsumexp.
 """
 
+import functools
+import importlib
+import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_entropy.attention.blockwise import blockwise_attention
-from jax_entropy.attention.dense import dense_attention
 from jax_entropy.errors import UserError, nearest
-from jax_entropy.sharding import platform
+from jax_entropy.sharding import device_kind, platform
 
 
 class AttentionStats(NamedTuple):
@@ -24,16 +25,31 @@ class AttentionStats(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """One way to compute the operator: `function(q, k, v, scale [N, T], position) -> (out, entropy, lse, max)`."""
+    """One way to compute the operator: the file beside this one that it is in, and what it runs on.
 
-    function: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
+    devices: how their names begin, as JAX has them.
+    """
+
+    module: str
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    devices: tuple[str, ...] = ("",)
+
+    def runs_on(self, platform: str, device_kind: str) -> bool:
+        """Whether a device of that kind can run it."""
+        return platform in self.platforms and device_kind.startswith(self.devices)
+
+    @property
+    def function(self) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+        """`attend(q, k, v, scale [N, T], position) -> (out, entropy, lse, max)`; a kernel's compiler loads only now."""
+        return importlib.import_module(f"{__name__}.{self.module}").attend
 
 
 # A kernel is a file beside these, a line here, and one in `choose`.
 IMPLEMENTATIONS = {
-    "dense": Implementation(dense_attention),
-    "blockwise": Implementation(blockwise_attention),
+    "dense": Implementation("dense"),
+    "blockwise": Implementation("blockwise"),
+    "gpu": Implementation("gpu", ("gpu",)),
+    "hopper": Implementation("hopper", ("gpu",), ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")),
 }
 
 
@@ -57,8 +73,8 @@ def attention(
       temperature_NxT: positive divisor t of the scaled logits by head and query position; None is 1.
       position: key at which the first query stands, traced or not, as in a cache of fixed size; keys behind a query may
         hold anything finite. None: S − T, the queries are the last T of the keys.
-      implementation: "dense" keeps every weight; "blockwise" none of them, in reverse mode only (no jvp, no second
-        derivative); "auto" takes the faster one, see `choose`.
+      implementation: "dense" keeps every weight; "blockwise" none of them, nor do the kernels "gpu" and
+        "hopper"; all but dense in reverse mode only (no jvp, no second derivative). "auto": the fastest, see `choose`.
 
     Returns:
       out [B, T, N, H] in the type of q, and AttentionStats.
@@ -68,7 +84,7 @@ def attention(
     """
     _check(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT, position)
     (_, T, N, H), S = q_BxTxNxH.shape, k_BxSxNxH.shape[1]
-    attend = _implementation(implementation, T, S).function
+    attend = _implementation(implementation, q_BxTxNxH, S, position is None).function
     dtype = jnp.result_type(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, jnp.float32)
     scale_NxT = jnp.full((N, T), H**-0.5, dtype)
     if temperature_NxT is not None:
@@ -79,23 +95,46 @@ def attention(
     return out_BxTxNxH, AttentionStats(entropy_BxNxT, lse_BxNxT, jax.lax.stop_gradient(max_BxNxT))
 
 
-def choose(T: int, S: int) -> str:
-    """The rule of "auto", measured on CPU (docs/benchmarks/attention.md).
+def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool = True) -> str:
+    """The rule of "auto", for queries [B, T, N, H] to S keys, at whose end they stand or not.
 
-    Up to 64 × 64 logits a head both take the same time and dense compiles faster; beyond, blockwise takes less time,
-    forward and backward, in float32 and bfloat16.
+    On CPU, measured (docs/benchmarks/attention.md): up to 64 × 64 logits a head dense and blockwise take the same time
+    and dense compiles faster; beyond, blockwise takes less time, forward and backward, in float32 and bfloat16.
+    On GPUs, by the assembler's report (docs/benchmarks/kernels.md): hopper for what it takes, else gpu.
     """
+    (_, T, _, H), half = q.shape, q.dtype in (jnp.bfloat16, jnp.float16)
+    if platform == "gpu" and H <= 128 and (half or q.dtype == jnp.float32):
+        for_hopper = half and at_end and H in (32, 64, 96, 128) and _assembler_is_sound()
+        return "hopper" if for_hopper and IMPLEMENTATIONS["hopper"].runs_on(platform, device_kind) else "gpu"
     return "dense" if T * S <= 64 * 64 else "blockwise"
 
 
-def _implementation(name: str, T: int, S: int) -> Implementation:
-    name, here = choose(T, S) if name == "auto" else name, platform()
+def available() -> list[str]:
+    """The implementations that this device can run, by name."""
+    here, kind = platform(), device_kind()
+    return [name for name, record in IMPLEMENTATIONS.items() if record.runs_on(here, kind)]
+
+
+@functools.cache
+def _assembler_is_sound() -> bool:
+    """ptxas of CUDA 12.8.0 to 12.9.0 gets causal masks on Hopper wrong."""
+    try:
+        version = importlib.metadata.version("nvidia-cuda-nvcc-cu12")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return not (12, 8, 0) <= tuple(map(int, version.split(".")[:3])) < (12, 9, 86)
+
+
+def _implementation(name: str, q: jax.Array, S: int, at_end: bool) -> Implementation:
+    here, kind = platform(), device_kind()
+    name = choose(here, kind, q, S, at_end) if name == "auto" else name
     if name not in IMPLEMENTATIONS:
         raise UserError(f"unknown attention implementation {name!r}{nearest(name, ('auto', *IMPLEMENTATIONS))}")
-    if here not in (found := IMPLEMENTATIONS[name]).platforms:
-        work = ("auto", *(other for other, record in IMPLEMENTATIONS.items() if here in record.platforms))
+    if not (found := IMPLEMENTATIONS[name]).runs_on(here, kind):
+        work = ("auto", *available())
+        needed = " and ".join(found.platforms if found.devices == ("",) else found.devices)
         raise UserError(
-            f"attention {name!r} runs on {' and '.join(found.platforms)}, and this is {here}; "
+            f"attention {name!r} runs on {needed}, and this is {kind if here in found.platforms else here}; "
             f"here work {', '.join(map(repr, work))}"
         )
     return found

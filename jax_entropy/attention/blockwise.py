@@ -18,7 +18,7 @@ SHORT, SHORT_BLOCK, LONG_BLOCK = 256, 64, 128
 
 
 @jax.custom_vjp
-def blockwise_attention(
+def attend(
     q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array, position: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k)."""
@@ -150,7 +150,7 @@ def _backward(residuals: Any, cotangents: tuple[jax.Array | SymbolicZero, ...]) 
     return dq_BxTxNxH, dk_BxSxNxH[:, :S], dv_BxSxNxH[:, :S], dscale_NxT, None
 
 
-blockwise_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+attend.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _blocks(length: int) -> tuple[int, int]:

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_entropy.attention import IMPLEMENTATIONS, attention
-from jax_entropy.sharding import platform
+from jax_entropy.attention import attention, available
 
 SHAPES = ((32, 128, 4, 64), (8, 512, 4, 64), (4, 1024, 4, 64), (4, 1024, 12, 64))  # B, T, N, H
 
@@ -29,8 +28,7 @@ def bench_attention(
       A row each: median milliseconds, the median of the ratios to the first implementation's calls of the same rounds
       (above 1: faster than it), and temporaries of forward + backward in MiB.
     """
-    rows = []
-    implementations = [name for name, record in IMPLEMENTATIONS.items() if platform() in record.platforms]
+    rows, implementations = [], available()
     for dtype in dtypes:
         for shape in shapes:
             arguments = _arguments(shape, dtype)

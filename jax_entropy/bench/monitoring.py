@@ -7,7 +7,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from jax_entropy.bench import started
+from jax_entropy.bench.data import started
 from jax_entropy.runs.metrics import read_metrics
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.training.train import train

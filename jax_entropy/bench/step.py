@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,26 @@ from jax_entropy.errors import UserError
 
 SHAPES = ((128, 32), (512, 8), (1024, 4))  # context length, batch size
 DTYPES = ("float32", "bfloat16")
-_MODEL = dict(layers=4, width=256, heads=4, vocab_size=4096)
+MODEL = dict(layers=4, width=256, heads=4, vocab_size=4096)
 _WARM_UP = 2  # steps
 
 
-def bench_step(*, rounds: int, peer_python: str, notify: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Tokens/s (median over `rounds` steps) and peak memory of both, with ratios, for every shape and type.
+def bench_step(
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    dtypes: Sequence[str] = DTYPES,
+    *,
+    rounds: int,
+    peer_python: str,
+    notify: Callable[[str], None],
+    model: dict[str, int] = MODEL,
+    compiled: bool = False,
+) -> list[dict[str, Any]]:
+    """Tokens/s (median over `rounds` steps) and peak memory of all, with ratios, for every shape and type.
 
     Args:
       rounds: steps of each contender, in turn.
       peer_python: a Python with torch and transformers; "": this one, if it has them, else our rows alone.
+      compiled: the peer once more as `torch.compile` with fused attention, which has no entropy and no penalty.
       notify: receives a line on what will be done, and one for each row with the time that is left.
 
     Raises:
@@ -44,7 +54,9 @@ def bench_step(*, rounds: int, peer_python: str, notify: Callable[[str], None]) 
         if not shutil.which(peer_python):
             raise UserError(f"peer_python={peer_python}: there is no such program")
         contenders["torch"] = [peer_python, str(Path(__file__).with_name("torch_step.py"))]
-    settings = [(dtype, context, batch) for dtype in DTYPES for context, batch in SHAPES]
+        if compiled:
+            contenders["torch.compile"] = [*contenders["torch"], "compiled"]
+    settings = [(dtype, context, batch) for dtype in dtypes for context, batch in shapes]
     notify(
         f"{rounds} steps of {' and '.join(contenders)} on {len(settings)} shapes and types, each compiled first: "
         "some minutes on two cores"
@@ -53,14 +65,15 @@ def bench_step(*, rounds: int, peer_python: str, notify: Callable[[str], None]) 
     start = time.monotonic()
     for dtype, context, batch in settings:
         row = dict(dtype=dtype, context=context, batch=batch)
-        times, memory = _alternate(contenders, _MODEL | row, rounds)
+        times, memory = _alternate(contenders, model | row, rounds)
         for name, seconds in times.items():
             row[f"{name} tokens/s"] = context * batch / statistics.median(seconds)
             row[f"{name} MB"] = memory[name]
-        if "torch" in times:
-            ratios = [theirs / ours for ours, theirs in zip(times["jax_entropy"], times["torch"], strict=True)]
-            row["speed ratio"] = statistics.median(ratios)
-            row["memory ratio"] = memory["jax_entropy"] / memory["torch"]
+        for peer, suffix in (("torch", ""), ("torch.compile", ", torch.compile")):
+            if peer in times:
+                ratios = [theirs / ours for ours, theirs in zip(times["jax_entropy"], times[peer], strict=True)]
+                row["speed ratio" + suffix] = statistics.median(ratios)
+                row["memory ratio" + suffix] = memory["jax_entropy"] / memory[peer]
         told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
         rows.append(row)
         left = (time.monotonic() - start) / len(rows) * (len(settings) - len(rows))
@@ -76,7 +89,8 @@ def _alternate(
         name: subprocess.Popen(
             [*command, json.dumps(shape)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             # the peer gets the allocator that its users have
-            env={k: v for k, v in os.environ.items() if name == "jax_entropy" or k != "GLIBC_TUNABLES"},
+            env={k: v for k, v in os.environ.items() if name == "jax_entropy" or k != "GLIBC_TUNABLES"}
+            | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # contenders share one accelerator
         )
         for name, command in contenders.items()
     }  # fmt: skip

@@ -1,8 +1,10 @@
 """`jax-entropy bench`: measurements that a person starts, as tables."""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
+from jax_entropy.bench.device import PARTS, bench_device
 from jax_entropy.commands.console import console, table, warn, write_json
 from jax_entropy.commands.parse import CONFIG, JSON, Flag, command
 from jax_entropy.errors import UserError
@@ -47,7 +49,27 @@ def monitoring(values: Namespace) -> None:
     _print_rows([bench_monitoring(values.config)], values)
 
 
-COMMANDS = {found.name: found for found in (attention, step, data, monitoring)}
+@command(
+    Flag("out", Path("device"), "folder for device.json, written as it is measured, and device.md"),
+    Flag("parts", ",".join(PARTS), "what to measure, separated by commas"),
+    Flag("minutes", 8.0, "that all parts together may take"),
+    examples=["bench device --out=device", "bench device --parts=attention,step --minutes=3"],
+)
+def device(values: Namespace) -> None:
+    """What one accelerator reaches: kernels, steps and memory, in minutes; no corpus, no network."""
+    bench_device(values.out, parts=values.parts.split(","), minutes=values.minutes, notify=warn)
+    print((values.out / "device.md").read_text())
+
+
+@command(JSON, examples=["bench kernels --json=kernels.json"])
+def kernels(values: Namespace) -> None:
+    """The attention kernels compiled for GPUs that are not here: registers, spills, instructions."""
+    from jax_entropy.bench.kernels import bench_kernels
+
+    _print_rows(list(bench_kernels(warn)), values)
+
+
+COMMANDS = {found.name: found for found in (attention, step, data, monitoring, device, kernels)}
 
 
 def _check_rounds(rounds: int) -> None:

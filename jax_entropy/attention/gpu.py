@@ -1,0 +1,379 @@
+"""Attention on GPUs from sm_80 on (Pallas, Triton): forward, dq, and dk with dv, the entropy and its gradient inside.
+
+The mathematics and its names stand in the package's docstring. Tiles of logits live in registers; nothing of size T×S
+exists, no pass over k or v is added for the entropy, and two runs give the same bits.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jax.sharding import PartitionSpec
+
+from jax_entropy.attention.base2 import LN2, base2, multiply_add
+from jax_entropy.attention.blocks import blocks_for
+from jax_entropy.sharding import BATCH, device_kind, on_shards
+
+_HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
+_LOWEST = -1e30  # finite, times any scale too: what a masked product is, and the largest of none
+
+
+class Blocks(NamedTuple):
+    """Queries and keys of a tile, warps of a program, and how many loads are on their way while one is used."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Kernels(NamedTuple):
+    """The tiles of the three kernels."""
+
+    forward: Blocks
+    dq: Blocks
+    dkv: Blocks
+
+
+def attend(
+    q_BxTxNxH: jax.Array,
+    k_BxSxNxH: jax.Array,
+    v_BxSxNxH: jax.Array,
+    scale_NxT: jax.Array,
+    position: int | jax.Array,
+    *,
+    kernels: Kernels | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k).
+
+    Args:
+      kernels: the tiles; None: those of blocks.json for this device.
+      interpret: run the kernels on the CPU, one by one, instead of compiling them.
+    Raises:
+      UserError: a head width or a type that there are no tiles for.
+    """
+    T, S, H = q_BxTxNxH.shape[1], *k_BxSxNxH.shape[1::2]
+    if kernels is None:
+        found = blocks_for("gpu", device_kind(), q_BxTxNxH.dtype, H, S)
+        kernels = Kernels(*(_fitted(Blocks(*found[name]), T) for name in Kernels._fields))
+    rows, stats = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH, "tensor")
+    on_device = on_shards(
+        lambda *arrays: _attention(*arrays, kernels, interpret),
+        in_specs=(rows, rows, rows, PartitionSpec("tensor"), PartitionSpec()),
+        out_specs=(rows, stats, stats, stats),
+    )
+    return on_device(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, jnp.asarray(position, jnp.int32))
+
+
+def _fitted(blocks: Blocks, T: int) -> Blocks:
+    """Few queries, as in decoding, need no tile of many."""
+    return blocks._replace(queries=min(blocks.queries, max(16, pl.next_power_of_2(T))))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, scale_NxT, position, kernels: Kernels, interpret: bool) -> tuple[jax.Array, ...]:
+    return _forward(q, k, v, scale_NxT, position, kernels, interpret)[0]
+
+
+def _forward(q, k, v, scale_NxT, position, kernels, interpret):
+    (B, T, N, H), S, blocks = q.shape, k.shape[1], kernels.forward
+    tiles = pl.cdiv(T, blocks.queries)
+    kernel = functools.partial(_forward_kernel, blocks=blocks, shape=(T, S, H), interpret=interpret)
+    rows = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    out, entropy, m, log_l = pl.pallas_call(
+        kernel,
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), rows, rows, rows),
+        grid=(tiles, N, B),
+        in_specs=[_positions(T, H), _positions(S, H), _positions(S, H), _by_head(T), _scalar()],
+        out_specs=[_positions(T, H), *[_rows(T)] * 3],
+        interpret=interpret,
+        name="attention_forward",
+        compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+    )(q, k, v, base2(scale_NxT), position[None])
+    results = out, entropy, LN2 * (m + log_l), LN2 * m
+    return results, (q, k, v, scale_NxT, position, out, entropy, m, log_l)
+
+
+def _forward_kernel(
+    q_ref, k_ref, v_ref, a_ref, position_ref, out_ref, entropy_ref, m_ref, log_l_ref, *, blocks, shape, interpret
+):
+    (T, S, H), (Q, K, *_) = shape, blocks
+    W = _width(H)
+    fma, exp2 = _arithmetic(interpret)
+    tile = pl.num_programs(0) - 1 - pl.program_id(0)  # the longest rows first: the last to start are short
+    position = position_ref[0]
+    first, rows = tile * Q, tile * Q + jnp.arange(Q, dtype=jnp.int32)
+    q_QxH = _load(q_ref, first, Q, T, H, T % Q > 0)
+    a_Q = _load_rows(a_ref, first, Q, T, 1.0)
+
+    def block(j, running, *, diagonal: bool):
+        out_QxH, m_Q, l_Q, w_Q = running
+        k_KxH = _load(k_ref, j * K, K, S, H, diagonal and S % K > 0)
+        v_KxH = _load(v_ref, j * K, K, S, H, diagonal and S % K > 0)
+        s_QxK = _dot(q_QxH, k_KxH, ((1,), (1,)))
+        if diagonal:
+            seen_QxK = (j * K + jnp.arange(K, dtype=jnp.int32))[None, :] <= (rows + position)[:, None]
+            s_QxK = jnp.where(seen_QxK, s_QxK, _LOWEST)
+        new_m_Q = jnp.maximum(m_Q, jnp.max(s_QxK, axis=1) * a_Q)
+        x_QxK = fma(s_QxK, a_Q[:, None], -new_m_Q[:, None])
+        e_QxK = exp2(x_QxK)
+        shift_Q = m_Q - new_m_Q
+        decay_Q = exp2(shift_Q)
+        w_Q = decay_Q * (w_Q + l_Q * shift_Q) + jnp.sum(e_QxK * x_QxK, axis=1)
+        l_Q = decay_Q * l_Q + jnp.sum(e_QxK, axis=1)
+        out_QxH = out_QxH * decay_Q[:, None] + _dot(e_QxK.astype(v_KxH.dtype), v_KxH, ((1,), (0,)))
+        return out_QxH, new_m_Q, l_Q, w_Q
+
+    zeros_Q = jnp.zeros((Q,), jnp.float32)
+    running = (jnp.zeros((Q, W), jnp.float32), zeros_Q + _LOWEST, zeros_Q, zeros_Q)
+    whole, end = _key_blocks(first, position, Q, K, S)
+    running = lax.fori_loop(0, whole, functools.partial(block, diagonal=False), running)
+    running = lax.fori_loop(whole, end, functools.partial(block, diagonal=True), running)
+    out_QxH, m_Q, l_Q, w_Q = running
+    log_l_Q = jnp.log2(l_Q)
+    _store(out_ref, first, Q, T, H, out_QxH / l_Q[:, None])
+    # a rounding of the one product may leave −4e-8 where there is a single key
+    _store_rows(entropy_ref, first, Q, T, jnp.maximum(LN2 * (log_l_Q - w_Q / l_Q), 0.0))
+    _store_rows(m_ref, first, Q, T, m_Q)
+    _store_rows(log_l_ref, first, Q, T, log_l_Q)
+
+
+def _forward_rule(q, k, v, scale_NxT, position, kernels, interpret):
+    return _forward(*(x.value for x in (q, k, v, scale_NxT, position)), kernels, interpret)
+
+
+def _backward_rule(kernels, interpret, residuals, cotangents):
+    q, k, v, scale_NxT, position, out, entropy, m, log_l = residuals
+    (B, T, N, H), S = q.shape, k.shape[1]
+    dout, dentropy, dlse, _ = cotangents
+    with_entropy = not isinstance(dentropy, SymbolicZero)  # a loss that does not use it runs kernels without it
+    dout, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in (dout, dlse))
+    rows, a_NxT = jax.ShapeDtypeStruct((B, N, T), jnp.float32), base2(scale_NxT)
+    params = lambda blocks: plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)  # noqa: E731
+    entropies = (entropy, dentropy) if with_entropy else ()
+
+    dq, dscale, scaled_dout, c, *g = pl.pallas_call(
+        functools.partial(
+            _dq_kernel, blocks=kernels.dq, shape=(T, S, H), with_entropy=with_entropy, interpret=interpret
+        ),
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), rows, jax.ShapeDtypeStruct(dout.shape, q.dtype), rows)
+        + (rows,) * with_entropy,
+        grid=(pl.cdiv(T, kernels.dq.queries), N, B),
+        in_specs=[_positions(T, H), _positions(S, H), _positions(S, H), _by_head(T), _scalar(), *[_positions(T, H)] * 2]
+        + [_rows(T)] * (3 + 2 * with_entropy),
+        out_specs=[_positions(T, H), _rows(T), _positions(T, H), *[_rows(T)] * (1 + with_entropy)],
+        interpret=interpret,
+        name="attention_dq",
+        compiler_params=params(kernels.dq),
+    )(q, k, v, a_NxT, position[None], dout, out, m, log_l, dlse, *entropies)
+
+    dk, dv = pl.pallas_call(
+        functools.partial(
+            _dkv_kernel, blocks=kernels.dkv, shape=(T, S, H), with_entropy=with_entropy, interpret=interpret
+        ),
+        out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        grid=(pl.cdiv(S, kernels.dkv.keys), N, B),
+        in_specs=[_positions(T, H), _positions(S, H), _positions(S, H), _by_head(T), _scalar(), _positions(T, H)]
+        + [_rows(T)] * (2 + with_entropy),
+        out_specs=[_positions(S, H)] * 2,
+        interpret=interpret,
+        name="attention_dkv",
+        compiler_params=params(kernels.dkv),
+    )(q, k, v, a_NxT, position[None], scaled_dout, m, c, *g)
+    return dq, dk, dv, jnp.sum(dscale, axis=0).astype(scale_NxT.dtype), None
+
+
+def _dq_kernel(
+    q_ref, k_ref, v_ref, a_ref, position_ref, dout_ref, out_ref, m_ref, log_l_ref, dlse_ref, *refs, blocks, shape,
+    with_entropy, interpret,
+):  # fmt: skip
+    """dq by rows of tiles, and what the other kernel needs of each row: dout/l, c, g."""
+    entropy_refs, (dq_ref, dscale_ref, scaled_dout_ref, *made_refs) = refs[: 2 * with_entropy], refs[2 * with_entropy :]
+    (T, S, H), (Q, K, *_) = shape, blocks
+    fma, exp2 = _arithmetic(interpret)
+    tile, position = pl.num_programs(0) - 1 - pl.program_id(0), position_ref[0]
+    first, rows = tile * Q, tile * Q + jnp.arange(Q, dtype=jnp.int32)
+    ragged = T % Q > 0
+    q_QxH, dout_QxH, out_QxH = (_load(ref, first, Q, T, H, ragged) for ref in (q_ref, dout_ref, out_ref))
+    a_Q = _load_rows(a_ref, first, Q, T, 1.0)
+    m_Q, log_l_Q, dlse_Q = (_load_rows(ref, first, Q, T, 0.0) for ref in (m_ref, log_l_ref, dlse_ref))
+    scale_Q, part_Q = a_Q * LN2, jnp.exp2(-log_l_Q)  # part: 1/l, what makes e a weight
+    row_Q = dlse_Q - jnp.sum(dout_QxH.astype(jnp.float32) * out_QxH.astype(jnp.float32), axis=1)
+    g_Q = None
+    if with_entropy:
+        entropy_Q, dentropy_Q = (_load_rows(ref, first, Q, T, 0.0) for ref in entropy_refs)
+        g_Q = part_Q * scale_Q * LN2 * dentropy_Q
+        c_Q = part_Q * scale_Q * (row_Q - dentropy_Q * entropy_Q) + g_Q * log_l_Q
+    else:
+        c_Q = part_Q * scale_Q * row_Q
+    scaled_dout_QxH = (dout_QxH * part_Q[:, None]).astype(q_QxH.dtype)
+
+    def block(j, dq_QxH, *, diagonal: bool):
+        k_KxH = _load(k_ref, j * K, K, S, H, diagonal and S % K > 0)
+        v_KxH = _load(v_ref, j * K, K, S, H, diagonal and S % K > 0)
+        x_QxK = fma(_dot(q_QxH, k_KxH, ((1,), (1,))), a_Q[:, None], -m_Q[:, None])
+        if diagonal:
+            seen_QxK = (j * K + jnp.arange(K, dtype=jnp.int32))[None, :] <= (rows + position)[:, None]
+            x_QxK = jnp.where(seen_QxK, x_QxK, _HIDDEN)
+        e_QxK = exp2(x_QxK)
+        row_QxK = fma(x_QxK, -g_Q[:, None], c_Q[:, None]) if with_entropy else c_Q[:, None]
+        ds_QxK = e_QxK * fma(_dot(scaled_dout_QxH, v_KxH, ((1,), (1,))), scale_Q[:, None], row_QxK)
+        return dq_QxH + _dot(ds_QxK.astype(k_KxH.dtype), k_KxH, ((1,), (0,)))
+
+    whole, end = _key_blocks(first, position, Q, K, S)
+    dq_QxH = lax.fori_loop(0, whole, functools.partial(block, diagonal=False), jnp.zeros((Q, _width(H)), jnp.float32))
+    dq_QxH = lax.fori_loop(whole, end, functools.partial(block, diagonal=True), dq_QxH)
+    _store(dq_ref, first, Q, T, H, dq_QxH)
+    _store(scaled_dout_ref, first, Q, T, H, scaled_dout_QxH)
+    # q_i·dq_i is Σ_j dS_ij · s_ij: the temperature's gradient needs no pass of its own
+    _store_rows(dscale_ref, first, Q, T, jnp.sum(dq_QxH * q_QxH.astype(jnp.float32), axis=1) / scale_Q)
+    for ref, made_Q in zip(made_refs, (c_Q, g_Q), strict=False):
+        _store_rows(ref, first, Q, T, made_Q)
+
+
+def _dkv_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    a_ref,
+    position_ref,
+    scaled_dout_ref,
+    m_ref,
+    c_ref,
+    *refs,
+    blocks,
+    shape,
+    with_entropy,
+    interpret,
+):
+    """dk and dv by columns of tiles; keys before queries, so that no operand of a product is turned."""
+    g_refs, (dk_ref, dv_ref) = refs[:with_entropy], refs[with_entropy:]
+    (T, S, H), (Q, K, *_) = shape, blocks
+    fma, exp2 = _arithmetic(interpret)
+    position, first, keys = position_ref[0], pl.program_id(0) * K, pl.program_id(0) * K + jnp.arange(K, dtype=jnp.int32)
+    k_KxH, v_KxH = (_load(ref, first, K, S, H, S % K > 0) for ref in (k_ref, v_ref))
+    zeros_KxH = jnp.zeros((K, _width(H)), jnp.float32)
+
+    def block(i, gradients, *, diagonal: bool):
+        dk_KxH, dv_KxH = gradients
+        start = i * Q
+        q_QxH, dout_QxH = (_load(ref, start, Q, T, H, T % Q > 0) for ref in (q_ref, scaled_dout_ref))
+        a_Q, m_Q = _load_rows(a_ref, start, Q, T, 0.0), _load_rows(m_ref, start, Q, T, 0.0)
+        x_KxQ = fma(_dot(k_KxH, q_QxH, ((1,), (1,))), a_Q[None, :], -m_Q[None, :])
+        if diagonal:
+            rows = start + jnp.arange(Q, dtype=jnp.int32)
+            x_KxQ = jnp.where(keys[:, None] <= (rows + position)[None, :], x_KxQ, _HIDDEN)
+        e_KxQ = exp2(x_KxQ)
+        dv_KxH += _dot(e_KxQ.astype(dout_QxH.dtype), dout_QxH, ((1,), (0,)))
+        row_KxQ = _load_rows(c_ref, start, Q, T, 0.0)[None, :]
+        if with_entropy:
+            row_KxQ = fma(x_KxQ, -_load_rows(g_refs[0], start, Q, T, 0.0)[None, :], row_KxQ)
+        ds_KxQ = e_KxQ * fma(_dot(v_KxH, dout_QxH, ((1,), (1,))), (a_Q * LN2)[None, :], row_KxQ)
+        dk_KxH += _dot(ds_KxQ.astype(q_QxH.dtype), q_QxH, ((1,), (0,)))
+        return dk_KxH, dv_KxH
+
+    begin, whole, end = _query_blocks(first, position, Q, K, T)
+    gradients = lax.fori_loop(begin, whole, functools.partial(block, diagonal=True), (zeros_KxH, zeros_KxH))
+    gradients = lax.fori_loop(whole, end, functools.partial(block, diagonal=False), gradients)
+    for ref, gradient_KxH in zip((dk_ref, dv_ref), gradients, strict=True):
+        _store(ref, first, K, S, H, gradient_KxH)
+
+
+_attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+def _key_blocks(first: jax.Array, position: jax.Array, Q: int, K: int, S: int) -> tuple[jax.Array, jax.Array]:
+    """Blocks of keys that all queries of a tile see, and the end of those that some see."""
+    whole = jnp.minimum(lax.div(first + position + 1, jnp.int32(K)), jnp.int32(S // K))
+    end = lax.div(jnp.minimum(first + Q + position, S) + K - 1, jnp.int32(K))
+    return whole, end
+
+
+def _query_blocks(first: jax.Array, position: jax.Array, Q: int, K: int, T: int) -> tuple[jax.Array, ...]:
+    """Blocks of queries: the first that sees some of a tile's keys, the first that sees all, and the end."""
+    end = jnp.int32(pl.cdiv(T, Q))
+    begin = lax.div(jnp.maximum(first - position, 0), jnp.int32(Q))
+    whole = lax.div(jnp.maximum(first + K - 1 - position, 0) + Q - 1, jnp.int32(Q))
+    return jnp.minimum(begin, end), jnp.minimum(whole, end), end
+
+
+def _positions(length: int, H: int) -> pl.BlockSpec:
+    """[B, length, N, H] as one sequence and head sees it."""
+    return pl.BlockSpec((None, length, None, H), lambda i, n, b: (b, 0, n, 0))
+
+
+def _rows(T: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))
+
+
+def _by_head(T: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, T), lambda i, n, b: (n, 0))
+
+
+def _scalar() -> pl.BlockSpec:
+    return pl.BlockSpec((1,), lambda i, n, b: (0,))
+
+
+def _width(H: int) -> int:
+    """Columns of a tile: the head's, up to a power of 2 that the tensor cores take."""
+    return max(16, pl.next_power_of_2(H))
+
+
+def _load(ref, first, count: int, length: int, H: int, ragged: bool) -> jax.Array:
+    """`count` positions from `first` on, [count, W]; zeros where the array ends."""
+    W = _width(H)
+    mask = (first + jnp.arange(count, dtype=jnp.int32) < length)[:, None] if ragged else None
+    if W > H:
+        columns = (jnp.arange(W, dtype=jnp.int32) < H)[None, :]
+        mask = columns & jnp.ones((count, 1), bool) if mask is None else mask & columns
+    elif mask is not None:
+        mask = mask & jnp.ones((1, W), bool)
+    return plt.load(ref.at[pl.ds(first, count), pl.ds(0, W)], mask=mask, other=None if mask is None else 0.0)
+
+
+def _store(ref, first, count: int, length: int, H: int, value: jax.Array) -> None:
+    W, rows = _width(H), first + jnp.arange(count, dtype=jnp.int32)
+    mask = (rows < length)[:, None] & (jnp.arange(W, dtype=jnp.int32) < H)[None, :]
+    whole = length % count == 0 and W == H
+    plt.store(ref.at[pl.ds(first, count), pl.ds(0, W)], value.astype(ref.dtype), mask=None if whole else mask)
+
+
+def _load_rows(ref, first, count: int, length: int, other: float) -> jax.Array:
+    mask = first + jnp.arange(count, dtype=jnp.int32) < length if length % count else None
+    return plt.load(ref.at[pl.ds(first, count)], mask=mask, other=None if mask is None else other)
+
+
+def _store_rows(ref, first, count: int, length: int, value: jax.Array) -> None:
+    mask = first + jnp.arange(count, dtype=jnp.int32) < length if length % count else None
+    plt.store(ref.at[pl.ds(first, count)], value, mask=mask)
+
+
+def _dot(x: jax.Array, y: jax.Array, contracted: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    """float32 sums of products; of float32 factors in true float32, not in the tensor cores' shorter one."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _arithmetic(interpret: bool) -> tuple[Any, Any]:
+    """a·b + c in one rounding, and 2ˣ: one instruction each, where Triton would write two and four."""
+    if interpret:
+        return multiply_add, jnp.exp2
+    return functools.partial(_ptx, "fma.rn.f32 $0, $1, $2, $3;"), functools.partial(_ptx, "ex2.approx.ftz.f32 $0, $1;")
+
+
+def _ptx(instruction: str, *xs: jax.Array) -> jax.Array:
+    shape = jnp.broadcast_shapes(*(x.shape for x in xs))
+    (result,) = plt.elementwise_inline_asm(
+        instruction,
+        args=[jnp.broadcast_to(x, shape) for x in xs],
+        constraints="=f" + ",f" * len(xs),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return result

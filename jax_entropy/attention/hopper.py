@@ -1,0 +1,486 @@
+"""Attention on Hopper (sm_90a, Pallas for Mosaic): forward, dq, and dk with dv, the entropy and its gradient inside.
+
+Two warpgroups compute and take turns, so that the softmax of one runs under the products of the other; a third fetches
+tiles ahead of them. The mathematics and its names stand in the package's docstring.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec
+
+from jax_entropy.attention.base2 import LN2, base2, multiply_add
+from jax_entropy.attention.blocks import blocks_for
+from jax_entropy.errors import UserError
+from jax_entropy.sharding import BATCH, device_kind, on_shards
+
+WARPGROUPS = 2  # that compute
+WIDTHS = (32, 64, 96, 128)  # of heads
+_HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
+_LOWEST = -1e30  # finite, times any scale too: what a masked product is, and the largest of none
+
+_TILE = plgpu.Layout.WGMMA
+_ROWS, _COLUMNS = _TILE.reduce(1), _TILE.reduce(0)  # a number for each row, or column, of a tile
+
+
+class Blocks(NamedTuple):
+    """Rows of a warpgroup's tile, its columns, and how many tiles are on their way at once."""
+
+    rows: int
+    columns: int
+    stages: int
+
+
+class Kernels(NamedTuple):
+    """The tiles of the three kernels: rows are queries, in dkv keys."""
+
+    forward: Blocks
+    dq: Blocks
+    dkv: Blocks
+
+
+def attend(
+    q_BxTxNxH: jax.Array,
+    k_BxSxNxH: jax.Array,
+    v_BxSxNxH: jax.Array,
+    scale_NxT: jax.Array,
+    position: int | jax.Array,
+    *,
+    kernels: Kernels | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k).
+
+    Args:
+      position: S − T; a cache of fixed size is for "gpu".
+      kernels: the tiles; None: those of blocks.json for this device.
+      interpret: False, or Pallas' `InterpretGPUParams` to run on the CPU.
+    Raises:
+      UserError: a position, a head width or a type that these kernels do not take.
+    """
+    T, S, H = q_BxTxNxH.shape[1], *k_BxSxNxH.shape[1::2]
+    if not isinstance(position, int) or position != S - T:
+        raise UserError("attention 'hopper' takes the queries at the end of the keys; a cache is for 'gpu'")
+    if H not in WIDTHS:
+        raise UserError(f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any")
+    if kernels is None:
+        found = blocks_for("hopper", device_kind(), q_BxTxNxH.dtype, H, S)
+        kernels = Kernels(*(Blocks(*found[name]) for name in Kernels._fields))
+    rows, stats = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH, "tensor")
+    on_device = on_shards(
+        lambda *arrays: _attention(*arrays, kernels, interpret),
+        in_specs=(rows, rows, rows, PartitionSpec("tensor")),
+        out_specs=(rows, stats, stats, stats),
+    )
+    return on_device(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[jax.Array, ...]:
+    return _forward(q, k, v, scale_NxT, kernels, interpret)[0]
+
+
+def _forward(q, k, v, scale_NxT, kernels, interpret):
+    (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], kernels.forward
+    tiles, offset, last = pl.cdiv(T, WARPGROUPS * Q), S - T, pl.cdiv(S, K)
+    rows = jax.ShapeDtypeStruct((B, N, tiles * WARPGROUPS * Q), jnp.float32)
+    products = _Products(q.dtype, interpret)
+
+    def attention_forward(q_g, k_g, v_g, a_g, out_g, entropy_g, m_g, log_l_g, q_s, rows_s, q_arrived, turn):
+        wg, n, b = (lax.axis_index(name) for name in ("wg", "n", "b"))
+        tile = tiles - 1 - lax.axis_index("tile")  # the longest rows first: the last to start are short
+        first = tile * (WARPGROUPS * Q) + wg * Q
+        mine = pl.ds(first, Q)
+
+        def take_turns() -> None:
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        def compute(pipeline: Callable) -> None:
+            plgpu.copy_gmem_to_smem(q_g.at[b, mine, n], q_s.at[wg], q_arrived.at[wg])
+            a_Q = _load(a_g.at[n, mine], _ROWS, optimized=False)
+            plgpu.barrier_wait(q_arrived.at[wg])
+            zeros_Q = plgpu.layout_cast(jnp.zeros((Q,), jnp.float32), _ROWS)
+            out_QxH = plgpu.layout_cast(jnp.zeros((Q, H), jnp.float32), _TILE)
+            lowest_Q = plgpu.layout_cast(jnp.full((Q,), _LOWEST, jnp.float32), _ROWS)
+            pl.when(wg == 1)(take_turns)
+            out_QxH, m_Q, l_Q, w_Q, _ = pipeline((out_QxH, lowest_Q, zeros_Q, zeros_Q, a_Q))
+            pl.when(wg == 0)(take_turns)
+            log_l_Q = _log2(l_Q)
+            q_s.at[wg][...] = (out_QxH / _over_rows(l_Q, H)).astype(q.dtype)
+            # a rounding of the one product may leave −4e-8 where there is a single key
+            rows_s.at[wg, 0][...] = jnp.maximum(LN2 * (log_l_Q - w_Q / l_Q), 0.0)
+            rows_s.at[wg, 1][...] = m_Q
+            rows_s.at[wg, 2][...] = log_l_Q
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_s.at[wg], out_g.at[b, mine, n], commit_group=False)
+            for i, ref in enumerate((entropy_g, m_g, log_l_g)):
+                plgpu.copy_smem_to_gmem(rows_s.at[wg, i], ref.at[b, n, mine], commit_group=False)
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0)
+
+        def step(indices, k_s, v_s, k_free, v_free, running):
+            (j,) = indices
+            out_QxH, m_Q, l_Q, w_Q, a_Q = running
+            s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K, take_turns)
+            plgpu.barrier_arrive(k_free)
+
+            def whole(s_QxK, m_Q, a_Q):
+                m_Q = jnp.maximum(m_Q, s_QxK.max(axis=1) * a_Q)
+                return products.scaled(s_QxK, _over_rows(a_Q, K), _over_rows(m_Q, K)), m_Q
+
+            def diagonal(s_QxK, m_Q, a_Q):
+                seen_QxK = _seen(first + offset, j * K, (Q, K))
+                return whole(jnp.where(seen_QxK, s_QxK, _LOWEST), m_Q, a_Q)
+
+            all_seen = (j + 1) * K <= jnp.minimum(first + offset + 1, S)
+            x_QxK, new_m_Q = lax.cond(all_seen, whole, diagonal, s_QxK, m_Q, a_Q)
+            e_QxK = jnp.exp2(x_QxK)
+            shift_Q = m_Q - new_m_Q
+            decay_Q = jnp.exp2(shift_Q)
+            w_Q = decay_Q * (w_Q + l_Q * shift_Q) + (e_QxK * x_QxK).sum(axis=1)
+            l_Q = decay_Q * l_Q + e_QxK.sum(axis=1)
+            out_QxH = out_QxH * _over_rows(decay_Q, H)
+            p_QxK = e_QxK.astype(q.dtype)
+            out_QxH, l_Q, w_Q, new_m_Q, p_QxK = lax.optimization_barrier((out_QxH, l_Q, w_Q, new_m_Q, p_QxK))
+            take_turns()
+            out_QxH = products.added(out_QxH, p_QxK, v_s)
+            plgpu.barrier_arrive(v_free)
+            return out_QxH, new_m_Q, l_Q, w_Q, a_Q
+
+        seen = jnp.minimum(_cdiv((tile + 1) * (WARPGROUPS * Q) + offset, K), last)
+        _pipeline(step, seen, stages, compute, [_tile_spec(K, H, q.dtype)] * 2)(k_g.at[b, :, n], v_g.at[b, :, n])
+
+    out, entropy, m, log_l = plgpu.kernel(
+        attention_forward,
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), rows, rows, rows),
+        scratch_types=[
+            _shared((WARPGROUPS, Q, H), q.dtype),
+            plgpu.SMEM((WARPGROUPS, 3, Q), jnp.float32),
+            plgpu.Barrier(num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
+        ],
+        **_launch(N, tiles, B, interpret),
+    )(q, k, v, _padded(base2(scale_NxT), rows.shape[-1]))
+    entropy, m, log_l = (x[..., :T] for x in (entropy, m, log_l))
+    results = out, entropy, LN2 * (m + log_l), LN2 * m
+    return results, (q, k, v, scale_NxT, out, entropy, m, log_l)
+
+
+def _forward_rule(q, k, v, scale_NxT, kernels, interpret):
+    return _forward(*(x.value for x in (q, k, v, scale_NxT)), kernels, interpret)
+
+
+def _backward_rule(kernels, interpret, residuals, cotangents):
+    q, k, v, scale_NxT, out, entropy, m, log_l = residuals
+    dout, dentropy, dlse, _ = cotangents
+    with_entropy = not isinstance(dentropy, SymbolicZero)  # a loss that does not use it runs kernels without it
+    dout, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in (dout, dlse))
+    rows = (m, log_l, dlse, *((entropy, dentropy) if with_entropy else ()))
+    dq, dscale, *made = _dq(q, k, v, scale_NxT, dout.astype(q.dtype), out, rows, kernels.dq, interpret)
+    dk, dv = _dkv(q, k, v, scale_NxT, m, *made, kernels.dkv, interpret)
+    return dq, dk, dv, jnp.sum(dscale, axis=0).astype(scale_NxT.dtype)
+
+
+def _dq(q, k, v, scale_NxT, dout, out, rows, blocks, interpret):
+    """dq, the gradient of scale [B, N, T], and what the other kernel needs of each row: dout/l, c, g (None)."""
+    (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], blocks
+    tiles, offset, last, count = pl.cdiv(T, WARPGROUPS * Q), S - T, pl.cdiv(S, K), len(rows)
+    padded, with_entropy, products = tiles * WARPGROUPS * Q, count == 5, _Products(q.dtype, interpret)
+    made = 2 + with_entropy  # dscale, c, g
+
+    def attention_dq(q_g, k_g, v_g, a_g, dout_g, out_g, *refs):
+        rows_g, (dq_g, scaled_g, *made_g), (q_s, dout_s, out_s, made_s, arrived) = (
+            refs[:count], refs[count : count + 2 + made], refs[count + 2 + made :]
+        )  # fmt: skip
+        wg, n, b = (lax.axis_index(name) for name in ("wg", "n", "b"))
+        tile = tiles - 1 - lax.axis_index("tile")
+        first = tile * (WARPGROUPS * Q) + wg * Q
+        mine = pl.ds(first, Q)
+
+        def compute(pipeline: Callable) -> None:
+            for ref, to in ((q_g, q_s), (dout_g, dout_s), (out_g, out_s)):
+                plgpu.copy_gmem_to_smem(ref.at[b, mine, n], to.at[wg], arrived.at[wg])
+            a_Q = _load(a_g.at[n, mine], _ROWS, optimized=False)
+            m_Q, log_l_Q, dlse_Q, *entropies = (_load(ref.at[b, n, mine], _ROWS, optimized=False) for ref in rows_g)
+            plgpu.barrier_wait(arrived.at[wg])
+            dout_QxH = _load(dout_s.at[wg], _TILE).astype(jnp.float32)
+            out_QxH = _load(out_s.at[wg], _TILE).astype(jnp.float32)
+            scale_Q, part_Q = a_Q * LN2, jnp.exp2(-log_l_Q)  # part: 1/l, what makes e a weight
+            row_Q, g_Q = dlse_Q - (dout_QxH * out_QxH).sum(axis=1), None
+            if entropies:
+                entropy_Q, dentropy_Q = entropies
+                g_Q = part_Q * scale_Q * LN2 * dentropy_Q
+                c_Q = part_Q * scale_Q * (row_Q - dentropy_Q * entropy_Q) + g_Q * log_l_Q
+            else:
+                c_Q = part_Q * scale_Q * row_Q
+            dout_s.at[wg][...] = (dout_QxH * _over_rows(part_Q, H)).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(dout_s.at[wg], scaled_g.at[b, mine, n])
+            zeros_QxH = plgpu.layout_cast(jnp.zeros((Q, H), jnp.float32), _TILE)
+            dq_QxH, *_ = pipeline((zeros_QxH, a_Q, m_Q, c_Q, *([g_Q] if entropies else [])))
+            # q_i·dq_i is Σ_j dS_ij · s_ij: the temperature's gradient needs no pass of its own
+            dscale_Q = (dq_QxH * _load(q_s.at[wg], _TILE).astype(jnp.float32)).sum(axis=1) / scale_Q
+            q_s.at[wg][...] = dq_QxH.astype(q.dtype)
+            for i, made_Q in enumerate((dscale_Q, c_Q, g_Q)[:made]):
+                made_s.at[wg, i][...] = made_Q
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_s.at[wg], dq_g.at[b, mine, n], commit_group=False)
+            for i, ref in enumerate(made_g):
+                plgpu.copy_smem_to_gmem(made_s.at[wg, i], ref.at[b, n, mine], commit_group=False)
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0)
+
+        def step(indices, k_s, v_s, k_free, v_free, running):
+            (j,) = indices
+            dq_QxH, a_Q, m_Q, c_Q, *g_Q = running
+            s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K)
+            x_QxK = products.scaled(s_QxK, _over_rows(a_Q, K), _over_rows(m_Q, K))
+            all_seen = (j + 1) * K <= jnp.minimum(first + offset + 1, S)
+            x_QxK = lax.cond(
+                all_seen,
+                lambda x_QxK: x_QxK,
+                lambda x_QxK: jnp.where(_seen(first + offset, j * K, (Q, K)), x_QxK, _HIDDEN),
+                x_QxK,
+            )
+            e_QxK = jnp.exp2(x_QxK)
+            dp_QxK = products.of_tiles(dout_s.at[wg], v_s, Q, K)
+            plgpu.barrier_arrive(v_free)
+            row_QxK = _over_rows(c_Q, K)
+            if g_Q:
+                row_QxK = row_QxK - _over_rows(g_Q[0], K) * x_QxK
+            ds_QxK = e_QxK * (dp_QxK * _over_rows(a_Q * LN2, K) + row_QxK)
+            dq_QxH = products.added(dq_QxH, ds_QxK.astype(q.dtype), k_s)
+            plgpu.barrier_arrive(k_free)
+            return dq_QxH, a_Q, m_Q, c_Q, *g_Q
+
+        seen = jnp.minimum(_cdiv((tile + 1) * (WARPGROUPS * Q) + offset, K), last)
+        _pipeline(step, seen, stages, compute, [_tile_spec(K, H, q.dtype)] * 2)(k_g.at[b, :, n], v_g.at[b, :, n])
+
+    row = jax.ShapeDtypeStruct((B, N, padded), jnp.float32)
+    dq, scaled_dout, dscale, *made_rows = plgpu.kernel(
+        attention_dq,
+        out_type=(*[jax.ShapeDtypeStruct(q.shape, q.dtype)] * 2, *[row] * made),
+        scratch_types=[
+            *[_shared((WARPGROUPS, Q, H), q.dtype)] * 3,
+            plgpu.SMEM((WARPGROUPS, made, Q), jnp.float32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
+        ],
+        **_launch(N, tiles, B, interpret),
+    )(q, k, v, _padded(base2(scale_NxT), padded, 1.0), dout, out, *(_padded(x, padded) for x in rows))
+    return dq, dscale[..., :T], scaled_dout, *(x[..., :T] for x in made_rows), *([] if with_entropy else [None])
+
+
+def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks, interpret):
+    """dk and dv; keys before queries, so that no operand of a product is turned."""
+    (B, T, N, H), S, (K, Q, stages) = q.shape, k.shape[1], blocks
+    tiles, offset, last = pl.cdiv(S, WARPGROUPS * K), S - T, pl.cdiv(T, Q)
+    with_entropy, products = g is not None, _Products(q.dtype, interpret)
+
+    def attention_dkv(q_g, k_g, v_g, dout_g, a_g, m_g, c_g, *refs):
+        g_g, (dk_g, dv_g, k_s, v_s, arrived) = refs[:with_entropy], refs[with_entropy:]
+        wg, n, b = (lax.axis_index(name) for name in ("wg", "n", "b"))
+        tile = lax.axis_index("tile")
+        first = tile * (WARPGROUPS * K) + wg * K
+        mine = pl.ds(first, K)
+
+        def compute(pipeline: Callable) -> None:
+            for ref, to in ((k_g, k_s), (v_g, v_s)):
+                plgpu.copy_gmem_to_smem(ref.at[b, mine, n], to.at[wg], arrived.at[wg])
+            plgpu.barrier_wait(arrived.at[wg])
+            zeros_KxH = plgpu.layout_cast(jnp.zeros((K, H), jnp.float32), _TILE)
+            dk_KxH, dv_KxH = pipeline((zeros_KxH, zeros_KxH))
+            k_s.at[wg][...] = dk_KxH.astype(k.dtype)
+            v_s.at[wg][...] = dv_KxH.astype(v.dtype)
+            plgpu.commit_smem()
+            for shared, ref in ((k_s, dk_g), (v_s, dv_g)):
+                plgpu.copy_smem_to_gmem(shared.at[wg], ref.at[b, mine, n], commit_group=False)
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0)
+
+        def step(indices, q_s, dout_s, *refs):
+            rows_s, (*free, gradients) = refs[: 3 + with_entropy], refs[3 + with_entropy :]
+            dk_KxH, dv_KxH = gradients
+            start = (
+                last - 1 - indices[0]
+            ) * Q  # from the last queries down, so that only the count depends on the tile
+            s_KxQ = products.of_tiles(k_s.at[wg], q_s, K, Q)
+            a_Q, m_Q = (_load(ref, _COLUMNS) for ref in rows_s[:2])
+            x_KxQ = products.scaled(s_KxQ, _over_columns(a_Q, K), _over_columns(m_Q, K))
+            x_KxQ = lax.cond(
+                first + K <= start + offset + 1,
+                lambda x_KxQ: x_KxQ,
+                lambda x_KxQ: jnp.where(_seen_by_columns(start + offset, first, (K, Q)), x_KxQ, _HIDDEN),
+                x_KxQ,
+            )
+            dp_KxQ = products.of_tiles(v_s.at[wg], dout_s, K, Q)
+            a_Q, c_Q, *g_Q = (_load(ref, _COLUMNS) for ref in (rows_s[0], *rows_s[2:]))  # a again: registers are scarce
+            plgpu.commit_smem()  # what was loaded from shared memory may be overwritten only now
+            for barrier in free[2:]:
+                plgpu.barrier_arrive(barrier)
+            row_KxQ = _over_columns(c_Q, K)
+            if g_Q:
+                row_KxQ = row_KxQ - _over_columns(g_Q[0], K) * x_KxQ
+            e_KxQ = jnp.exp2(x_KxQ)
+            ds_KxQ = e_KxQ * (dp_KxQ * _over_columns(a_Q * LN2, K) + row_KxQ)
+            weights = (e_KxQ.astype(q.dtype), ds_KxQ.astype(q.dtype))
+            dv_KxH, dk_KxH = products.both_added((dv_KxH, dk_KxH), weights, (dout_s, q_s))
+            for barrier in free[:2]:
+                plgpu.barrier_arrive(barrier)
+            return dk_KxH, dv_KxH
+
+        begin = lax.div(jnp.maximum(tile * (WARPGROUPS * K) - offset, 0), jnp.int32(Q))
+        from_end = lambda i: (last - 1 - i,)  # noqa: E731
+        specs = [_tile_spec(Q, H, q.dtype, lambda i: (*from_end(i), 0))] * 2
+        specs += [plgpu.BlockSpec(block_shape=(Q,), index_map=from_end)] * (3 + with_entropy)
+        _pipeline(step, jnp.maximum(last - begin, 0), stages, compute, specs)(
+            q_g.at[b, :, n], dout_g.at[b, :, n], a_g.at[n], *(ref.at[b, n] for ref in (m_g, c_g, *g_g))
+        )
+
+    rows = (_padded(x, last * Q) for x in (base2(scale_NxT), m, c, *([g] if with_entropy else [])))
+    return plgpu.kernel(
+        attention_dkv,
+        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        scratch_types=[
+            *[_shared((WARPGROUPS, K, H), k.dtype)] * 2,
+            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+        ],
+        **_launch(N, tiles, B, interpret),
+    )(q, k, v, scaled_dout, *rows)
+
+
+_attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+class _Products(NamedTuple):
+    """Products of tiles: on the tensor cores, or by jnp where a CPU runs the kernel."""
+
+    dtype: Any
+    interpret: Any
+
+    def of_tiles(
+        self, x_s: Any, y_s: Any, rows: int, columns: int, after: Callable[[], None] = lambda: None
+    ) -> jax.Array:
+        """x·yᵀ of two tiles in shared memory; `after` is called between its start and its end."""
+        if self.interpret:
+            after()
+            return _interpreted_dot(x_s[...], y_s[...].T)
+
+        def product(accumulator):
+            plgpu.wgmma(accumulator, x_s, plgpu.transpose_ref(y_s, (1, 0)))
+            after()
+            return accumulator[...]
+
+        return pl.run_scoped(product, plgpu.ACC((rows, columns), jnp.float32))
+
+    def scaled(self, s: jax.Array, a: jax.Array, m: jax.Array) -> jax.Array:
+        """s·a − m, in one rounding: approximate mathematics makes it one instruction."""
+        return multiply_add(s, a, -m) if self.interpret else s * a - m
+
+    def added(self, total: jax.Array, x: jax.Array, y_s: Any) -> jax.Array:
+        """total + x·y, x in registers."""
+        if self.interpret:
+            return total + _interpreted_dot(x, y_s[...])
+        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, x, y_s))(plgpu.ACC.init(total))
+
+    def both_added(self, totals: tuple, xs: tuple, ys_s: tuple) -> tuple[jax.Array, ...]:
+        """Two of `added`, waited for together."""
+        if self.interpret:
+            return tuple(map(self.added, totals, xs, ys_s))
+
+        def both(accumulators):
+            for accumulator, x, y_s in zip(accumulators, xs, ys_s, strict=True):
+                plgpu.wgmma(accumulator, x, y_s)
+
+        return pl.run_state(both)(tuple(map(plgpu.ACC.init, totals)))
+
+
+def _interpreted_dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    plgpu.commit_smem()  # the tensor cores read shared memory in order with its copies, a load does not
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
+
+
+def _pipeline(step: Callable, length: jax.Array, stages: int, compute: Callable, specs: list) -> Callable:
+    return plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(length,),
+        in_specs=specs,
+        max_concurrent_steps=stages,
+        num_compute_wgs=WARPGROUPS,
+        memory_registers=40,
+        wg_axis="wg",
+        manual_consumed_barriers=True,
+        compute_context=compute,
+    )
+
+
+def _launch(N: int, tiles: int, B: int, interpret: Any) -> dict[str, Any]:
+    """How every kernel is launched: a program for each head, tile and sequence, of three warpgroups."""
+    options = dict(interpret=interpret) if interpret else {}
+    return dict(
+        grid=(N, tiles, B), grid_names=("n", "tile", "b"), num_threads=WARPGROUPS + 1, thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True), **options,
+    )  # fmt: skip
+
+
+def _transforms(H: int, dtype: Any) -> tuple[Any, ...]:
+    """How a tile of H columns lies in shared memory, so that the tensor cores read it without conflicts."""
+    swizzle = plgpu.find_swizzle(H * jnp.dtype(dtype).itemsize * 8)
+    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    return plgpu.SMEM(shape, dtype, transforms=_transforms(shape[-1], dtype))
+
+
+def _tile_spec(rows: int, H: int, dtype: Any, index_map: Callable = lambda i: (i, 0)) -> Any:
+    return plgpu.BlockSpec(block_shape=(rows, H), index_map=index_map, transforms=_transforms(H, dtype))
+
+
+def _load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    """A tile or a row vector into registers; jax 0.12 has no place for indices any more."""
+    options = {} if optimized else dict(optimized=False)
+    try:
+        return plgpu.load(ref, layout=layout, **options)
+    except TypeError:
+        return plgpu.load(ref, (), layout=layout, **options)
+
+
+def _over_rows(x_Q: jax.Array, columns: int) -> jax.Array:
+    return lax.broadcast_in_dim(x_Q, (x_Q.shape[0], columns), [0])
+
+
+def _over_columns(x_Q: jax.Array, rows: int) -> jax.Array:
+    return lax.broadcast_in_dim(x_Q, (rows, x_Q.shape[0]), [1])
+
+
+def _seen(last_key: jax.Array, first_key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Whether a query (row) sees a key (column); the first row sees keys up to `last_key`."""
+    rows, columns = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_TILE) for axis in (0, 1))
+    return columns + first_key <= rows + last_key
+
+
+def _seen_by_columns(last_key: jax.Array, first_key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Whether a query (column) sees a key (row); the first column sees keys up to `last_key`."""
+    rows, columns = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_TILE) for axis in (0, 1))
+    return rows + first_key <= columns + last_key
+
+
+def _padded(x: jax.Array, length: int, value: float = 0.0) -> jax.Array:
+    """Row statistics up to whole tiles."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])], constant_values=value)
+
+
+def _log2(x: jax.Array) -> jax.Array:
+    return jnp.log(x) * (1 / LN2)
+
+
+def _cdiv(x: jax.Array, y: int) -> jax.Array:
+    return lax.div(x + (y - 1), jnp.int32(y))

@@ -1,0 +1,141 @@
+"""The GPU kernels without a GPU: interpreted against float64, lowered, their tiles, and their arithmetic."""
+
+import functools
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_entropy.attention import AttentionStats, gpu, hopper
+from jax_entropy.attention.base2 import LN2, base2, multiply_add
+from jax_entropy.attention.blocks import blocks_for
+from jax_entropy.bench.cases import CASES, errors
+from jax_entropy.errors import UserError
+
+TILES = gpu.Blocks(32, 32, 4, 2)
+interpreted = functools.partial(gpu.attend, kernels=gpu.Kernels(TILES, TILES, TILES), interpret=True)
+# a kernel takes seconds to interpret: what is special about it, and not what the other implementations show already
+INTERPRETED = (
+    "earlier keys", "cold and hot rows", "logits of 1e8, equal or e^16 apart", "a cache with anything behind",
+)  # fmt: skip
+
+
+def operator(attend, q, k, v, t, position):
+    """`attention` by one implementation's own function."""
+    position = k.shape[1] - q.shape[1] if position is None else position
+    out, *stats = attend(q, k, v, q.shape[-1] ** -0.5 / t, position)
+    return out, AttentionStats(*stats)
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_the_cases_that_all_implementations_share(name):
+    (case,) = (case for case in CASES if case.name == name)
+    found = errors(case, functools.partial(operator, interpreted), by_products=True)
+    assert found.pop("bit-equal")
+    assert max(found.values()) <= case.rtol, found
+
+
+def test_bfloat16_costs_its_own_rounding_only():
+    """Outputs and gradients to a few of its 2⁻⁹, statistics as in float32."""
+    (case,) = (case for case in CASES if case.name == "earlier keys")
+    found = errors(case, functools.partial(operator, interpreted), jnp.bfloat16, by_products=True)
+    assert max(found[name] for name in ("entropy", "logsumexp", "max_logit")) <= 1e-5
+    assert max(found[name] for name in ("out", "dq", "dk", "dv", "dtemperature")) <= 4 * 2**-9
+
+
+def test_an_unused_entropy_takes_its_terms_out_of_the_backward_kernels():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 32, 1, 16))
+
+    def kernels(weight):
+        def loss(q):
+            out, entropy, *_ = interpreted(q, k, v, jnp.full((1, 32), 0.25), 0)
+            return jnp.sum(out) + (weight * jnp.sum(entropy) if weight else 0)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(q)), jax.grad(loss)(q)
+
+    (without, plain), (with_entropy, weighted) = kernels(0), kernels(1e-30)
+    assert len(without) < len(with_entropy)
+    np.testing.assert_allclose(plain, weighted, rtol=1e-5, atol=1e-7)
+
+
+def test_it_runs_in_a_scan_that_recomputes_and_in_vmap():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 1, 16, 1, 16))
+    scale = jnp.full((1, 16), 0.25)
+
+    def loss(q, k, v):
+        out, entropy, *_ = interpreted(q, k, v, scale, 0)
+        return jnp.sum(out**2) + jnp.sum(entropy)
+
+    def scanned(q):
+        body = jax.checkpoint(lambda total, x: (total + loss(*x), None))
+        return jax.lax.scan(body, 0.0, (q, k, v))[0]
+
+    one_by_one = jnp.stack([jax.grad(loss)(*x) for x in zip(q, k, v, strict=True)])
+    np.testing.assert_allclose(jax.grad(scanned)(q), one_by_one, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(loss))(q, k, v), one_by_one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="lowering for a GPU without one asks for an abstract device there"
+)
+@pytest.mark.parametrize("attend", [gpu.attend, hopper.attend], ids=["gpu", "hopper"])
+def test_the_kernels_lower_for_a_gpu_with_every_gradient(attend):
+    x, rows = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 200), jnp.float32)
+
+    def loss(q, k, v, scale):
+        out, entropy, logsumexp, _ = attend(q, k, v, scale, 0)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(entropy) + jnp.sum(logsumexp)
+
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(x, x, x, rows).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call") >= 3
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="needs the interpreter of jax 0.11")
+def test_hopper_is_right_and_has_no_race():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    tiles = hopper.Blocks(64, 64, 2)
+    attend = functools.partial(
+        hopper.attend,
+        kernels=hopper.Kernels(tiles, tiles, tiles),
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    (case,) = (case for case in CASES if case.name == "earlier keys")
+    found = errors(case, functools.partial(operator, attend), jnp.bfloat16, by_products=True)
+    assert max(found[name] for name in ("entropy", "logsumexp", "max_logit")) <= 1e-5
+    assert max(found[name] for name in ("out", "dq", "dk", "dv", "dtemperature")) <= 4 * 2**-9
+
+
+def test_tiles_are_found_by_device_type_and_size():
+    assert blocks_for("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 64, 512)["forward"] == [64, 64, 4, 3]
+    assert blocks_for("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 64, 4096)["forward"] == [64, 128, 4, 3]
+    assert blocks_for("gpu", "NVIDIA A100-SXM4-80GB", "float16", 48, 4096)["forward"] == [64, 64, 4, 3]
+    with pytest.raises(UserError, match="'hopper' takes heads of up to 128 in bfloat16, float16, not 64 in float32"):
+        blocks_for("hopper", "NVIDIA H200", "float32", 64, 512)
+
+
+def test_hopper_names_what_it_does_not_take():
+    x = jnp.zeros((1, 8, 1, 48), jnp.bfloat16)
+    with pytest.raises(UserError, match="heads of 32, 64, 96, 128, not 48"):
+        hopper.attend(x, x, x, jnp.ones((1, 8)), 0)
+    with pytest.raises(UserError, match="a cache is for 'gpu'"):
+        hopper.attend(x[..., :32], x[..., :32], x[..., :32], jnp.ones((1, 8)), jnp.int32(0))
+
+
+finite = st.floats(-1e6, 1e6, width=32)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(finite, finite, finite)
+def test_one_rounding_for_a_product_and_a_sum(x, y, z):
+    exact = float(np.longdouble(x) * np.longdouble(y) + np.longdouble(z))
+    found = float(multiply_add(*(jnp.float32(value) for value in (x, y, z))))
+    assert abs(found - exact) <= abs(exact) * 2**-22 + 1e-30
+
+
+def test_a_scale_in_base_2_is_bounded():
+    np.testing.assert_allclose(base2(jnp.asarray([0.125, 1e9])), [0.125 / LN2, 2**23], rtol=1e-6)

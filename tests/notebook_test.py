@@ -41,7 +41,7 @@ def test_the_outputs_that_are_kept_show_what_the_text_says(notebook):
     rows = re.findall(rf"^(\w+) +perplexity +{number} +collapse +(\d+)% +overload +(\d+)%$", text, re.M)
     found = {name: tuple(map(float, values)) for name, *values in rows}
     (broken, collapse, overload), (guided, *steered) = found["SM"], found["EReg"]
-    assert collapse > 25 and overload > 25 and steered == [0, 0]
+    assert collapse >= 50 and overload >= 25 and steered[0] == 0 and steered[1] < overload
     assert guided < frequencies < broken  # one has learned more than how often tokens occur, the other has not
     assert "/home/" not in text and "/root" not in text
 

@@ -2,16 +2,13 @@
 
 import os
 import subprocess
-from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # chosen before jax is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("PIP_CONSTRAINT", None)  # the versions of this environment, not of the engine's own
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-# Programs this small are compiled for longer than they run; the second option is gone from later versions of XLA.
+# programs this small are compiled for longer than they run
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest

@@ -58,10 +58,7 @@ def attend(
     Raises:
       UserError: a head width or a type that there are no tiles for.
     """
-    T, S, H = q_BxTxNxH.shape[1], *k_BxSxNxH.shape[1::2]
-    if kernels is None:
-        found = blocks_for("gpu", device_kind(), q_BxTxNxH.dtype, H, S)
-        kernels = Kernels(*(_fitted(Blocks(*found[name]), T) for name in Kernels._fields))
+    kernels = kernels or tiles(device_kind(), q_BxTxNxH, k_BxSxNxH.shape[1])
     rows, stats = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH, "tensor")
     on_device = on_shards(
         lambda *arrays: _attention(*arrays, kernels, interpret),
@@ -71,9 +68,13 @@ def attend(
     return on_device(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, jnp.asarray(position, jnp.int32))
 
 
-def _fitted(blocks: Blocks, T: int) -> Blocks:
-    """Few queries, as in decoding, need no tile of many."""
-    return blocks._replace(queries=min(blocks.queries, max(16, pl.next_power_of_2(T))))
+def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
+    """Those of blocks.json; few queries, as in decoding, need no tile of many."""
+    _, T, _, H = q_BxTxNxH.shape
+    found = blocks_for("gpu", device_kind, q_BxTxNxH.dtype, H, S)
+    most = max(16, pl.next_power_of_2(T))
+    sizes = (Blocks(*found[name]) for name in Kernels._fields)
+    return Kernels(*(blocks._replace(queries=min(blocks.queries, most)) for blocks in sizes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

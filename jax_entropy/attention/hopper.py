@@ -70,9 +70,7 @@ def attend(
         raise UserError("attention 'hopper' takes the queries at the end of the keys; a cache is for 'gpu'")
     if H not in WIDTHS:
         raise UserError(f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any")
-    if kernels is None:
-        found = blocks_for("hopper", device_kind(), q_BxTxNxH.dtype, H, S)
-        kernels = Kernels(*(Blocks(*found[name]) for name in Kernels._fields))
+    kernels = kernels or tiles(device_kind(), q_BxTxNxH, S)
     rows, stats = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH, "tensor")
     on_device = on_shards(
         lambda *arrays: _attention(*arrays, kernels, interpret),
@@ -80,6 +78,12 @@ def attend(
         out_specs=(rows, stats, stats, stats),
     )
     return on_device(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT)
+
+
+def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
+    """Those of blocks.json."""
+    found = blocks_for("hopper", device_kind, q_BxTxNxH.dtype, q_BxTxNxH.shape[-1], S)
+    return Kernels(*(Blocks(*found[name]) for name in Kernels._fields))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

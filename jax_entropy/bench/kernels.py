@@ -5,6 +5,7 @@ stand-in for a timing until there is a card. Needs JAX's CUDA plugin, ptxas and 
 """
 
 import heapq
+import importlib
 import json
 import os
 import re
@@ -124,18 +125,18 @@ def _compile(name: str, chip: str, H: int, entropy: bool) -> None:
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from jax_entropy.attention import IMPLEMENTATIONS
     from jax_entropy.plan.topology import devices_of
 
     _, devices = devices_of(f"{chip}:1")
     B, T, N = 2, 1024, 12
+    module = importlib.import_module(f"jax_entropy.attention.{name}")
 
     def shaped(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(devices[0]))
 
     def both(q, k, v, scale, dout, dentropy):
         def outputs(*inputs):
-            out, h, *_ = IMPLEMENTATIONS[name].function(*inputs, 0)
+            out, h, *_ = module.attend(*inputs, 0, kernels=module.tiles(devices[0].device_kind, inputs[0], T))
             return (out, h) if entropy else (out,)
 
         made, pull = jax.vjp(outputs, q, k, v, scale)

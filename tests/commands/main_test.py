@@ -49,7 +49,7 @@ BAD_TRAINING = {
     "no steps": ([f"--config={TINY}", "--config.train.num_steps=0"], ["num_steps=0"]),
     "warm-up as long as the run": ([f"--config={TINY}", "--config.optimizer.warmup=24.0"], ["warmup=24.0"]),
     "unknown implementation": ([f"--config={TINY}", "--config.model.attention=flash"], ["flash", "dense"]),
-    "implementation that is not here": ([f"--config={TINY}", "--config.model.attention=hopper"], ["hopper", "blockwise"]),
+    "implementation that is not here": ([f"--config={TINY}", "--config.model.attention=gpu"], ["gpu", "blockwise"]),
     "mesh that does not divide the devices": ([f"--config={TINY}", "--config.mesh.fsdp=3"], ["8 devices"]),
     "mesh that does not divide heads": ([f"--config={TINY}", "--config.mesh.tensor=8"], ["num_heads=2", "tensor=8"]),
     "mesh that does not divide the batch": ([f"--config={TINY}", "--config.train.batch_size=9"], ["batch_size=9", "8"]),

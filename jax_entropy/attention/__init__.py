@@ -1,6 +1,23 @@
 """One operator, several implementations: causal softmax attention that also returns each row's entropy.
 
 All implementations give the same numbers and the same gradients, through the output, the entropy and the logsumexp.
+Kernels work in base 2, tile by tile. For query i, scale_i = 1/(t_i·√H), and the keys j that it sees:
+
+    s_ij = q_i·k_j     a_i = scale_i·log₂e     m_i = max_j s_ij·a_i     x_ij = s_ij·a_i − m_i     e_ij = 2^x_ij
+    l_i = Σ_j e_ij     w_i = Σ_j e_ij·x_ij     out_i = Σ_j e_ij·v_j / l_i
+    entropy_i = ln2·(log₂ l_i − w_i/l_i)       logsumexp_i = ln2·(m_i + log₂ l_i)
+
+Where a tile raises m_i by d, the sums so far decay: w ← 2^−d·(w − d·l), l ← 2^−d·l, out ← 2^−d·out.
+Backward, with p_ij = e_ij/l_i and D_i = dout_i·out_i:
+
+    dS_ij = p_ij·(dout_i·v_j − D_i + dlogsumexp_i − dentropy_i·(ln p_ij + entropy_i))
+    dq_i = Σ_j scale_i·dS_ij·k_j     dk_j = Σ_i scale_i·dS_ij·q_i
+    dv_j = Σ_i p_ij·dout_i           dscale_i = Σ_j dS_ij·s_ij = (Σ_j dS_ij·x_ij + m_i·dlogsumexp_i) / a_i
+
+of which the loop sees, with dout'_i = dout_i/l_i, g_i = scale_i·ln2·dentropy_i/l_i and
+c_i = scale_i·(dlogsumexp_i − D_i − dentropy_i·entropy_i)/l_i + g_i·log₂ l_i, one more multiply-add for the entropy:
+
+    scale_i·dS_ij = e_ij·(scale_i·dout'_i·v_j + c_i − g_i·x_ij)     dv_j = Σ_i e_ij·dout'_i
 """
 
 import functools

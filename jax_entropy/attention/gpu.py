@@ -13,11 +13,10 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jax.sharding import PartitionSpec
 
-from jax_entropy.attention.base2 import LN2, base2, multiply_add
 from jax_entropy.attention.blocks import blocks_for
-from jax_entropy.sharding import BATCH, device_kind, on_shards
+from jax_entropy.attention.kernels import LN2, attend_on_shards, base2, multiply_add
+from jax_entropy.sharding import device_kind
 
 _HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
 _LOWEST = -1e30  # finite, times any scale too: what a masked product is, and the largest of none
@@ -59,13 +58,8 @@ def attend(
       UserError: a head width or a type that there are no tiles for.
     """
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, k_BxSxNxH.shape[1])
-    rows, stats = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH, "tensor")
-    on_device = on_shards(
-        lambda *arrays: _attention(*arrays, kernels, interpret),
-        in_specs=(rows, rows, rows, PartitionSpec("tensor"), PartitionSpec()),
-        out_specs=(rows, stats, stats, stats),
-    )
-    return on_device(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, jnp.asarray(position, jnp.int32))
+    kernel = lambda *arrays: _attention(*arrays, kernels, interpret)  # noqa: E731
+    return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, jnp.asarray(position, jnp.int32))
 
 
 def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
@@ -146,33 +140,36 @@ def _forward_kernel(
 
 
 def _forward_rule(q, k, v, scale_NxT, position, kernels, interpret):
-    return _forward(*(x.value for x in (q, k, v, scale_NxT, position)), kernels, interpret)
+    results, residuals = _forward(*(x.value for x in (q, k, v, scale_NxT, position)), kernels, interpret)
+    has_temperature = () if scale_NxT.perturbed else None  # residuals are arrays; this one's structure speaks
+    return results, (*residuals, has_temperature)
 
 
 def _backward_rule(kernels, interpret, residuals, cotangents):
-    q, k, v, scale_NxT, position, out, entropy, m, log_l = residuals
+    q, k, v, scale_NxT, position, out, entropy, m, log_l, has_temperature = residuals
     (B, T, N, H), S = q.shape, k.shape[1]
     dout, dentropy, dlse, _ = cotangents
-    with_entropy = not isinstance(dentropy, SymbolicZero)  # a loss that does not use it runs kernels without it
+    # what a loss does not use is not in the kernels that it runs
+    with_entropy, with_temperature = not isinstance(dentropy, SymbolicZero), has_temperature is not None
     dout, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in (dout, dlse))
     rows, a_NxT = jax.ShapeDtypeStruct((B, N, T), jnp.float32), base2(scale_NxT)
     params = lambda blocks: plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)  # noqa: E731
     entropies = (entropy, dentropy) if with_entropy else ()
 
-    dq, dscale, scaled_dout, c, *g = pl.pallas_call(
-        functools.partial(
-            _dq_kernel, blocks=kernels.dq, shape=(T, S, H), with_entropy=with_entropy, interpret=interpret
-        ),
-        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), rows, jax.ShapeDtypeStruct(dout.shape, q.dtype), rows)
-        + (rows,) * with_entropy,
+    uses = dict(with_entropy=with_entropy, with_temperature=with_temperature)
+    dq, scaled_dout, c, *made = pl.pallas_call(
+        functools.partial(_dq_kernel, blocks=kernels.dq, shape=(T, S, H), interpret=interpret, **uses),
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(dout.shape, q.dtype))
+        + (rows,) * (1 + with_entropy + with_temperature),
         grid=(pl.cdiv(T, kernels.dq.queries), N, B),
         in_specs=[_positions(T, H), _positions(S, H), _positions(S, H), _by_head(T), _scalar(), *[_positions(T, H)] * 2]
         + [_rows(T)] * (3 + 2 * with_entropy),
-        out_specs=[_positions(T, H), _rows(T), _positions(T, H), *[_rows(T)] * (1 + with_entropy)],
+        out_specs=[*[_positions(T, H)] * 2, *[_rows(T)] * (1 + with_entropy + with_temperature)],
         interpret=interpret,
         name="attention_dq",
         compiler_params=params(kernels.dq),
     )(q, k, v, a_NxT, position[None], dout, out, m, log_l, dlse, *entropies)
+    g = made[:with_entropy]
 
     dk, dv = pl.pallas_call(
         functools.partial(
@@ -187,15 +184,16 @@ def _backward_rule(kernels, interpret, residuals, cotangents):
         name="attention_dkv",
         compiler_params=params(kernels.dkv),
     )(q, k, v, a_NxT, position[None], scaled_dout, m, c, *g)
-    return dq, dk, dv, jnp.sum(dscale, axis=0).astype(scale_NxT.dtype), None
+    dscale = jnp.sum(made[-1] + dlse * m, axis=0) / a_NxT if with_temperature else None
+    return dq, dk, dv, dscale, None
 
 
 def _dq_kernel(
     q_ref, k_ref, v_ref, a_ref, position_ref, dout_ref, out_ref, m_ref, log_l_ref, dlse_ref, *refs, blocks, shape,
-    with_entropy, interpret,
+    with_entropy, with_temperature, interpret,
 ):  # fmt: skip
-    """dq by rows of tiles, and what the other kernel needs of each row: dout/l, c, g."""
-    entropy_refs, (dq_ref, dscale_ref, scaled_dout_ref, *made_refs) = refs[: 2 * with_entropy], refs[2 * with_entropy :]
+    """dq by rows of tiles; what the other kernel needs of each row: dout/l, c, g; and Σ dS·x for the temperature."""
+    entropy_refs, (dq_ref, scaled_dout_ref, *made_refs) = refs[: 2 * with_entropy], refs[2 * with_entropy :]
     (T, S, H), (Q, K, *_) = shape, blocks
     fma, exp2 = _arithmetic(interpret)
     tile, position = pl.num_programs(0) - 1 - pl.program_id(0), position_ref[0]
@@ -215,7 +213,8 @@ def _dq_kernel(
         c_Q = part_Q * scale_Q * row_Q
     scaled_dout_QxH = (dout_QxH * part_Q[:, None]).astype(q_QxH.dtype)
 
-    def block(j, dq_QxH, *, diagonal: bool):
+    def block(j, running, *, diagonal: bool):
+        dq_QxH, *by_scale_Q = running
         k_KxH = _load(k_ref, j * K, K, S, H, diagonal and S % K > 0)
         v_KxH = _load(v_ref, j * K, K, S, H, diagonal and S % K > 0)
         x_QxK = fma(_dot(q_QxH, k_KxH, ((1,), (1,))), a_Q[:, None], -m_Q[:, None])
@@ -225,16 +224,18 @@ def _dq_kernel(
         e_QxK = exp2(x_QxK)
         row_QxK = fma(x_QxK, -g_Q[:, None], c_Q[:, None]) if with_entropy else c_Q[:, None]
         ds_QxK = e_QxK * fma(_dot(scaled_dout_QxH, v_KxH, ((1,), (1,))), scale_Q[:, None], row_QxK)
-        return dq_QxH + _dot(ds_QxK.astype(k_KxH.dtype), k_KxH, ((1,), (0,)))
+        # from the largest on, and not q·dq: beside large logits, or in bfloat16, their differences would be lost
+        by_scale_Q = [total_Q + jnp.sum(ds_QxK * x_QxK, axis=1) for total_Q in by_scale_Q]
+        return dq_QxH + _dot(ds_QxK.astype(k_KxH.dtype), k_KxH, ((1,), (0,))), *by_scale_Q
 
     whole, end = _key_blocks(first, position, Q, K, S)
-    dq_QxH = lax.fori_loop(0, whole, functools.partial(block, diagonal=False), jnp.zeros((Q, _width(H)), jnp.float32))
-    dq_QxH = lax.fori_loop(whole, end, functools.partial(block, diagonal=True), dq_QxH)
+    running = (jnp.zeros((Q, _width(H)), jnp.float32), *[jnp.zeros((Q,), jnp.float32)] * with_temperature)
+    running = lax.fori_loop(0, whole, functools.partial(block, diagonal=False), running)
+    dq_QxH, *by_scale_Q = lax.fori_loop(whole, end, functools.partial(block, diagonal=True), running)
     _store(dq_ref, first, Q, T, H, dq_QxH)
     _store(scaled_dout_ref, first, Q, T, H, scaled_dout_QxH)
-    # q_i·dq_i is Σ_j dS_ij · s_ij: the temperature's gradient needs no pass of its own
-    _store_rows(dscale_ref, first, Q, T, jnp.sum(dq_QxH * q_QxH.astype(jnp.float32), axis=1) / scale_Q)
-    for ref, made_Q in zip(made_refs, (c_Q, g_Q), strict=False):
+    made = (c_Q, *([g_Q] if with_entropy else []), *(total_Q / scale_Q for total_Q in by_scale_Q))
+    for ref, made_Q in zip(made_refs, made, strict=True):
         _store_rows(ref, first, Q, T, made_Q)
 
 

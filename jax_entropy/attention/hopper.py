@@ -14,12 +14,11 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import PartitionSpec
 
-from jax_entropy.attention.base2 import LN2, base2, multiply_add
 from jax_entropy.attention.blocks import blocks_for
+from jax_entropy.attention.kernels import LN2, attend_on_shards, base2, multiply_add
 from jax_entropy.errors import UserError
-from jax_entropy.sharding import BATCH, device_kind, on_shards
+from jax_entropy.sharding import device_kind
 
 WARPGROUPS = 2  # that compute
 WIDTHS = (32, 64, 96, 128)  # of heads
@@ -71,13 +70,8 @@ def attend(
     if H not in WIDTHS:
         raise UserError(f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any")
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, S)
-    rows, stats = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH, "tensor")
-    on_device = on_shards(
-        lambda *arrays: _attention(*arrays, kernels, interpret),
-        in_specs=(rows, rows, rows, PartitionSpec("tensor")),
-        out_specs=(rows, stats, stats, stats),
-    )
-    return on_device(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT)
+    kernel = lambda *arrays: _attention(*arrays, kernels, interpret)  # noqa: E731
+    return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT)
 
 
 def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
@@ -179,26 +173,31 @@ def _forward(q, k, v, scale_NxT, kernels, interpret):
 
 
 def _forward_rule(q, k, v, scale_NxT, kernels, interpret):
-    return _forward(*(x.value for x in (q, k, v, scale_NxT)), kernels, interpret)
+    results, residuals = _forward(*(x.value for x in (q, k, v, scale_NxT)), kernels, interpret)
+    has_temperature = () if scale_NxT.perturbed else None  # residuals are arrays; this one's structure speaks
+    return results, (*residuals, has_temperature)
 
 
 def _backward_rule(kernels, interpret, residuals, cotangents):
-    q, k, v, scale_NxT, out, entropy, m, log_l = residuals
+    q, k, v, scale_NxT, out, entropy, m, log_l, has_temperature = residuals
     dout, dentropy, dlse, _ = cotangents
-    with_entropy = not isinstance(dentropy, SymbolicZero)  # a loss that does not use it runs kernels without it
+    # what a loss does not use is not in the kernels that it runs
+    with_entropy, with_temperature = not isinstance(dentropy, SymbolicZero), has_temperature is not None
     dout, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in (dout, dlse))
     rows = (m, log_l, dlse, *((entropy, dentropy) if with_entropy else ()))
-    dq, dscale, *made = _dq(q, k, v, scale_NxT, dout.astype(q.dtype), out, rows, kernels.dq, interpret)
-    dk, dv = _dkv(q, k, v, scale_NxT, m, *made, kernels.dkv, interpret)
-    return dq, dk, dv, jnp.sum(dscale, axis=0).astype(scale_NxT.dtype)
+    dout = dout.astype(q.dtype)
+    dq, scaled_dout, c, *made = _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature, kernels.dq, interpret)
+    dk, dv = _dkv(q, k, v, scale_NxT, m, scaled_dout, c, made[0] if with_entropy else None, kernels.dkv, interpret)
+    dscale = jnp.sum(made[-1] + dlse * m, axis=0) / base2(scale_NxT) if with_temperature else None
+    return dq, dk, dv, dscale
 
 
-def _dq(q, k, v, scale_NxT, dout, out, rows, blocks, interpret):
-    """dq, the gradient of scale [B, N, T], and what the other kernel needs of each row: dout/l, c, g (None)."""
+def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks, interpret):
+    """dq; what the other kernel needs of each row: dout/l, c and, with the entropy, g; Σ dS·x with a temperature."""
     (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], blocks
     tiles, offset, last, count = pl.cdiv(T, WARPGROUPS * Q), S - T, pl.cdiv(S, K), len(rows)
     padded, with_entropy, products = tiles * WARPGROUPS * Q, count == 5, _Products(q.dtype, interpret)
-    made = 2 + with_entropy  # dscale, c, g
+    made = 1 + with_entropy + with_temperature
 
     def attention_dq(q_g, k_g, v_g, a_g, dout_g, out_g, *refs):
         rows_g, (dq_g, scaled_g, *made_g), (q_s, dout_s, out_s, made_s, arrived) = (
@@ -229,11 +228,11 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, blocks, interpret):
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dout_s.at[wg], scaled_g.at[b, mine, n])
             zeros_QxH = plgpu.layout_cast(jnp.zeros((Q, H), jnp.float32), _TILE)
-            dq_QxH, *_ = pipeline((zeros_QxH, a_Q, m_Q, c_Q, *([g_Q] if entropies else [])))
-            # q_i·dq_i is Σ_j dS_ij · s_ij: the temperature's gradient needs no pass of its own
-            dscale_Q = (dq_QxH * _load(q_s.at[wg], _TILE).astype(jnp.float32)).sum(axis=1) / scale_Q
+            g = [g_Q] if entropies else []
+            by_scale = [plgpu.layout_cast(jnp.zeros((Q,), jnp.float32), _ROWS)] * with_temperature
+            dq_QxH, by_scale, *_ = pipeline((zeros_QxH, by_scale, a_Q, m_Q, c_Q, g))
             q_s.at[wg][...] = dq_QxH.astype(q.dtype)
-            for i, made_Q in enumerate((dscale_Q, c_Q, g_Q)[:made]):
+            for i, made_Q in enumerate((c_Q, *g, *(total_Q / scale_Q for total_Q in by_scale))):
                 made_s.at[wg, i][...] = made_Q
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s.at[wg], dq_g.at[b, mine, n], commit_group=False)
@@ -244,7 +243,7 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, blocks, interpret):
 
         def step(indices, k_s, v_s, k_free, v_free, running):
             (j,) = indices
-            dq_QxH, a_Q, m_Q, c_Q, *g_Q = running
+            dq_QxH, by_scale, a_Q, m_Q, c_Q, g_Q = running
             s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K)
             x_QxK = products.scaled(s_QxK, _over_rows(a_Q, K), _over_rows(m_Q, K))
             all_seen = (j + 1) * K <= jnp.minimum(first + offset + 1, S)
@@ -261,15 +260,17 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, blocks, interpret):
             if g_Q:
                 row_QxK = row_QxK - _over_rows(g_Q[0], K) * x_QxK
             ds_QxK = e_QxK * (dp_QxK * _over_rows(a_Q * LN2, K) + row_QxK)
+            # from the largest on, and not q·dq: beside large logits, or in bfloat16, their differences would be lost
+            by_scale = [total_Q + (ds_QxK * x_QxK).sum(axis=1) for total_Q in by_scale]
             dq_QxH = products.added(dq_QxH, ds_QxK.astype(q.dtype), k_s)
             plgpu.barrier_arrive(k_free)
-            return dq_QxH, a_Q, m_Q, c_Q, *g_Q
+            return dq_QxH, by_scale, a_Q, m_Q, c_Q, g_Q
 
         seen = jnp.minimum(_cdiv((tile + 1) * (WARPGROUPS * Q) + offset, K), last)
         _pipeline(step, seen, stages, compute, [_tile_spec(K, H, q.dtype)] * 2)(k_g.at[b, :, n], v_g.at[b, :, n])
 
     row = jax.ShapeDtypeStruct((B, N, padded), jnp.float32)
-    dq, scaled_dout, dscale, *made_rows = plgpu.kernel(
+    dq, scaled_dout, *made_rows = plgpu.kernel(
         attention_dq,
         out_type=(*[jax.ShapeDtypeStruct(q.shape, q.dtype)] * 2, *[row] * made),
         scratch_types=[
@@ -279,7 +280,7 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, blocks, interpret):
         ],
         **_launch(N, tiles, B, interpret),
     )(q, k, v, _padded(base2(scale_NxT), padded, 1.0), dout, out, *(_padded(x, padded) for x in rows))
-    return dq, dscale[..., :T], scaled_dout, *(x[..., :T] for x in made_rows), *([] if with_entropy else [None])
+    return dq, scaled_dout, *(x[..., :T] for x in made_rows)
 
 
 def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks, interpret):

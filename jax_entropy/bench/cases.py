@@ -84,8 +84,11 @@ def cotangents(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(rng.choice([-2.0, -1.0, 1.0, 2.0], shape) * (name in case.through) for name, shape in shapes.items())
 
 
-def in_float64(case: Case) -> dict[str, Number]:
-    """Outputs and gradients by their formulas (docs/mathematics.md), no trick but the subtracted maximum."""
+def in_float64(case: Case, rounding: float = 0.0) -> dict[str, Number]:
+    """Outputs and gradients by their formulas (docs/mathematics.md), no trick but the subtracted maximum.
+
+    rounding: of what is subtracted from the logits of a row, relative to it.
+    """
     q, k, v, t = case.arguments()
     dout, dentropy, dlse = cotangents(case)
     T, S = q.shape[1], k.shape[1]
@@ -122,7 +125,8 @@ def in_float64(case: Case) -> dict[str, Number]:
         dk=Number(dk, dk_size),
         dv=dot("BNTS,BTNH->BSNH", p, dout),
         dtemperature=Number(
-            -((dx * x).sum((0, 3)) + by_lse) / t, ((size * abs(x)).sum((0, 3)) + abs(by_lse)) / t
+            -((dx * x).sum((0, 3)) + by_lse) / t,
+            ((size * (abs(x) + rounding * abs(logit[..., None]))).sum((0, 3)) + abs(by_lse)) / t,
         ),
     )  # fmt: skip
 
@@ -130,12 +134,12 @@ def in_float64(case: Case) -> dict[str, Number]:
 Operator = Callable[..., tuple[jax.Array, AttentionStats]]  # q, k, v, temperature, position
 
 
-def errors(case: Case, operator: Operator, dtype: Any = jnp.float32, *, by_products: bool = False) -> dict[str, float]:
+def errors(case: Case, operator: Operator, dtype: Any = jnp.float32, rounding: float = 0.0) -> dict[str, float]:
     """The largest error of each output and gradient, of what it is summed from.
 
     Args:
       dtype: of q, k, v and the cotangent of out.
-      by_products: the temperature's gradient is summed from q·dq, as kernels do it, not from differences of logits.
+      rounding: as for `in_float64`; 2⁻²³ for kernels, 0 for those that take off the largest logit itself.
     """
     q, k, v = (jnp.asarray(x, dtype) for x in case.arguments()[:3])
     t, (dout, *dstats) = jnp.asarray(case.arguments()[3], jnp.float32), cotangents(case)
@@ -150,10 +154,7 @@ def errors(case: Case, operator: Operator, dtype: Any = jnp.float32, *, by_produ
         values, pull, max_logit = jax.vjp(outputs, q, k, v, t, has_aux=True)
         return *values, max_logit, *pull(given)
 
-    expected = in_float64(case)
-    if by_products:
-        size = np.einsum("BTNH,BTNH->NT", expected["dq"].size, abs(case.arguments()[0])) / case.arguments()[3]
-        expected["dtemperature"] = expected["dtemperature"]._replace(size=size)
+    expected = in_float64(case, rounding)
     found = jax.device_get(outputs_and_gradients(q, k, v, t, given))
     off = {
         name: float((np.abs(np.asarray(actual, np.float64) - number.value) / (number.size + 1e-30)).max())

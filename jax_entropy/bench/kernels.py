@@ -20,6 +20,7 @@ from typing import Any
 from jax_entropy.errors import UserError
 
 TARGETS = {"hopper": ("h100",), "gpu": ("h100", "a100")}  # chips that a kernel is compiled for
+GRADIENTS = ("out", "out, entropy", "out, entropy, temperature")
 WIDTHS = {"hopper": (32, 64, 96, 128), "gpu": (64, 128)}
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?);")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -27,7 +28,7 @@ _BRANCH = re.compile(r"BRA\b.*?`\((\.L_x_\d+)\)")
 
 
 def bench_kernels(notify: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """A row for each kernel, chip and head width, with the entropy's gradient and without.
+    """A row for each kernel, chip and head width, by the gradients that it is asked for.
 
     Raises UserError where a tool is missing, and if a kernel spills registers.
     """
@@ -37,18 +38,18 @@ def bench_kernels(notify: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     for name, chips in TARGETS.items():
         for chip in chips:
             for H in WIDTHS[name]:
-                for entropy in (True, False):
-                    notify(f"{name} for {chip}, head width {H}{'' if entropy else ', without the entropy'}")
-                    yield from _compiled(name, chip, H, entropy)
+                for gradients in GRADIENTS:
+                    notify(f"{name} for {chip}, head width {H}, gradients of {gradients}")
+                    yield from _compiled(name, chip, H, gradients)
 
 
-def _compiled(name: str, chip: str, H: int, entropy: bool) -> Iterator[dict[str, Any]]:
+def _compiled(name: str, chip: str, H: int, gradients: str) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTX": "1",
             "MOSAIC_GPU_DUMP_TO": folder, "XLA_FLAGS": f"--xla_dump_to={folder} {os.environ.get('XLA_FLAGS', '')}",
         }  # fmt: skip
-        request = json.dumps([name, chip, H, entropy])
+        request = json.dumps([name, chip, H, gradients])
         done = subprocess.run(
             [sys.executable, "-m", "jax_entropy.bench.kernels", request],
             env=environment,
@@ -61,7 +62,7 @@ def _compiled(name: str, chip: str, H: int, entropy: bool) -> Iterator[dict[str,
             for kernel, found in _assembled(ptx):
                 if found["spilled"]:
                     raise UserError(f"{kernel} of {name} for {chip} at head width {H} spills {found['spilled']} bytes")
-                yield dict(implementation=name, chip=chip, H=H, kernel=kernel, entropy=entropy) | found
+                yield dict(implementation=name, chip=chip, H=H, kernel=kernel, gradients=gradients) | found
 
 
 def _assembled(ptx: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -119,7 +120,7 @@ def _shortest(lines: list[str], labels: dict[str, int], begin: int, end: int) ->
     return 0, 0
 
 
-def _compile(name: str, chip: str, H: int, entropy: bool) -> None:
+def _compile(name: str, chip: str, H: int, gradients: str) -> None:
     """Compiles the operator, forward and backward, for a chip; what XLA dumps is read by the parent."""
     import jax
     import jax.numpy as jnp
@@ -137,10 +138,13 @@ def _compile(name: str, chip: str, H: int, entropy: bool) -> None:
     def both(q, k, v, scale, dout, dentropy):
         def outputs(*inputs):
             out, h, *_ = module.attend(*inputs, 0, kernels=module.tiles(devices[0].device_kind, inputs[0], T))
-            return (out, h) if entropy else (out,)
+            return (out, h) if "entropy" in gradients else (out,)
 
-        made, pull = jax.vjp(outputs, q, k, v, scale)
-        return made, pull((dout, dentropy) if entropy else (dout,))
+        if "temperature" in gradients:
+            made, pull = jax.vjp(outputs, q, k, v, scale)
+        else:
+            made, pull = jax.vjp(lambda *inputs: outputs(*inputs, scale), q, k, v)
+        return made, pull((dout, dentropy)[: len(made)])
 
     x, rows = shaped((B, T, N, H), jnp.bfloat16), shaped((B, N, T))
     jax.jit(both).lower(x, x, x, shaped((N, T)), x, rows).compile()

@@ -1,4 +1,4 @@
-"""Powers of two in place of e: what the GPU kernels share.
+"""What the GPU kernels share: powers of two in place of e, and the part of the operator that a device has.
 
 A tile's weights are 2^x with x = s·a − m in one instruction, s = q·k, a = scale·log₂e, m the largest s·a of the row.
 m may be rounded, by the same amount for a whole row, which takes nothing from the softmax; 2^x holds that rounding up
@@ -6,10 +6,14 @@ to logits of 5·10⁸.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from jax_entropy.sharding import BATCH, on_shards
 
 LN2 = math.log(2)
 _LARGEST = 2.0**23  # products are not known to more digits: colder rows put all weight on their largest already
@@ -30,3 +34,18 @@ def multiply_add(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     x_low, y_low = x - x_high, y - y_high
     error = ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low
     return (product + z) + error
+
+
+def attend_on_shards(
+    kernel: Callable[..., tuple[jax.Array, ...]],
+    q_BxTxNxH: jax.Array,
+    k_BxSxNxH: jax.Array,
+    v_BxSxNxH: jax.Array,
+    scale_NxT: jax.Array,
+    *scalars: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """`kernel` of the sequences and heads that a device has; out, entropy, logsumexp and max logit."""
+    rows, stats = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH, "tensor")
+    specs = (rows, rows, rows, PartitionSpec("tensor"), *(PartitionSpec() for _ in scalars))
+    on_device = on_shards(kernel, in_specs=specs, out_specs=(rows, stats, stats, stats))
+    return on_device(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, *scalars)

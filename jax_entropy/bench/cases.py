@@ -45,6 +45,12 @@ def _around(offset: float, unit: float, temperature: float, T: int = 130) -> Arg
     return q, k * unit, _normal(T, T)[2], np.full((N, T), temperature)
 
 
+def _equal(T: int) -> Arguments:
+    """Every key has the same weight, and row i an entropy of log(i + 1)."""
+    q, k, v, t = _normal(T, T)
+    return 0 * q, k, v, t
+
+
 def _behind(garbage: float) -> Arguments:
     """Nine queries in a cache of 140 keys, which holds `garbage` behind the last of them."""
     q, k, v, t = _normal(9, 140)
@@ -58,7 +64,10 @@ CASES = (
     Case("one key", lambda: _normal(1, 1)),
     Case("one tile", lambda: _normal(7, 7)),
     Case("tiles that do not fit", lambda: _normal(130, 130)),
+    Case("a thousand", lambda: _normal(1000, 1000)),
     Case("earlier keys", lambda: _normal(20, 150)),
+    Case("equal logits", lambda: _equal(129)),
+    Case("logits of 80", lambda: _around(0.0, 2.0, 0.25, 129)),
     Case("cold and hot rows", lambda: _normal(130, 130, (0.01, 100.0))),
     Case("logits of 5e5, weights of any size", lambda: _around(2.0**26, 8.0, 16.0), largest=5e5, through=_WITHOUT_LSE),
     Case("logits of 1e8, equal or e^16 apart", lambda: _around(2.0**30, 128.0, 1.0), largest=1e8, through=_WITHOUT_LSE),

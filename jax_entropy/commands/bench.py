@@ -69,7 +69,15 @@ def kernels(values: Namespace) -> None:
     _print_rows(list(bench_kernels(warn)), values)
 
 
-COMMANDS = {found.name: found for found in (attention, step, data, monitoring, device, kernels)}
+@command(JSON, examples=["bench blocks --json=blocks.json"])
+def blocks(values: Namespace) -> None:
+    """The fastest tiles of this GPU's attention kernels, as rows for attention/blocks.json."""
+    from jax_entropy.bench.blocks import bench_blocks
+
+    _print_rows(list(bench_blocks(warn)), values)
+
+
+COMMANDS = {found.name: found for found in (attention, step, data, monitoring, device, kernels, blocks)}
 
 
 def _check_rounds(rounds: int) -> None:

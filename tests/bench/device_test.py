@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jax_entropy.bench import kernels
+from jax_entropy.bench.blocks import bench_blocks
 from jax_entropy.bench.device import bench_device, markdown
 from jax_entropy.errors import UserError
 
@@ -34,6 +35,11 @@ def test_what_cannot_be_measured_is_a_sentence(tmp_path):
         bench_device(tmp_path, parts=["stp"])
     with pytest.raises(UserError, match="minutes=0 must be above 0"):
         bench_device(tmp_path, minutes=0)
+
+
+def test_tiles_are_measured_on_a_gpu_only():
+    with pytest.raises(UserError, match="no kernels with tiles for this cpu"):
+        next(bench_blocks(lambda line: None))
 
 
 LISTING = """

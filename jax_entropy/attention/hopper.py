@@ -379,7 +379,7 @@ class _Products(NamedTuple):
             return _interpreted_dot(x_s[...], y_s[...].T)
 
         def product(accumulator):
-            plgpu.wgmma(accumulator, x_s, plgpu.transpose_ref(y_s, (1, 0)))
+            plgpu.wgmma(accumulator, x_s, y_s.T)
             after()
             return accumulator[...]
 

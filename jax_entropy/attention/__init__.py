@@ -92,10 +92,8 @@ def attention(
         hold anything finite. None: S − T, the queries are the last T of the keys.
       implementation: "dense" keeps every weight; "blockwise" none of them, nor do the kernels "gpu" and
         "hopper"; all but dense in reverse mode only (no jvp, no second derivative). "auto": the fastest, see `choose`.
-
     Returns:
       out [B, T, N, H] in the type of q, and AttentionStats.
-
     Raises:
       UserError: shapes that do not fit together, or an implementation that this device lacks.
     """

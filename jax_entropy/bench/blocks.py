@@ -24,7 +24,8 @@ _TILES = {
 def bench_blocks(notify: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """A row for each kernel file, head width and context of this device, in the form of blocks.json, with milliseconds.
 
-    Raises UserError where this device has no kernels.
+    Raises:
+      UserError: this device has no kernels.
     """
     if not (names := [name for name in available() if name in _TILES]):
         raise UserError(f"there are no kernels with tiles for this {jax.default_backend()}; bench blocks needs a GPU")

@@ -96,7 +96,8 @@ def cotangents(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def in_float64(case: Case, rounding: float = 0.0) -> dict[str, Number]:
     """Outputs and gradients by their formulas (docs/mathematics.md), no trick but the subtracted maximum.
 
-    rounding: of what is subtracted from the logits of a row, relative to it.
+    Args:
+      rounding: of what is subtracted from the logits of a row, relative to it.
     """
     q, k, v, t = case.arguments()
     dout, dentropy, dlse = cotangents(case)

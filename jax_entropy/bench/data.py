@@ -37,7 +37,6 @@ def bench_data(
       batch_size: B, chunks a batch.
       num_threads, prefetch: as in `config.data`.
       seconds: how long to read.
-
     Returns:
       `tokens_per_second` (predicted tokens, B · T a batch), `batches_per_second` and `first_batch_seconds`.
     """

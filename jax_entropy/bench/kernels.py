@@ -30,7 +30,8 @@ _BRANCH = re.compile(r"BRA\b.*?`\((\.L_x_\d+)\)")
 def bench_kernels(notify: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """A row for each kernel, chip and head width, by the gradients that it is asked for.
 
-    Raises UserError where a tool is missing, and if a kernel spills registers.
+    Raises:
+      UserError: a tool is missing, or a kernel spills registers.
     """
     for tool in ("ptxas", "nvdisasm"):
         if not shutil.which(tool):

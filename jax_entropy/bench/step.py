@@ -43,7 +43,6 @@ def bench_step(
       peer_python: a Python with torch and transformers; "": this one, if it has them, else our rows alone.
       compiled: the peer once more as `torch.compile` with fused attention, which has no entropy and no penalty.
       notify: receives a line on what will be done, and one for each row with the time that is left.
-
     Raises:
       UserError: `peer_python` cannot run the peer.
     """

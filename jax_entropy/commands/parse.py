@@ -38,7 +38,11 @@ class Flag(NamedTuple):
         return self.kind if self.default is None else type(self.default)
 
     def read(self, text: str) -> Any:
-        """The value of `text`. Raises UserError if it is none of the flag's type or choices."""
+        """The value of `text`.
+
+        Raises:
+          UserError: it is none of the flag's type or choices.
+        """
         if self.choices and text not in self.choices:
             raise UserError(f"--{self.name}={text!r} is not known{nearest(text, self.choices)}")
         if self.type is Path:
@@ -131,7 +135,8 @@ class _Switch(argparse.Action):
 def read(command: Command, arguments: Sequence[str]) -> argparse.Namespace | None:
     """The values of a command's flags by name; those of configuration fields, as text, in `fields`; None for --help.
 
-    Raises UserError for a flag that does not exist, is missing, or has a value that cannot be.
+    Raises:
+      UserError: a flag that does not exist, is missing, or has a value that cannot be.
     """
     parser, flags = _Parser(allow_abbrev=False, add_help=False), {flag.name: flag for flag in command.flags}
     parser.add_argument("-h", "--help", action="store_true")
@@ -196,7 +201,11 @@ def _take_words(values: argparse.Namespace, command: Command, words: list[str], 
 
 
 def _check_given(values: argparse.Namespace, command: Command) -> None:
-    """Raises UserError where something is missing, or two things exclude each other."""
+    """Checks that the flags given are complete and go together.
+
+    Raises:
+      UserError: something is missing, or two things exclude each other.
+    """
     for argument in command.arguments:
         if isinstance(argument, OneOf):
             values.source = _source(values, command, argument)

@@ -155,7 +155,11 @@ def ask(values: Namespace) -> None:
 
 
 def _address(text: str, flag: str) -> tuple[str, int]:
-    """HOST:PORT. Raises UserError if it is not one."""
+    """The host and the port of HOST:PORT.
+
+    Raises:
+      UserError: `text` is not of that form.
+    """
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65535:
         raise UserError(f"--{flag}={text!r} must be HOST:PORT, like 127.0.0.1:9500")
@@ -165,14 +169,22 @@ def _address(text: str, flag: str) -> tuple[str, int]:
 
 
 def _check_loopback(*hosts: str) -> None:
-    """Raises UserError unless all hosts are this machine."""
+    """Checks that all hosts are this machine.
+
+    Raises:
+      UserError: one is not.
+    """
     for host in hosts:
         if host not in ("127.0.0.1", "localhost"):
             raise UserError(f"--insecure_loopback is for 127.0.0.1 only, not {host}; give --keys and --peer")
 
 
 def read_prompts(values: Namespace) -> list[str]:
-    """What --prompt and --prompt_file ask. Raises UserError if it is nothing."""
+    """What --prompt and --prompt_file ask.
+
+    Raises:
+      UserError: it is nothing.
+    """
     texts = [*(read_prompt(text, None) for text in values.prompt), *(read_prompt("", f) for f in values.prompt_file)]
     if not texts or "" in texts:
         raise UserError("the prompt is empty; give --prompt, or --prompt_file with one that is not")
@@ -180,7 +192,11 @@ def read_prompts(values: Namespace) -> list[str]:
 
 
 def read_tokenizer(text: str, config: "ModelConfig") -> Any:
-    """The tokenizer that a server sent. Raises UserError if it is none, or has tokens that the model does not know."""
+    """The tokenizer that a server sent.
+
+    Raises:
+      UserError: it is none, or has tokens that the model does not know.
+    """
     from jax_entropy.data import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:

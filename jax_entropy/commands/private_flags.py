@@ -71,7 +71,11 @@ def read_setting(values: Namespace) -> Setting:
 
 
 def read_rewrites(without: str) -> "Rewrites":
-    """All rewrites but those named, PLAIN for "all". Raises UserError for a name that is none."""
+    """All rewrites but those named, PLAIN for "all".
+
+    Raises:
+      UserError: a name that is none.
+    """
     from jax_entropy.private.program.blueprint import PLAIN, REWRITES, Rewrites
 
     if without == "all":
@@ -84,7 +88,11 @@ def read_rewrites(without: str) -> "Rewrites":
 
 
 def read_sampling(values: Namespace) -> Callable[[], Callable]:
-    """Gives each text's `choose`, logits [V] → token. Raises UserError for options out of range."""
+    """Gives each text's `choose`, logits [V] → token.
+
+    Raises:
+      UserError: options out of range.
+    """
     from jax_entropy.private.session.inference import sampler
 
     for name in ("temperature", "top_k"):

@@ -13,7 +13,11 @@ _THREADS = 64  # XLA, TensorStore and the loader have so many on two cores, and 
 
 
 def prepare() -> None:
-    """Raises UserError where a command could not run to its end."""
+    """Prepares the process for a command.
+
+    Raises:
+      UserError: a command could not run to its end.
+    """
     _check_threads()
     _give_matplotlib_a_folder()
 

@@ -124,7 +124,11 @@ def convert(values: Namespace) -> None:
 
 
 def read_prompt(prompt: str, prompt_file: Path | None) -> str:
-    """The text of --prompt, or of --prompt_file as it is. Raises UserError if it cannot be read as UTF-8."""
+    """The text of --prompt, or of --prompt_file as it is.
+
+    Raises:
+      UserError: it cannot be read as UTF-8.
+    """
     name, content = "--prompt", prompt.encode(errors="surrogateescape")
     if prompt_file is not None:
         if prompt:

@@ -45,7 +45,8 @@ def train(values: Namespace) -> None:
 def _place_among_processes() -> tuple[int | None, int | None]:
     """How many processes there are and which this is; None where JAX finds out.
 
-    Raises UserError for variables that no launcher can have meant.
+    Raises:
+      UserError: variables that no launcher can have meant.
     """
     numbers = []
     for name, least in (("JAX_NUM_PROCESSES", 1), ("JAX_PROCESS_ID", 0)):
@@ -64,7 +65,11 @@ def _place_among_processes() -> tuple[int | None, int | None]:
 
 
 def _join(jax: ModuleType, count: int | None, index: int | None) -> None:
-    """Joins the other processes. Raises UserError where JAX cannot find out what there is to join."""
+    """Joins the other processes.
+
+    Raises:
+      UserError: JAX cannot find out what there is to join.
+    """
     # jax would take SIGTERM for itself; the loop saves and stops on it
     jax.config.update("jax_enable_preemption_service", False)
     try:

@@ -81,7 +81,11 @@ class TokenChunks(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 def build(source: str, contents: Contents, directory: Path) -> None:
-    """Writes `contents` as the TFDS data set `source` below `directory`; raises OSError where the disk refuses."""
+    """Writes `contents` as the TFDS data set `source` below `directory`.
+
+    Raises:
+      OSError: the disk refuses.
+    """
     try:
         with contextlib.redirect_stdout(io.StringIO()), _nameless_owners():  # TFDS speaks of downloads
             TokenChunks(source=source, contents=contents, data_dir=directory).download_and_prepare()

@@ -73,7 +73,6 @@ def prepare(config: Any, context_length: int, notify: Callable[[str], None] = pr
       config: the `data` section of a configuration that `jax_entropy.config.check` has passed.
       context_length: T, in tokens.
       notify: is told, one line at a time, what is prepared, waited for, found damaged and left out.
-
     Raises:
       UserError: its source, tokenizer or folder cannot be used.
     """

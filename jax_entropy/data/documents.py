@@ -143,7 +143,11 @@ class Rows:
                 index += 1
 
     def _texts(self, shard: Path) -> Iterator[bytes]:
-        """The text of each row; raises UserError where not one of a shard's rows, or of its first many, is readable."""
+        """The text of each row.
+
+        Raises:
+          UserError: not one of a shard's rows, or of its first many, is readable.
+        """
         rows, kind = (_parquet_rows, "parquet") if shard.name.lower().endswith(".parquet") else (_json_rows, "json")
         first_problem, damaged, readable = "", 0, False
         try:
@@ -166,7 +170,11 @@ class Rows:
 
 
 def _text_of(row: Any, column: str) -> bytes:
-    """The bytes of a row's text, none for null; raises ValueError with what is wrong with it."""
+    """The bytes of a row's text, none for null.
+
+    Raises:
+      ValueError: what is wrong with it.
+    """
     if isinstance(row, Exception):
         raise ValueError(f"is damaged ({_first_line(row)})")
     if not isinstance(row, dict):
@@ -227,7 +235,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _digest_of_text(path: Path) -> tuple[int, str] | None:
-    """Size and SHA-256 of a UTF-8 file, None for anything else; raises UserError where it cannot be read."""
+    """Size and SHA-256 of a UTF-8 file, None for anything else.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     decoder, digest, size = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 0
     try:
         with reading(path), path.open("rb") as stream:

@@ -34,7 +34,6 @@ def plan_cuts(
       max_documents: how many documents to take, chosen by the first entries of numpy's permutation with seed 0 (what
         Hugging Face's `shuffle(seed=0)` puts first); 0 takes all.
       min_tail: bytes.
-
     Returns:
       int64 [documents]: bytes before the offset train, those after it validate; −1 where a document is left out.
     """
@@ -87,7 +86,6 @@ def pack(tokens: np.ndarray, context_length: int) -> tuple[np.ndarray, np.ndarra
     Args:
       tokens: [n].
       context_length: T.
-
     Returns:
       chunks [k, T + 1] (only full ones) and the rest of the stream, which starts with the last chunk's last token.
     """

@@ -34,10 +34,8 @@ def train_iterator(
       process_index, process_count: this process reads its share of every global batch.
       num_threads: threads that read ahead.
       prefetch: batches that are read ahead.
-
     Returns:
       Iterator of {"tokens": int32 [B / process_count, T + 1]}.
-
     Raises:
       UserError: B is larger than the number of chunks or is not divisible by `process_count`.
     """
@@ -70,11 +68,9 @@ def validation_batches(
       batch_size: B, chunks in the global batch.
       process_index, process_count: this process reads its share of every global batch.
       max_chunks: how many chunks, evenly spaced over the split; 0 takes all.
-
     Yields:
       tokens int32 [B / process_count, T + 1] and weight float32 [B / process_count]: 0 for the rows that pad the last
       batch, else 1.
-
     Raises:
       UserError: B is not divisible by `process_count`.
     """

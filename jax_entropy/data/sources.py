@@ -56,7 +56,6 @@ def open_documents(config: Any, directory: Path) -> TextFiles | Rows:
     Args:
       config: the `data` section of a configuration; `source` and `files` are read.
       directory: where downloads from the hub and prepared corpora are kept; what lies there is no text.
-
     Raises:
       UserError: text that it names is missing, empty, binary or out of reach.
     """

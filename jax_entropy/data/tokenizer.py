@@ -49,7 +49,11 @@ class Tokenizer:
         self.end_of_text = backend.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`; raises UserError if it is not valid Unicode (lone surrogates)."""
+        """Returns the ids of `text`.
+
+        Raises:
+          UserError: it is not valid Unicode (lone surrogates).
+        """
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except TypeError:

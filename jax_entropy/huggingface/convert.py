@@ -37,7 +37,11 @@ def is_folder(path: str | Path) -> bool:
 def read_folder(
     directory: str | Path, notify: Callable[[str], None] = print
 ) -> tuple[ModelConfig, dict[str, Any], Tokenizer | None]:
-    """The model in a folder, and its tokenizer if there is one. Raises UserError as `from_huggingface` does."""
+    """The model in a folder, and its tokenizer if there is one.
+
+    Raises:
+      UserError: as `from_huggingface` does.
+    """
     model, variables = from_huggingface(directory)
     return model, variables, read_tokenizer(Path(directory), model.vocab_size, notify)
 
@@ -54,7 +58,8 @@ def folder_config(directory: str | Path) -> ConfigDict:
 def import_run(directory: str | Path, path: str | Path, notify: Callable[[str], None] = print) -> None:
     """Makes the workdir `path` of a GPT-2 folder: config.json, its tokenizer.json if it has one, checkpoint of step 0.
 
-    Raises UserError as `from_huggingface` does, for a tokenizer of another vocabulary, and where `path` holds a run.
+    Raises:
+      UserError: as `from_huggingface` does, a tokenizer of another vocabulary, or a `path` that holds a run.
     """
     workdir = Workdir(path)
     model, variables, tokenizer = read_folder(directory, notify)
@@ -74,7 +79,8 @@ def export_run(
 ) -> None:
     """Writes a workdir's newest good checkpoint, or the best by validation loss, as a GPT-2 folder with its tokenizer.
 
-    Raises UserError if there is no run or checkpoint, and as `to_huggingface` does.
+    Raises:
+      UserError: there is no run or checkpoint, and as `to_huggingface` does.
     """
     workdir, directory = Workdir(path), Path(directory)
     config = workdir.read_config()

@@ -86,7 +86,11 @@ def to_huggingface(
 
 
 def check_expressible(config: ModelConfig) -> None:
-    """Raises UserError naming the first field that has no place in GPT-2."""
+    """Checks that GPT-2 can express a config.
+
+    Raises:
+      UserError: names the first field that has no place in GPT-2.
+    """
     for name, value in GPT2.fixed_fields.items():
         if getattr(config, name) != value:
             raise UserError(f"{name}={getattr(config, name)!r} of {config} has no place in GPT-2, only {value!r} has")
@@ -96,7 +100,11 @@ def check_expressible(config: ModelConfig) -> None:
 
 
 def read_config(directory: Path) -> tuple[Family, ModelConfig]:
-    """The family and the config of the model in a folder. Raises UserError for what is not computed here."""
+    """The family and the config of the model in a folder.
+
+    Raises:
+      UserError: what is not computed here.
+    """
     path = directory / "config.json"
     stored = read_json(path)
     family = next((family for family in _FAMILIES if family.model_type == stored.get("model_type")), None)
@@ -125,7 +133,11 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file. Raises UserError if there is none."""
+    """The object in a file.
+
+    Raises:
+      UserError: there is none.
+    """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -198,7 +210,11 @@ def _leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _read_variables(config: ModelConfig, variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters by path. Raises UserError if they are not the config's."""
+    """The parameters by path.
+
+    Raises:
+      UserError: they are not the config's.
+    """
     params = {leaf: np.asarray(value) for leaf, value in flatten_dict(variables["params"], sep="/").items()}
     shapes = _leaf_shapes(config)
     for leaf in [*shapes, *params]:

@@ -75,7 +75,8 @@ class Plan:
 def plan(config: ConfigDict, topology: str) -> Plan:
     """Compiles a config's training step for a topology ("v5e:16x16", "h100:8") and says what it takes.
 
-    Raises UserError for a topology, mesh, batch or parameter that cannot work, before anything is compiled.
+    Raises:
+      UserError: a topology, mesh, batch or parameter that cannot work, before anything is compiled.
     """
     check(config)
     chip, devices = devices_of(topology)

@@ -46,7 +46,8 @@ _GPUS = {
 def devices_of(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
     """The chip and the devices of a topology, "v5e:16x16" or "h100:8", to compile for.
 
-    Raises UserError for a topology that does not exist, and where what compiles for it is not installed.
+    Raises:
+      UserError: a topology that does not exist, or what compiles for it is not installed.
     """
     name, _, shape = topology.partition(":")
     if name not in CHIPS:

@@ -22,10 +22,8 @@ def report(workdir: str | Path, against: str | Path | Sequence[str | Path] = ())
     Args:
       workdir: of a finished run or one still in training.
       against: workdirs of other runs, drawn beside this one.
-
     Returns:
       Where everything is, by name: the figures ("loss", "head_entropy", …), "comparison" if there is one, "page".
-
     Raises:
       UserError: where `read_history` does, of any of the workdirs, and if this one cannot be written.
     """

@@ -24,7 +24,11 @@ _NUMBER = r"\d+(?:\.\d+)?"
 
 
 def read_network(text: str) -> Network:
-    """lan | wan | 100mbps,80ms (round trip). Raises UserError if it is neither."""
+    """lan | wan | 100mbps,80ms (round trip).
+
+    Raises:
+      UserError: it is neither.
+    """
     if text in NETWORKS:
         return NETWORKS[text]
     found = re.fullmatch(rf"({_NUMBER})([mg])bps,({_NUMBER})ms", text)

@@ -9,10 +9,13 @@ from jax_entropy.private.engine.engine import Setting
 
 
 def check_size(config: ModelConfig, num_tokens: int, setting: Setting, plain: bool) -> None:
-    """Raises UserError if the tokens do not fit into the context, or a run into the memory that is free.
+    """Checks that a run fits, to be called before variables are made.
 
-    To be called before variables are made. Per party: weights as shares, masks and products, and a dozen arrays of the
-    largest of scores, hidden and one-hot; under CHEETAH, the polynomials of its products instead of arrays.
+    Per party: weights as shares, masks and products, and a dozen arrays of the largest of scores, hidden and one-hot;
+    under CHEETAH, the polynomials of its products instead of arrays.
+
+    Raises:
+      UserError: the tokens do not fit into the context, or a run into the memory that is free.
     """
     if not 1 <= num_tokens <= config.context_length:
         raise UserError(

@@ -110,7 +110,11 @@ def is_known(setting: Setting) -> bool:
 
 
 def read_costs(setting: Setting) -> dict[str, Any]:
-    """The coefficients that came with the package. Raises UserError for a setting that was not measured."""
+    """The coefficients that came with the package.
+
+    Raises:
+      UserError: a setting that was not measured.
+    """
     all_costs = json.loads(_FILE.read_text())
     if (name := _name(setting)) not in all_costs:
         raise UserError(
@@ -121,7 +125,11 @@ def read_costs(setting: Setting) -> dict[str, Any]:
 
 
 def check_writable() -> None:
-    """Raises UserError if coefficients cannot be written into the package."""
+    """Checks that coefficients can be written into the package.
+
+    Raises:
+      UserError: they cannot.
+    """
     if not os.access(_FILE, os.W_OK):
         raise UserError(f"the coefficients in {_FILE} cannot be written; calibrate from a checkout of the source")
 
@@ -142,7 +150,10 @@ def predict(
 ) -> dict[str, Account]:
     """Bytes of each party (the mean of ABY3's, which take turns) and rounds of a warm forward pass, by kind.
 
-    Seconds are not predicted (0). Raises UserError for a kind of operation, or a setting, that was not measured.
+    Seconds are not predicted (0).
+
+    Raises:
+      UserError: a kind of operation, or a setting, that was not measured.
     """
     costs, predicted = read_costs(setting) if costs is None else costs, {}
     for kind, of in work(config, num_tokens, plain).items():
@@ -167,7 +178,10 @@ def predict_total(config: ModelConfig, num_tokens: int, setting: Setting, plain:
 def count_by_layers(config: ModelConfig, setting: Setting, plain: bool, notify: Callable[[str], None]) -> Account:
     """A warm forward pass whose blocks are measured, two of each kind at full size, and counted as often as they occur.
 
-    For settings that the cost model does not know. Raises UserError if the two blocks do not fit into memory.
+    For settings that the cost model does not know.
+
+    Raises:
+      UserError: the two blocks do not fit into memory.
     """
     of_each = [config.num_layers - config.ffn_free_layers, config.ffn_free_layers]
     few = [min(2, count) for count in of_each]

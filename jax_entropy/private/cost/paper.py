@@ -25,7 +25,8 @@ _FFN_FULL, _FFN_FUSED, _ATTENTION, _VOCABULARY, _TOKEN = 0.486, 0.147, 0.432, 0.
 def paper_cost(config: ModelConfig) -> PaperCost:
     """What the paper's system would report for one token after a prompt of `context_length` tokens.
 
-    Raises UserError for what its tables do not cover: other sizes than D=768 with 12 heads, other norms or activations.
+    Raises:
+      UserError: what its tables do not cover: other sizes than D=768 with 12 heads, other norms or activations.
     """
     covered = config.norm in ("none", "layer") and config.activation in ("identity", "gelu", "gelu_tanh", "relu")
     if (config.model_dim, config.num_heads) != (768, 12) or not covered:

@@ -74,7 +74,8 @@ def measure(
 ) -> Profile:  # fmt: skip
     """The profile of a model on random tokens, under an engine of its own.
 
-    Raises UserError if its values leave the range of fixed point.
+    Raises:
+      UserError: its values leave the range of fixed point.
     """
     exported, tokens = export(config, variables, rewrites), random_tokens(config.vocab_size, num_tokens)
     check_range(exported, tokens, setting)

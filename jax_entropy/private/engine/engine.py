@@ -42,7 +42,11 @@ class Setting(NamedTuple):
         return PROTOCOLS[self.protocol]
 
     def check(self) -> "Setting":
-        """Raises UserError if a field has no meaning."""
+        """Returns the setting itself, checked.
+
+        Raises:
+          UserError: a field has no meaning.
+        """
         if self.protocol not in PROTOCOLS:
             raise UserError(f"protocol={self.protocol!r} is not known{nearest(self.protocol, list(PROTOCOLS))}")
         if self.exponent not in ("taylor", "pade"):
@@ -85,8 +89,10 @@ class Engine:
     """A subprocess that holds secret-shared arrays and runs programs on them; a context manager.
 
     Without a link it holds all parties and counts their messages; with one it is the party `link.rank`.
-    Every call raises UserError in a sentence if the engine fails, if it takes longer than `timeout` s, or if `peer`,
-    the connection to the other party's process, ends meanwhile.
+
+    Raises:
+      UserError: by every call, in a sentence: the engine fails, it takes longer than `timeout` s, or `peer`, the
+        connection to the other party's process, ends meanwhile.
     """
 
     def __init__(

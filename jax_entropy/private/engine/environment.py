@@ -29,7 +29,11 @@ def default_directory() -> Path:
 
 
 def environment_python(directory: Path | None = None) -> Path:
-    """The environment's Python. Raises UserError if it is not set up."""
+    """The environment's Python.
+
+    Raises:
+      UserError: it is not set up.
+    """
     directory = directory or default_directory()
     python = directory / "bin" / "python"
     if not (directory / "ready").exists():
@@ -60,7 +64,11 @@ def _python311() -> str | None:
 
 
 def check(directory: Path | None = None) -> dict[str, str]:
-    """What is set up: {"engine": version, "python": version, "directory": path}; raises UserError if it fails."""
+    """What is set up: {"engine": version, "python": version, "directory": path}.
+
+    Raises:
+      UserError: it fails.
+    """
     python = environment_python(directory)
     code = (
         "import importlib.metadata as m, platform, spu.libspu as l; "
@@ -77,9 +85,12 @@ def check(directory: Path | None = None) -> dict[str, str]:
 
 
 def setup(notify: Callable[[str], None], directory: Path | None = None, *, force: bool = False) -> dict[str, str]:
-    """Makes the engine's environment, or goes on with one that was interrupted; returns what `check` does.
+    """Makes the engine's environment, or goes on with one that was interrupted.
 
-    Raises UserError, in a sentence, where platform, Python, CPU, disk or network do not allow it.
+    Returns:
+      What `check` does.
+    Raises:
+      UserError: in a sentence: platform, Python, CPU, disk or network do not allow it.
     """
     if reason := why_not():
         raise UserError(reason)

@@ -58,7 +58,8 @@ PLAIN = dataclasses.replace(NO_REWRITES, one_hot=True, erf=True)
 class Blueprint:
     """A private program's public description; no weight is in it, only what each is called and its shape.
 
-    Raises UserError for a weight that no export of such a model writes.
+    Raises:
+      UserError: a weight that no export of such a model writes.
     """
 
     config: ModelConfig

@@ -33,7 +33,8 @@ def lowest_exponent(setting: Setting) -> float:
 def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> None:
     """Runs a model in float32 on tokens, and looks at every value that an operation of a stage leaves.
 
-    Raises UserError naming the layer and the value that fixed point would not hold.
+    Raises:
+      UserError: names the layer and the value that fixed point would not hold.
     """
     known = exported.weights | {TOKENS: exported.blueprint.enter(tokens)}
     for name, value in exported.weights.items():

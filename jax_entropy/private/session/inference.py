@@ -195,7 +195,8 @@ def generate(
 def sampler(num_tokens: int, temperature: float, top_k: int, seed: int) -> Callable[[np.ndarray], int]:
     """The `choose` of a text of `num_tokens`, with the random numbers of `jax_entropy.generate`; temperature 0: greedy.
 
-    Raises UserError for options out of range.
+    Raises:
+      UserError: options out of range.
     """
     check_sampling(num_tokens, temperature, top_k, seed)
     keys = iter(jax.random.split(random_key(seed), num_tokens))
@@ -214,7 +215,11 @@ def _next_token(model: PrivateModel, choose: Callable[[np.ndarray], int], reveal
 
 
 def check_request(blueprint: Blueprint, prompt: Sequence[int], num_tokens: int, reveal: str) -> None:
-    """Raises UserError for what `generate` cannot do, before anything is shared."""
+    """Checks a request before anything is shared.
+
+    Raises:
+      UserError: what `generate` cannot do.
+    """
     if reveal not in REVEALED:
         raise UserError(f"reveal={reveal!r} is not known{nearest(reveal, REVEALED)}")
     if reveal == "token" and not blueprint.rewrites.one_hot:

@@ -38,9 +38,12 @@ class Keys(NamedTuple):
 
 
 def make_keys(directory: Path, name: str, days: int) -> str:
-    """Writes private_key.pem and a self-signed certificate.pem; returns the certificate's fingerprint.
+    """Writes private_key.pem and a self-signed certificate.pem.
 
-    Raises UserError if they are there already or cannot be made.
+    Returns:
+      The certificate's fingerprint.
+    Raises:
+      UserError: they are there already or cannot be made.
     """
     certificate, key = directory / "certificate.pem", directory / "private_key.pem"
     if certificate.exists() or key.exists():
@@ -76,7 +79,8 @@ def _openssl(*arguments: str) -> str:
 def read_keys(folder: Path, peer: Path) -> Keys:
     """The files of one party, and its peer's certificate.
 
-    Raises UserError if one is missing, damaged, expired, or does not fit its key.
+    Raises:
+      UserError: one is missing, damaged, expired, or does not fit its key.
     """
     keys = Keys(folder / "certificate.pem", folder / "private_key.pem", peer)
     for path in keys:
@@ -97,7 +101,8 @@ def read_keys(folder: Path, peer: Path) -> Keys:
 def _read_certificate(path: Path) -> bytes:
     """The certificate, DER, of a PEM file, in which text may stand before and after it.
 
-    Raises UserError unless there is exactly one: a peer is pinned by its certificate and by no other.
+    Raises:
+      UserError: there is not exactly one: a peer is pinned by its certificate and by no other.
     """
     try:
         data = path.read_bytes()
@@ -125,7 +130,11 @@ def fingerprint(certificate: Path) -> str:
 
 
 def _context(keys: Keys, server: bool) -> ssl.SSLContext:
-    """TLS between the two. Raises UserError, and asks nobody, if the private key cannot be used."""
+    """TLS between the two.
+
+    Raises:
+      UserError: the private key cannot be used; nobody is asked.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the certificate itself is the trust
@@ -150,7 +159,11 @@ def _context(keys: Keys, server: bool) -> ssl.SSLContext:
 
 
 class Line:
-    """Messages between two processes. Raises UserError, in a sentence, when the other is gone or silent."""
+    """Messages between two processes.
+
+    Raises:
+      UserError: in a sentence: the other is gone or silent.
+    """
 
     def __init__(self, connection: socket.socket, keys: Keys | None, *, server: bool, timeout: float) -> None:
         self.timeout, self._buffer = timeout, bytearray()
@@ -199,7 +212,11 @@ class Line:
         return messages.read(bytes(line), *kinds)
 
     def read_available(self) -> None:
-        """Takes in what has arrived. Raises UserError if the other party has ended the connection."""
+        """Takes in what has arrived.
+
+        Raises:
+          UserError: the other party has ended the connection.
+        """
         try:
             data = self.connection.recv(1 << 16)
         except ssl.SSLError as error:
@@ -234,7 +251,11 @@ def _refused(error: BaseException, server: bool) -> BaseException:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for connections. Raises UserError if the address cannot be had."""
+    """A socket that waits for connections.
+
+    Raises:
+      UserError: the address cannot be had.
+    """
     try:
         return socket.create_server((host, port))
     except OSError as error:
@@ -242,13 +263,21 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check_free(host: str, *ports: int) -> None:
-    """Raises UserError if a port that will be needed cannot be had."""
+    """Checks that ports that will be needed can be had.
+
+    Raises:
+      UserError: one cannot.
+    """
     for port in ports:
         listen(host, port).close()
 
 
 def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout: float) -> Line:
-    """A line to the server, tried for `patience` s. Raises UserError if there is none, or certificates are refused."""
+    """A line to the server, tried for `patience` s.
+
+    Raises:
+      UserError: there is none, or certificates are refused.
+    """
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -77,7 +77,11 @@ def write(message: NamedTuple) -> bytes:
 
 
 def read(line: bytes, *kinds: type[Message]) -> Message:
-    """The message of one of these kinds that a peer has sent. Raises UserError if it is anything else."""
+    """The message of one of these kinds that a peer has sent.
+
+    Raises:
+      UserError: it is anything else.
+    """
     try:
         fields = json.loads(line, parse_constant=_refuse)
         kind = next((kind for kind in kinds if isinstance(fields, dict) and {*fields} == {*kind._fields}), None)
@@ -98,7 +102,11 @@ def _refuse(constant: str) -> None:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """The value as `kind`, a type of the annotations above. Raises ValueError if it is not one."""
+    """The value as `kind`, a type of the annotations above.
+
+    Raises:
+      ValueError: it is not one.
+    """
     if isinstance(kind, types.UnionType):
         return None if value is None and type(None) in kind.__args__ else _convert(value, kind.__args__[0])
     if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")):
@@ -123,7 +131,11 @@ def _convert(value: Any, kind: Any) -> Any:
 
 
 def _check_offer(offer: Offer) -> None:
-    """Raises UserError unless the weights are those that the offered program reads, and the setting is of two."""
+    """Checks that the weights are those that the offered program reads, and the setting is of two.
+
+    Raises:
+      UserError: they are not, or it is not.
+    """
     blueprint = offer.blueprint
     if blueprint.config.num_layers > len(blueprint.weights):
         raise UserError(f"{blueprint.config} of {blueprint.config.num_layers} layers with so few weights")

@@ -91,7 +91,8 @@ def ask(
       port: where the server's engine reaches this one.
       questions: given the server's tokenizer as JSON, its model's config and its setting, what to ask; may raise
         UserError if these will not do. All questions are checked before anything is shared.
-      timeout: seconds for which the server may be silent; patience: seconds to wait for its start.
+      timeout: seconds for which the server may be silent.
+      patience: seconds to wait for its start.
     """
     line = connect(*server, keys, patience=patience, timeout=timeout)
     try:

@@ -37,9 +37,9 @@ class Checkpointer:
     All processes of a run call the same methods in the same order; process 0 hashes, verifies, renames and deletes.
 
     Args:
-        directory: where the steps lie; made by the first save.
-        keep: how many of the newest good steps to keep; the one of the lowest validation loss stays besides.
-        notify: receives one sentence about each damaged step, and about leftovers that were removed.
+      directory: where the steps lie; made by the first save.
+      keep: how many of the newest good steps to keep; the one of the lowest validation loss stays besides.
+      notify: receives one sentence about each damaged step, and about leftovers that were removed.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2, notify: Callable[[str], None] = print) -> None:
@@ -84,14 +84,13 @@ class Checkpointer:
         belong to a line of training that was given up.
 
         Args:
-            step: number of optimizer steps done.
-            state: pytree of jax arrays, sharded in any way.
-            iterator: of the training data, its state the same on all processes; None saves no position.
-            meta: JSON values that come back with the state.
-            validation_loss: nats per token; the lowest decides which step is the best.
-
+          step: number of optimizer steps done.
+          state: pytree of jax arrays, sharded in any way.
+          iterator: of the training data, its state the same on all processes; None saves no position.
+          meta: JSON values that come back with the state.
+          validation_loss: nats per token; the lowest decides which step is the best.
         Raises:
-            UserError: the directory cannot be written, or the disk is full; also for the save before this one.
+          UserError: the directory cannot be written, or the disk is full; also for the save before this one.
         """
         self._wait()
         loss = None if validation_loss is None else float(validation_loss)
@@ -107,7 +106,11 @@ class Checkpointer:
         self._saving = self._background.submit(self._finish, step, leaves(state))
 
     def poll(self) -> None:
-        """Raises what a save in the background ran into (UserError: disk full); costs nothing, call it every step."""
+        """Looks after a save in the background; costs nothing, call it every step.
+
+        Raises:
+          UserError: the disk is full; anything else that the save ran into is raised as it is.
+        """
         if self._saving is not None and self._saving.done():
             self._wait()
 
@@ -115,7 +118,7 @@ class Checkpointer:
         """The newest step whose every byte is as written, None if nothing was saved yet; damaged ones are passed over.
 
         Raises:
-            UserError: steps were saved, and all of them are damaged.
+          UserError: steps were saved, and all of them are damaged.
         """
         self._wait()
         found = _from_process_zero(self._find_latest)
@@ -138,15 +141,13 @@ class Checkpointer:
         """Reads a step back, on any layout of devices and processes.
 
         Args:
-            step: one that `latest_step` or `best_step` named.
-            abstract_state: tree of jax.ShapeDtypeStruct, each with the sharding that its array shall have.
-            iterator: a training data iterator to set to the saved position, or None.
-
+          step: one that `latest_step` or `best_step` named.
+          abstract_state: tree of jax.ShapeDtypeStruct, each with the sharding that its array shall have.
+          iterator: a training data iterator to set to the saved position, or None.
         Returns:
-            The state and the saved `meta`.
-
+          The state and the saved `meta`.
         Raises:
-            UserError: no such step, a damaged one, or a tree, shape or dtype other than the saved one.
+          UserError: no such step, a damaged one, or a tree, shape or dtype other than the saved one.
         """
         self._wait()
         if step not in self._steps():
@@ -177,7 +178,7 @@ class Checkpointer:
         """Waits until the last save is complete.
 
         Raises:
-            UserError: that save failed.
+          UserError: that save failed.
         """
         try:
             self._wait()

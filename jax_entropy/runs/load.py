@@ -32,12 +32,11 @@ def load_run(workdir: str | os.PathLike, notify: Callable[[str], None] = print, 
     """The model of a workdir's newest good checkpoint, or of the best by validation loss.
 
     Args:
-        workdir: the run's folder.
-        notify: receives one sentence about each damaged checkpoint.
-        best: the checkpoint of the lowest validation loss instead of the newest.
-
+      workdir: the run's folder.
+      notify: receives one sentence about each damaged checkpoint.
+      best: the checkpoint of the lowest validation loss instead of the newest.
     Raises:
-        UserError: there is no run, no checkpoint, or none that is undamaged.
+      UserError: there is no run, no checkpoint, or none that is undamaged.
     """
     workdir = Workdir(workdir)
     config = workdir.read_config()
@@ -62,7 +61,8 @@ def load_state(
 ) -> tuple[TrainState, int, dict[str, Any]]:
     """The training state in a workdir's newest good checkpoint, or the best by validation loss, its step and its notes.
 
-    Raises UserError if there is no checkpoint, or none that is undamaged.
+    Raises:
+      UserError: there is no checkpoint, or none that is undamaged.
     """
     abstract = abstract_state(config, model)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

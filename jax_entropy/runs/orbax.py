@@ -49,7 +49,11 @@ def leaves(tree: Any) -> dict[str, str]:
 
 
 def stored_leaves(path: Path) -> dict[str, str]:
-    """The leaves of a saved tree; opens every array and reads none. Raises ValueError where one cannot be opened."""
+    """The leaves of a saved tree; opens every array and reads none.
+
+    Raises:
+      ValueError: one cannot be opened.
+    """
     return leaves(ocp.StandardCheckpointHandler().metadata(path).tree)
 
 

@@ -8,7 +8,11 @@ from jax_entropy.runs.workdir import Status, Workdir
 
 
 def describe(path: str | os.PathLike) -> str:
-    """A few lines about the run in the folder `path`. Raises UserError if none was started there."""
+    """A few lines about the run in the folder `path`.
+
+    Raises:
+      UserError: none was started there.
+    """
     workdir = Workdir(path)
     status = workdir.read_status()
     if status is None:

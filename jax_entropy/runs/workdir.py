@@ -31,7 +31,7 @@ class Workdir:
     """Paths in a run's folder, and what is written there.
 
     Raises:
-        UserError: `path` is no path of this machine.
+      UserError: `path` is no path of this machine.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -54,7 +54,8 @@ class Workdir:
     def held(self, config: ConfigDict, notify: Callable[[str], None], devices: str = "") -> Iterator[None]:
         """Keeps the folder for this process's run while it trains on `devices`, and notes how that ends.
 
-        Raises UserError if the folder holds another config's run, is in use, or cannot be written.
+        Raises:
+          UserError: the folder holds another config's run, is in use, or cannot be written.
         """
         if self.exists():
             try:
@@ -81,7 +82,11 @@ class Workdir:
                 raise
 
     def exists(self) -> bool:
-        """Whether a run was started here. Raises UserError where this user may not look."""
+        """Whether a run was started here.
+
+        Raises:
+          UserError: this user may not look.
+        """
         try:
             return self.config.exists()
         except OSError as error:
@@ -116,7 +121,11 @@ class Workdir:
                 fcntl.flock(file, fcntl.LOCK_UN)  # also where a child process has inherited the file
 
     def in_use(self) -> bool:
-        """Whether a process of this machine trains here. Raises UserError where this user may not ask."""
+        """Whether a process of this machine trains here.
+
+        Raises:
+          UserError: this user may not ask.
+        """
         try:
             with self._lock.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -135,7 +144,8 @@ class Workdir:
     def write_status(self, state: str, step: int, num_steps: int, reason: str = "", devices: str = "") -> None:
         """Notes where the run is, for `read_status`; each process begins with "starting".
 
-        Raises UserError if the disk is full.
+        Raises:
+          UserError: the disk is full.
         """
         now, before = time.time(), self.read_status()
         seconds = before.seconds + (0 if state == "starting" else max(now - before.time, 0)) if before else 0.0
@@ -152,7 +162,11 @@ class Workdir:
             partial.replace(self.status)
 
     def read_status(self) -> "Status | None":
-        """What was noted last, None if nothing whole was. Raises UserError where this user may not read it."""
+        """What was noted last, None if nothing whole was.
+
+        Raises:
+          UserError: this user may not read it.
+        """
         try:
             status = Status(**json.loads(self.status.read_text()))
         except PermissionError as error:
@@ -163,7 +177,11 @@ class Workdir:
         return status if whole else None
 
     def add_incident(self, incident: Mapping[str, Any]) -> None:
-        """Appends what the guard saw to guard.jsonl. Raises UserError if the disk is full."""
+        """Appends what the guard saw to guard.jsonl.
+
+        Raises:
+          UserError: the disk is full.
+        """
         with writing(self.path, "workdir"), self.incidents.open("a") as file:
             file.write(json.dumps(to_json(incident)) + "\n")
 
@@ -179,7 +197,11 @@ class Workdir:
             partial.replace(self.config)
 
     def read_config(self) -> ConfigDict:
-        """The run's config. Raises UserError if there is no run here or the file is damaged."""
+        """The run's config.
+
+        Raises:
+          UserError: there is no run here or the file is damaged.
+        """
         try:
             text = self.config.read_text("utf-8")
         except (FileNotFoundError, NotADirectoryError):

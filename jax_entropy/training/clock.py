@@ -67,10 +67,13 @@ class StepClock:
         self.compiled += len(self.compilations) - compiled
 
     def read(self) -> dict[str, Any]:
-        """Since the last reading: tokens/s and, as `performance`, median and 95th percentile of a step in seconds,
-        the shares of the time that were spent waiting for data and on monitoring, compilations and peak memory in bytes
-        so far, and `mfu`, the share of the devices' published bfloat16 rate that the model's own FLOPs take.
-        NaN where no step was timed."""
+        """What was timed since the last reading, NaN where no step was.
+
+        Returns:
+          tokens/s and, as `performance`, median and 95th percentile of a step in seconds, the shares of the time that
+          were spent waiting for data and on monitoring, compilations and peak memory in bytes so far, and `mfu`, the
+          share of the devices' published bfloat16 rate that the model's own FLOPs take.
+        """
         seconds = np.array(self.seconds or [math.nan])
         self.rate = seconds.size * self.tokens / seconds.sum()
         median, slow = np.percentile(seconds, (50, 95))

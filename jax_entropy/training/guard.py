@@ -35,10 +35,13 @@ class Guard:
         self.losses: deque[float] = deque(maxlen=options.window)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes note of a step's `loss` in nats. Raises Anomaly if it is a spike, or it or the gradient not finite.
+        """Takes note of a step's `loss` in nats.
 
         A spike lies more than `config.guard.zscore` robust standard deviations (1.4826 times the median absolute
         deviation) above the median of the window, once a quarter of it is seen.
+
+        Raises:
+          Anomaly: it is a spike, or it or the gradient not finite.
         """
         loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -62,7 +62,11 @@ class Loop:
         self.evaluation: dict[str, Any] | None = None  # the last one
 
     def run(self, start: Start, iterator: grain.DatasetIterator) -> End:
-        """Trains to the last step or a signal. Raises UserError if it cannot go on."""
+        """Trains to the last step or a signal.
+
+        Raises:
+          UserError: it cannot go on.
+        """
         with self.signals, jax.set_mesh(self.setup.mesh):
             while start.step < self.config.train.num_steps or start.evaluation_due:
                 try:
@@ -138,7 +142,11 @@ class Loop:
         return jax.make_array_from_process_local_data(batch_sharding(self.setup.mesh), rows)
 
     def _report(self, step: int, metrics: dict[str, Any], watch: bool) -> None:
-        """Checks a step's loss, and writes and prints what was watched. Raises Anomaly."""
+        """Checks a step's loss, and writes and prints what was watched.
+
+        Raises:
+          Anomaly: as the guard's `check` does.
+        """
         metrics = jax.device_get(metrics)
         with self.clock.spending("monitoring"):
             self.guard.check(step, metrics)

@@ -62,7 +62,11 @@ class Origin(NamedTuple):
         ]
 
     def write(self, workdir: Workdir) -> None:
-        """As origin.json. Raises UserError if the disk is full."""
+        """As origin.json.
+
+        Raises:
+          UserError: the disk is full.
+        """
         with writing(workdir.path, "workdir"):
             workdir.path.mkdir(parents=True, exist_ok=True)
             partial = workdir.path / "partial"
@@ -71,7 +75,11 @@ class Origin(NamedTuple):
 
     @classmethod
     def read(cls, workdir: Workdir) -> "Origin | None":
-        """None where the run began with nothing. Raises UserError for a damaged file."""
+        """None where the run began with nothing.
+
+        Raises:
+          UserError: a damaged file.
+        """
         try:
             return cls(**json.loads(workdir.origin.read_text()))
         except FileNotFoundError:
@@ -81,7 +89,11 @@ class Origin(NamedTuple):
 
 
 def source_config(path: str | os.PathLike) -> ConfigDict:
-    """The config of a run from a workdir or folder where nothing else is asked for. Raises UserError for neither."""
+    """The config of a run from a workdir or folder where nothing else is asked for.
+
+    Raises:
+      UserError: it is neither.
+    """
     path = local_path(path, "start_from")
     return folder_config(path) if is_folder(path) else Workdir(path).read_config()
 

@@ -31,12 +31,11 @@ class MetricsWriter:
     """Appends the metrics of one run to the files in its workdir; meant for process 0 alone.
 
     Args:
-        workdir: the run's folder, made if it is missing.
-        wandb: the run's configuration, to log with it to Weights & Biases too, in the mode that WANDB_MODE says.
-        first_step: the step a resumed run goes on from: later lines, of a killed run, are dropped; 0 starts afresh.
-
+      workdir: the run's folder, made if it is missing.
+      wandb: the run's configuration, to log with it to Weights & Biases too, in the mode that WANDB_MODE says.
+      first_step: the step a resumed run goes on from: later lines, of a killed run, are dropped; 0 starts afresh.
     Raises:
-        UserError: the workdir cannot be written, or W&B is not installed or does not start.
+      UserError: the workdir cannot be written, or W&B is not installed or does not start.
     """
 
     def __init__(self, workdir: str | Path, *, wandb: Mapping[str, Any] | None = None, first_step: int = 0) -> None:
@@ -67,11 +66,10 @@ class MetricsWriter:
         under `evaluate/`. TensorBoard also gets the head entropies as a histogram, and an evaluation's as a picture.
 
         Args:
-            step: number of optimizer steps done.
-            metrics: `kind` ("train" or "evaluate") and numbers, lists, arrays, or dicts of them.
-
+          step: number of optimizer steps done.
+          metrics: `kind` ("train" or "evaluate") and numbers, lists, arrays, or dicts of them.
         Raises:
-            UserError: the disk is full.
+          UserError: the disk is full.
         """
         line = {"step": int(step)} | to_json(metrics)
         with self._failures_explained():

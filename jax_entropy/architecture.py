@@ -29,7 +29,8 @@ _POSITIVE = ("num_layers", "num_heads", "model_dim", "context_length", "vocab_si
 class ModelConfig:
     """A decoder-only transformer; the defaults are the paper's GPT-2 baseline `SM+LN+G` on 12 layers.
 
-    Raises UserError (a ValueError) naming the field, its value and the nearest valid choice.
+    Raises:
+      UserError (a ValueError): names the field that is wrong, its value and the nearest valid choice.
     """
 
     num_layers: int = 12

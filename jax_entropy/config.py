@@ -32,7 +32,8 @@ def default_config(architecture_name: str) -> ConfigDict:
 def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
     """The model that a config describes, on a tokenizer of `vocab_size` entries.
 
-    Raises UserError where notation, fields and tokenizer do not fit together.
+    Raises:
+      UserError: notation, fields and tokenizer do not fit together.
     """
     fields = dict(config.model)
     if (fields["vocab_size"] or vocab_size) < vocab_size:
@@ -49,7 +50,11 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for values that cannot work, before data is prepared or anything is compiled."""
+    """Checks a config before data is prepared or anything is compiled.
+
+    Raises:
+      UserError: values that cannot work.
+    """
     flat, known = flatten(config), {field.name: field.default for field in FIELDS}
     for name in flat:
         if name not in known:
@@ -79,7 +84,8 @@ def changes(stored: ConfigDict, config: ConfigDict, *, imported: bool = False, c
     Args:
       imported: the run holds another program's model and no step of ours; it must keep that model, and nothing else.
       complete: its last step was taken; more may follow.
-    Raises UserError if a field differs that a run must keep.
+    Raises:
+      UserError: a field differs that a run must keep.
     """
     old, new = (flatten(json.loads(to_json(c))) for c in (stored, config))
     differing = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
@@ -95,7 +101,7 @@ def changes(stored: ConfigDict, config: ConfigDict, *, imported: bool = False, c
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train.batch_size": 32, …}"""
+    """The fields by their names: {"train.batch_size": 32, …}."""
     flat = {}
     for name, value in config.items():
         flat |= flatten(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
@@ -110,7 +116,8 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """Inverse of `to_json`, on top of the defaults, so that types and unset fields are known again.
 
-    Raises UserError if the text is not such a config's.
+    Raises:
+      UserError: the text is not such a config's.
     """
     try:
         stored = json.loads(text)

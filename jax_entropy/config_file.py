@@ -43,7 +43,8 @@ def load_config(text: str, values: Mapping[str, str] | None = None) -> ConfigDic
 def change(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
     """`config` with fields changed to what `values` say as text, and `~` in its paths expanded.
 
-    Raises UserError for a field that does not exist, or a value of the wrong type.
+    Raises:
+      UserError: a field that does not exist, or a value of the wrong type.
     """
     fields = {field.name: field for field in FIELDS}
     for name, text in values.items():

@@ -77,7 +77,8 @@ def evaluate_batches(
 def held_out(run: Run, notify: Callable[[str], None]) -> data.Corpus:
     """The corpus of a run, in the run's own tokens.
 
-    Raises UserError if it has changed since: what is held out of it now may have been trained on.
+    Raises:
+      UserError: it has changed since: what is held out of it now may have been trained on.
     """
     corpus = data.prepare(own_tokens(run.workdir, run.config), run.config.model.context_length, notify)
     if run.corpus not in (None, corpus.fingerprint):
@@ -105,10 +106,8 @@ def evaluate(
       text: a file of text to evaluate on instead, all of it.
       section: the `data` section of a configuration, to evaluate on the validation split of its corpus instead.
       best, notify: as for `load_run`.
-
     Returns:
       `step`, `text` (what it was evaluated on, in words), and what `evaluate_batches` returns.
-
     Raises:
       UserError: the run's corpus has changed, `text` cannot be read, and as `load_run` and `data.prepare` do.
     """

@@ -78,7 +78,11 @@ class Field(NamedTuple):
     kind: type | None = None
 
     def read(self, text: str) -> Any:
-        """The value that a command line gives as text. Raises UserError if it is none of the field's type."""
+        """The value that a command line gives as text.
+
+        Raises:
+          UserError: it is none of the field's type.
+        """
         kind = self.kind or type(self.default)
         if kind is str and not (self.kind and text == "None"):
             return text

@@ -33,7 +33,6 @@ def generate(
       top_k: sample among the k likeliest tokens; 0: among all.
       seed: of the sampling, from 0 to 2^64 − 1.
       best, notify: as for `load_run`.
-
     Raises:
       UserError: an empty prompt, one that leaves no room, or options out of range; and as `load_run` does.
     """
@@ -64,7 +63,11 @@ def choose(logits_V: jax.Array, key: jax.Array, temperature: jax.Array | float, 
 
 
 def check_sampling(num_tokens: int, temperature: float, top_k: int, seed: int) -> None:
-    """Raises UserError for options out of range."""
+    """Checks the options of a sampling.
+
+    Raises:
+      UserError: options out of range.
+    """
     if num_tokens < 1:
         raise UserError(f"num_tokens={num_tokens} must be at least 1")
     for name, value in dict(temperature=temperature, top_k=top_k).items():

@@ -56,7 +56,11 @@ class Transformer(nn.Module):
         self.head = self.token_embedding if config.tied_head else self.param("head", normal, table, jnp.float32)
 
     def __call__(self, tokens_BxT: jax.Array) -> tuple[jax.Array, Aux]:
-        """tokens [B, T] int -> (logits [B, T, V] float32, Aux). Raises UserError if T exceeds the context length."""
+        """Maps tokens [B, T] int to (logits [B, T, V] float32, Aux).
+
+        Raises:
+          UserError: T exceeds the context length.
+        """
         hidden_BxTxD, head_VxD, aux = self.hidden(tokens_BxT)
         return logits(hidden_BxTxD, head_VxD), aux
 

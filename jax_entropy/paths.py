@@ -45,7 +45,8 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
 def cache_directory() -> Path:
     """Where what can be made again is kept: $XDG_CACHE_HOME/jax_entropy, or ~/.cache/jax_entropy.
 
-    Raises UserError where this user has no home folder.
+    Raises:
+      UserError: this user has no home folder.
     """
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache) / "jax_entropy"

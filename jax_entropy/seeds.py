@@ -8,7 +8,11 @@ LIMIT = 2**64
 
 
 def check_seed(seed: int) -> None:
-    """Raises UserError for a number that is no seed."""
+    """Checks that a number is a seed.
+
+    Raises:
+      UserError: it is none.
+    """
     if not 0 <= seed < LIMIT:
         raise UserError(f"seed={seed} must be a whole number from 0 to 2^64 − 1")
 

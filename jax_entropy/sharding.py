@@ -26,7 +26,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     """A mesh over all `devices`, by default those that JAX finds; one axis may be -1, "what is left".
 
     Where devices span slices or hosts, `data` goes over the slow network between them, then `fsdp`, never `tensor`.
-    Raises UserError if the axes' product is not the number of devices: no device stays idle silently.
+
+    Raises:
+      UserError: the axes' product is not the number of devices: no device stays idle silently.
     """
     devices = jax.devices() if devices is None else devices
     shape, count = [data, fsdp, tensor], len(devices)
@@ -84,7 +86,11 @@ def _rows_are_apart(mesh: Mesh) -> bool:
 
 
 def config_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A config's mesh over `devices`. Raises UserError if batch or heads cannot be split over it."""
+    """A config's mesh over `devices`.
+
+    Raises:
+      UserError: batch or heads cannot be split over it.
+    """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch_size % parts:
@@ -109,7 +115,8 @@ def path_name(path: tuple) -> str:
 def parameter_spec(path: str, shape: tuple[int, ...], rules: Iterable = RULES) -> PartitionSpec:
     """The axes that the first matching rule gives to a parameter; leading axes (layers) are not split.
 
-    Raises UserError if no rule matches.
+    Raises:
+      UserError: no rule matches.
     """
     for pattern, axes in rules:
         if re.search(pattern, path):
@@ -120,7 +127,10 @@ def parameter_spec(path: str, shape: tuple[int, ...], rules: Iterable = RULES) -
 def tree_sharding(tree: Any, mesh: Mesh, rules: Iterable = RULES) -> Any:
     """Shardings for a tree of parameters, or of optimiser moments: they keep their parameter's path.
 
-    Scalars are replicated. Raises UserError where a dimension is not divisible by the axes that split it.
+    Scalars are replicated.
+
+    Raises:
+      UserError: a dimension is not divisible by the axes that split it.
     """
 
     def one(path, leaf):

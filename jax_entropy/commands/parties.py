@@ -172,7 +172,7 @@ def _check_loopback(*hosts: str) -> None:
     """Checks that all hosts are this machine.
 
     Raises:
-      UserError: one is not.
+      UserError: one of them is not.
     """
     for host in hosts:
         if host not in ("127.0.0.1", "localhost"):

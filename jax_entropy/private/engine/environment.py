@@ -67,7 +67,7 @@ def check(directory: Path | None = None) -> dict[str, str]:
     """What is set up: {"engine": version, "python": version, "directory": path}.
 
     Raises:
-      UserError: it fails.
+      UserError: the engine is not set up, or does not start.
     """
     python = environment_python(directory)
     code = (

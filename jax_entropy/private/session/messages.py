@@ -134,7 +134,7 @@ def _check_offer(offer: Offer) -> None:
     """Checks that the weights are those that the offered program reads, and the setting is of two.
 
     Raises:
-      UserError: they are not, or it is not.
+      UserError: a weight is missing or superfluous, or the setting is not of two.
     """
     blueprint = offer.blueprint
     if blueprint.config.num_layers > len(blueprint.weights):

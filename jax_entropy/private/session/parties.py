@@ -54,7 +54,7 @@ def serve(
 def _answer(
     line: Line, exported: Export, tokenizer: str, setting: Setting, keys: Keys | None, port: int, timeout: int
 ) -> int:
-    """One client's prompts; returns their number."""
+    """Answers one client's prompts and returns their number."""
     hello = line.receive(Hello, timeout=10)
     if (hello.greeting, hello.jax) != (GREETING, jax.__version__):
         line.send(Refusal(f"this server runs {GREETING!r} on jax {jax.__version__}"))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # rich takes longer than all that `status` does
     from rich.table import Table
 
 # how letters of ours are spelled where the encoding has none of them
-_LETTERS = "×·−–—…∞≥≤→√²³αβγλθ•░▒▓█"
-_SPELLINGS = "x * - - - ... inf >= <= -> sqrt 2 3 alpha beta gamma lambda theta * . : * #".split()
+_LETTERS = "×·−–—─…∞≥≤→√²³αβγλθ•░▒▓█"
+_SPELLINGS = "x * - - - - ... inf >= <= -> sqrt 2 3 alpha beta gamma lambda theta * . : * #".split()
 _PLAIN = dict(zip(_LETTERS, _SPELLINGS, strict=True))
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 

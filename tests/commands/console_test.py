@@ -1,5 +1,6 @@
 """Output on any terminal, pipe or disk: spelled out, shown and not obeyed, and never a traceback."""
 
+import codecs
 import io
 import json
 import os
@@ -24,6 +25,17 @@ def test_a_stream_without_our_letters_has_them_spelled_out():
     assert done.stdout.startswith("jax-entropy census - FLOPs, ") and "--architecture=..., or" in done.stdout
     done = run("status 'a×b\udcff'", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
     assert done.returncode == 2 and done.stderr.isascii() and "axb" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_rule_between_samples_is_spelled_out_too(monkeypatch):
+    codecs.register_error("jax_entropy", console._spelled)
+    out = io.TextIOWrapper(io.BytesIO(), "ascii", "jax_entropy")
+    monkeypatch.setattr(sys, "stdout", out)
+    made = console.console()
+    made.rule("sample 1")
+    made.rule()
+    out.flush()
+    assert set(out.buffer.getvalue().decode()) <= set("- sample 1\n")
 
 
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.data.sources import SOURCES
+from jax_entropy.data.catalog import SOURCES
 from jax_entropy.errors import UserError
 
 # Axes of a parameter without its leading layer axis; a name, a tuple of names, or None for "not split".

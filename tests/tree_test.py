@@ -96,6 +96,14 @@ def test_what_is_asked_from_outside_imports_no_jax(module):
     assert not {name.partition(".")[0] for name in reached(f"jax_entropy.{module}", LOADED)} & HEAVY
 
 
+def test_a_card_is_measured_with_little_installed():
+    """Flax, optax and what these bring; nothing that reads corpora, saves or draws."""
+    measured = ("bench.device", "bench.parts", "bench.cases", "census", "config", "model", "state")
+    loaded = set().union(*(reached(f"jax_entropy.{module}", LOADED) for module in measured))
+    outside = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"jax_entropy"}
+    assert outside <= {"jax", "flax", "optax", "einops", "ml_collections", "numpy"}
+
+
 def test_type_checkers_see_the_public_names():
     (block,) = [node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If)]
     seen = {alias.name: node.module for node in block.body for alias in node.names}

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from jax_entropy.data.sources import SOURCES
+from jax_entropy.data.catalog import SOURCES
 
 VERSION = "1.0.0"
 SHARD_BYTES = 1 << 25

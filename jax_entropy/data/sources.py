@@ -9,34 +9,15 @@ import sysconfig
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from filelock import FileLock
 
+from jax_entropy.data.catalog import SOURCES
 from jax_entropy.data.documents import LeftOut, Rows, TextFiles
 from jax_entropy.errors import UserError
 from jax_entropy.paths import local_path, reading, writing
 
-
-class Source(NamedTuple):
-    """One value of `config.data.source`: how it is called in print, and the column that shards of it have."""
-
-    title: str  # "": the name of its files
-    description: str
-    column: str = ""
-
-
-SOURCES = {
-    "stdlib": Source(
-        "Python standard library",
-        "The source of the running Python's standard library, without tests and generated tables.",
-    ),
-    "files": Source("", "Files of text or source code."),
-    "codeparrot": Source(
-        "CodeParrot", "Python scripts of the Hugging Face course's filtered CodeParrot set.", column="content"
-    ),
-    "languini": Source("Languini books", "Books, as in Languini Kitchen.", column="text"),
-}
 TEXT_SUFFIXES = tuple(
     ".py .pyi .txt .md .rst .tex .org .c .h .cc .cpp .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .cs .swift"
     " .kt .scala .hs .ml .lua .pl .r .jl .sql .sh .html .css .toml .yaml .yml".split()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_entropy.data.sources import SOURCES
+from jax_entropy.data.catalog import SOURCES
 from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.paths import reading

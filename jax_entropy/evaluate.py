@@ -141,7 +141,9 @@ def _with_data(config: ConfigDict, section: ConfigDict) -> ConfigDict:
 
 
 def _name(section: ConfigDict) -> str:
-    return section.files or {"stdlib": "Python's standard library"}.get(section.source, section.source)
+    if section.source == "stdlib":  # which reads no files, whatever the section names
+        return "Python's standard library"
+    return section.files or section.source
 
 
 def _text_batches(run: Run, path: str | os.PathLike, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

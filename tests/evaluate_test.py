@@ -158,3 +158,5 @@ def test_only_text_that_was_held_out_is_called_so(loaded):
     section.files = str(REPOSITORY / "jax_entropy" / "training")
     text, other = judged(loaded._replace(corpus="0123456789abcdef"), section=section)
     assert text == f"on the validation split of {section.files}" and other != loss
+    section.source = "stdlib"
+    assert evaluate_module._name(section) == "Python's standard library"

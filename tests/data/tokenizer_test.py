@@ -40,8 +40,8 @@ def test_every_token_has_its_length_and_every_byte_a_token():
 def test_training_is_deterministic_and_saving_loses_nothing(tmp_path):
     again = train_tokenizer(iter(TEXTS), 400)
     assert again.digest() == TOKENIZER.digest()
-    TOKENIZER.save(tmp_path / "tokenizer.json")
-    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    TOKENIZER.save(tmp_path / "not UTF-8 \udcff.json")
+    loaded = load_tokenizer(tmp_path / "not UTF-8 \udcff.json")
     assert loaded.digest() == TOKENIZER.digest()
     text = f"a {END_OF_TEXT} b"
     assert loaded.encode(text) == TOKENIZER.encode(text)

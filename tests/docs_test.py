@@ -159,3 +159,10 @@ def test_everything_is_installed_from_the_checkout_since_no_index_holds_a_packag
     files = [*PAGES, *REPOSITORY.glob("*.md"), *REPOSITORY.glob("launch/*"), *REPOSITORY.glob("jax_entropy/**/*.py")]
     text = {path: path.read_text() for path in files if path.is_file()}
     assert not [path.name for path in text if re.search(r"pip install [^\n&]*\bjax_entropy(\[|\s|'|$)", text[path])]
+
+
+def test_the_first_page_leads_to_every_other():
+    docs = REPOSITORY / "docs"
+    first = (docs / "index.md").read_text()
+    pages = {str(path.relative_to(docs)) for path in (*docs.rglob("*.md"), *docs.rglob("*.ipynb"))} - {"index.md"}
+    assert not [page for page in sorted(pages) if f"({page})" not in first]

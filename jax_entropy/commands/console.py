@@ -92,14 +92,14 @@ def write_json(file: Path | None, content: Any) -> None:
 class _Output(io.RawIOBase):
     """A file descriptor that a run can go on without: what cannot be written is dropped, and remembered."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.failure = descriptor, None
+    def __init__(self, descriptor: int, outlives_reader: bool) -> None:
+        self.descriptor, self.outlives_reader, self.failure = descriptor, outlives_reader, None
 
     def write(self, content: Any) -> int:
         try:
             return os.write(self.descriptor, content) if not self.failure else len(content)
         except OSError as error:
-            if error.errno == errno.EPIPE:
+            if error.errno == errno.EPIPE and not self.outlives_reader:
                 raise
             self.failure = error
             return len(content)
@@ -114,10 +114,13 @@ class _Output(io.RawIOBase):
         return os.isatty(self.descriptor)
 
 
-def prepare_streams() -> None:
+def prepare_streams(outlives_reader: bool) -> None:
     """Makes standard input, output and error usable, whatever the shell made of them, before a process prints.
 
     A closed one is the null device, a letter that its encoding lacks is spelled out, a full disk does not end a run.
+
+    Args:
+      outlives_reader: whether what is done goes on when nobody reads it any more, as training does.
     """
     for descriptor in range(3):
         try:
@@ -127,7 +130,7 @@ def prepare_streams() -> None:
     codecs.register_error("jax_entropy", _spelled)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         encoding = getattr(getattr(sys, name), "encoding", None) or "utf-8"
-        buffer = io.BufferedWriter(_Output(descriptor))
+        buffer = io.BufferedWriter(_Output(descriptor, outlives_reader))
         line_buffered = descriptor == 2 or os.isatty(descriptor)
         setattr(sys, name, io.TextIOWrapper(buffer, encoding, "jax_entropy", line_buffering=line_buffered))
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  (it is the process's)

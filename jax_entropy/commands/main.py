@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 1
     try:
         if argv is None:
-            prepare_streams()
+            prepare_streams(outlives_reader=sys.argv[1:2] == ["train"])
         code = _run(sys.argv[1:] if argv is None else list(argv), is_process=argv is None)
         if failure := output_failure():
             warn(f"jax-entropy: the output cannot be written: {failure.strerror}")

@@ -57,6 +57,16 @@ def test_a_reader_that_has_enough_ends_a_command_quietly():
     assert done.returncode in (0, 1) and not done.stderr
 
 
+def test_a_run_outlives_the_reader_of_its_output():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        console._Output(writer, outlives_reader=False).write(b"a line")
+    output = console._Output(writer, outlives_reader=True)
+    assert output.write(b"a line") == 6 and isinstance(output.failure, BrokenPipeError)
+    os.close(writer)
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop after what is being done, on which the processes of a run agree."""
+"""SIGTERM, Ctrl-C or a closed terminal as a wish to stop after what is being done, on which all processes agree."""
 
 import signal
 from typing import Any, Self
@@ -16,7 +16,9 @@ class Signals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._want) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self._previous[number] = signal.signal(number, self._want)
         return self
 
     def _want(self, number: int, frame: Any) -> None:

@@ -192,7 +192,7 @@ def _kept(name: str, old: np.ndarray | None, new: np.ndarray, same_tokens: bool)
     entries = min(old.shape[axis], new.shape[axis])
     first, value = (*(slice(None),) * axis, slice(entries)), np.array(new)
     value[first] = old[first]
-    return _Kept(value, old[first].size, f"the first {entries:,} of {new.shape[axis]:,}")
+    return _Kept(value, old[first].size, f"the first {entries:,} of {max(old.shape[axis], new.shape[axis]):,}")
 
 
 def _stacks(config: ModelConfig) -> dict[str, range]:

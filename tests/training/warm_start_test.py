@@ -79,7 +79,7 @@ def test_layers_are_taken_over_one_by_one():
     np.testing.assert_array_equal(deepest["norm1"]["scale"][0], theirs["norm1"]["scale"][1])
 
 
-@pytest.mark.parametrize(("length", "note"), [(24, "16 of 24"), (10, "10 of 10")])
+@pytest.mark.parametrize(("length", "note"), [(24, "16 of 24"), (10, "10 of 16")])
 def test_a_context_of_another_length_keeps_the_first_positions(length, note):
     old, new = tiny("SM(t)+LN"), tiny("SM(t)+LN", context_length=length)
     variables, origin = taken_over(old, new)

@@ -180,7 +180,7 @@ def test_a_padded_vocabulary(tmp_path, folder, tokenizer):
     assert len(told) == 1 and "has 400 entries and the model 448: the rest is taken for padding" in told[0]
     run = load_run(tmp_path / "run", pytest.fail)
     assert run.model.config == config and run.tokenizer.vocab_size == 400
-    assert isinstance(generate(run.model, run.variables, run.tokenizer, "def ", num_tokens=8, seed=1), str)
+    assert isinstance(generate(run, "def ", num_tokens=8, seed=1), str)
     export_run(tmp_path / "run", tmp_path / "again", pytest.fail)
     assert weights(tmp_path / "again") == weights(folder)
 

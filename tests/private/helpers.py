@@ -52,6 +52,7 @@ def make_workdir(path: Path, architecture: str = "EReg(SM(t)+ScFuFFN)", **fields
     tokenizer = train_tokenizer(["def f(x):\n    return x\n", "the private prompt of a test"], 300)
     workdir = Workdir(path)
     path.mkdir(parents=True)
+    config.data.tokenizer = workdir.tokenizer.name
     workdir.claim(config, tokenizer)
     from jax_entropy.config import model_config
 

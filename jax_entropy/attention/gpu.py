@@ -76,7 +76,8 @@ def _attention(q, k, v, scale_NxT, position, kernels: Kernels, interpret: bool) 
     return _forward(q, k, v, scale_NxT, position, kernels, interpret)[0]
 
 
-def _forward(q, k, v, scale_NxT, position, kernels, interpret):
+def _forward(q, k, v, scale_NxT, position, kernels: Kernels, interpret: bool) -> tuple[tuple, tuple]:
+    """Results, and the residuals of the backward pass."""
     (B, T, N, H), S, blocks = q.shape, k.shape[1], kernels.forward
     tiles = pl.cdiv(T, blocks.queries)
     kernel = functools.partial(_forward_kernel, blocks=blocks, shape=(T, S, H), interpret=interpret)
@@ -97,7 +98,7 @@ def _forward(q, k, v, scale_NxT, position, kernels, interpret):
 
 def _forward_kernel(
     q_ref, k_ref, v_ref, a_ref, position_ref, out_ref, entropy_ref, m_ref, log_l_ref, *, blocks, shape, interpret
-):
+) -> None:
     (T, S, H), (Q, K, *_) = shape, blocks
     W = _width(H)
     fma, exp2 = _arithmetic(interpret)
@@ -139,13 +140,13 @@ def _forward_kernel(
     _store_rows(log_l_ref, first, Q, T, log_l_Q)
 
 
-def _forward_rule(q, k, v, scale_NxT, position, kernels, interpret):
+def _forward_rule(q, k, v, scale_NxT, position, kernels: Kernels, interpret: bool) -> tuple[tuple, tuple]:
     results, residuals = _forward(*(x.value for x in (q, k, v, scale_NxT, position)), kernels, interpret)
     has_temperature = () if scale_NxT.perturbed else None  # residuals are arrays; this one's structure speaks
     return results, (*residuals, has_temperature)
 
 
-def _backward_rule(kernels, interpret, residuals, cotangents):
+def _backward_rule(kernels: Kernels, interpret: bool, residuals: tuple, cotangents: tuple) -> tuple:
     q, k, v, scale_NxT, position, out, entropy, m, log_l, has_temperature = residuals
     (B, T, N, H), S = q.shape, k.shape[1]
     dout, dentropy, dlse, _ = cotangents
@@ -191,7 +192,7 @@ def _backward_rule(kernels, interpret, residuals, cotangents):
 def _dq_kernel(
     q_ref, k_ref, v_ref, a_ref, position_ref, dout_ref, out_ref, m_ref, log_l_ref, dlse_ref, *refs, blocks, shape,
     with_entropy, with_temperature, interpret,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """dq by rows of tiles; what the other kernel needs of each row: dout/l, c, g; and Σ dS·x for the temperature."""
     entropy_refs, (dq_ref, scaled_dout_ref, *made_refs) = refs[: 2 * with_entropy], refs[2 * with_entropy :]
     (T, S, H), (Q, K, *_) = shape, blocks
@@ -253,7 +254,7 @@ def _dkv_kernel(
     shape,
     with_entropy,
     interpret,
-):
+) -> None:
     """dk and dv by columns of tiles; keys before queries, so that no operand of a product is turned."""
     g_refs, (dk_ref, dv_ref) = refs[:with_entropy], refs[with_entropy:]
     (T, S, H), (Q, K, *_) = shape, blocks

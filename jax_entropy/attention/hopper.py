@@ -85,7 +85,8 @@ def _attention(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[ja
     return _forward(q, k, v, scale_NxT, kernels, interpret)[0]
 
 
-def _forward(q, k, v, scale_NxT, kernels, interpret):
+def _forward(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[tuple, tuple]:
+    """Results, and the residuals of the backward pass."""
     (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], kernels.forward
     tiles, offset, last = pl.cdiv(T, WARPGROUPS * Q), S - T, pl.cdiv(S, K)
     rows = jax.ShapeDtypeStruct((B, N, tiles * WARPGROUPS * Q), jnp.float32)
@@ -172,13 +173,13 @@ def _forward(q, k, v, scale_NxT, kernels, interpret):
     return results, (q, k, v, scale_NxT, out, entropy, m, log_l)
 
 
-def _forward_rule(q, k, v, scale_NxT, kernels, interpret):
+def _forward_rule(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[tuple, tuple]:
     results, residuals = _forward(*(x.value for x in (q, k, v, scale_NxT)), kernels, interpret)
     has_temperature = () if scale_NxT.perturbed else None  # residuals are arrays; this one's structure speaks
     return results, (*residuals, has_temperature)
 
 
-def _backward_rule(kernels, interpret, residuals, cotangents):
+def _backward_rule(kernels: Kernels, interpret: Any, residuals: tuple, cotangents: tuple) -> tuple:
     q, k, v, scale_NxT, out, entropy, m, log_l, has_temperature = residuals
     dout, dentropy, dlse, _ = cotangents
     # what a loss does not use is not in the kernels that it runs
@@ -192,7 +193,7 @@ def _backward_rule(kernels, interpret, residuals, cotangents):
     return dq, dk, dv, dscale
 
 
-def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks, interpret):
+def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks: Blocks, interpret: Any) -> tuple:
     """dq; what the other kernel needs of each row: dout/l, c and, with the entropy, g; Σ dS·x with a temperature."""
     (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], blocks
     tiles, offset, last, count = pl.cdiv(T, WARPGROUPS * Q), S - T, pl.cdiv(S, K), len(rows)
@@ -283,7 +284,7 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks, int
     return dq, scaled_dout, *(x[..., :T] for x in made_rows)
 
 
-def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks, interpret):
+def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks: Blocks, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """dk and dv; keys before queries, so that no operand of a product is turned."""
     (B, T, N, H), S, (K, Q, stages) = q.shape, k.shape[1], blocks
     tiles, offset, last = pl.cdiv(S, WARPGROUPS * K), S - T, pl.cdiv(T, Q)

@@ -63,7 +63,7 @@ def sizes() -> Sizes:
 class Clock:
     """Time that is left for a part, and medians of calls."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
 
     def left(self) -> float:

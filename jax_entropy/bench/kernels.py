@@ -59,11 +59,23 @@ def _compiled(name: str, chip: str, H: int, gradients: str) -> Iterator[dict[str
         )
         if done.returncode:
             raise UserError(f"{name} does not compile for {chip}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        shared = dict(_shared_memory(Path(folder)))
         for ptx in sorted(Path(folder).glob("*.ptx")):
             for kernel, found in _assembled(ptx):
+                found["shared_memory_KiB"] = shared[kernel] / 1024
                 if found["spilled"]:
                     raise UserError(f"{kernel} of {name} for {chip} at head width {H} spills {found['spilled']} bytes")
                 yield dict(implementation=name, chip=chip, H=H, kernel=kernel, gradients=gradients) | found
+
+
+def _shared_memory(folder: Path) -> Iterator[tuple[str, int]]:
+    """Bytes of shared memory that each attention kernel is started with, as Mosaic's passes or XLA's thunks say."""
+    for log in folder.glob("attention_*.mlir-passes.log"):
+        kernel = re.match(r"attention_(\w+?)_\d", log.name)[1]
+        yield kernel, int(re.search(r"dynamic_shared_memory_size %c(\d+)_", log.read_text())[1])
+    for thunks in folder.glob("*.thunk_sequence.txt"):
+        for kernel, size in re.findall(r" attention_(\w+) grid.*shared_memory: (\d+) bytes", thunks.read_text()):
+            yield kernel, int(size)
 
 
 def _assembled(ptx: Path) -> Iterator[tuple[str, dict[str, Any]]]:

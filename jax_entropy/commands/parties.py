@@ -1,8 +1,10 @@
-"""The commands of two real parties: `private keys`, `private serve` and `private ask`."""
+"""The commands of real parties: `private keys`, `private serve`, `private ask` and `private assist`."""
 
+import contextlib
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,78 +29,133 @@ from jax_entropy.private.engine.environment import environment_python
 if TYPE_CHECKING:
     from jax_entropy.architecture import ModelConfig
 
+KEYS = Flag("keys", None, "folder with this party's private_key.pem and certificate.pem, and the others'", kind=Path)
 LINK = (
-    Flag("keys", None, "folder with this party's private_key.pem and certificate.pem", kind=Path),
-    Flag("peer", None, "file of the other party's certificate, the only one that is accepted", kind=Path),
     Flag("insecure_loopback", False, "no TLS, on 127.0.0.1 only: to try things"),
-    Flag("timeout", 120, "seconds for which the other party may be silent"),
+    Flag("timeout", 120, "seconds for which another party may be silent"),
 )
+SESSIONS = Flag("sessions", 0, "clients to answer; 0: until interrupted")
+PROTECTS = {
+    "semi2k": "protects NOTHING from a client that looks into its own process, which plays the dealer",
+    "aby3": "protects as long as no two of the three parties collude",
+    "cheetah": "protects as long as both parties follow the protocol",
+}
+
+
+def listen_flag(port: int) -> Flag:
+    """Where a party listens."""
+    return Flag(
+        "listen", f"127.0.0.1:{port}", "HOST:PORT, 0.0.0.0 for all of this machine's; the port after it is the engine's"
+    )
+
+
+def peer_flag(role: str) -> Flag:
+    """The certificate of the other one of two."""
+    return Flag("peer", None, f"file of the {role}'s certificate; unset: KEYS/{role}.pem", kind=Path)
 
 
 @command(
     Flag("directory", None, "folder to write private_key.pem and certificate.pem to", kind=Path, required=True),
     Flag("name", "party", "written into the certificate"),
     Flag("days", 365, "for which the certificate is valid"),
-    examples=["private keys --directory=server_keys --name=server"],
+    Flag("parties", 1, "2 or 3: folders for client, server and assistant, each complete"),
+    examples=["private keys --directory=server_keys --name=server", "private keys --directory=keys --parties=3"],
 )
 def keys(values: Namespace) -> None:
-    """A private key and a self-signed certificate, for `serve` or `ask`."""
-    from jax_entropy.private.session.line import make_keys
+    """A private key and a self-signed certificate, for `serve`, `ask` or `assist`."""
+    from jax_entropy.private.session.line import make_all_keys, make_keys
 
-    found = make_keys(values.directory, values.name, values.days)
-    print(f"give {values.directory}/certificate.pem to the other party, and compare its SHA-256:\n{found}")
+    if values.parties not in (1, 2, 3):
+        raise UserError(f"--parties={values.parties} must be 1, 2 or 3")
+    if values.parties == 1:
+        found = make_keys(values.directory, values.name, values.days)
+        print(f"give {values.directory}/certificate.pem to the other parties, and compare its SHA-256:\n{found}")
+        return
+    for role, found in make_all_keys(values.directory, values.parties, values.days).items():
+        print(f"give {values.directory}/{role} to the {role}; its certificate's SHA-256:\n{found}")
 
 
 @command(
     WORKDIR,
-    Flag("listen", "127.0.0.1:9500", "HOST:PORT, 0.0.0.0 for all of this machine's; the port after it is the engine's"),
-    Flag("sessions", 0, "clients to answer; 0: until interrupted"),
+    listen_flag(9500),
+    SESSIONS,
     BEST,
+    KEYS,
+    peer_flag("client"),
     *LINK,
     *SETTING,
     WITHOUT,
     examples=[
-        "private serve runs/quickstart --listen=0.0.0.0:9500 --keys=server_keys --peer=client_keys/certificate.pem"
+        "private serve runs/quickstart --protocol=cheetah --listen=0.0.0.0:9500 --keys=server_keys",
+        "private serve runs/quickstart --protocol=aby3 --listen=0.0.0.0:9500 --keys=server_keys",
     ],
 )
 def serve(values: Namespace) -> None:
     """The party that holds the weights: waits for `ask`."""
+    environment_python()
+    setting = read_setting(values)
+    print(protection(setting.protocol), flush=True)
+    rewrites, roles = read_rewrites(values.without), ["client", "assistant"][: setting.num_parties - 1]
+    with _door(values, roles) as (door, files):
+        from jax_entropy.private.program.export import export
+        from jax_entropy.private.program.fixed_point import check_range, random_tokens
+        from jax_entropy.private.session.parties import serve as run
+        from jax_entropy.runs.load import load_run
+        from jax_entropy.runs.workdir import Workdir
+
+        loaded = load_run(values.workdir, warn, best=values.best)
+        config = loaded.model.config
+        exported = export(config, loaded.variables, rewrites)
+        check_range(exported, random_tokens(config.vocab_size, config.context_length), setting)
+        print(f"serves {config} on {values.listen}", flush=True)
+        run(
+            door(), exported, Workdir(values.workdir).tokenizer.read_text(), setting, files,
+            sessions=values.sessions, timeout=values.timeout, notify=lambda line: print(line, flush=True),
+        )  # fmt: skip
+
+
+@command(
+    listen_flag(9700),
+    Flag("server", "127.0.0.1:9500", "HOST:PORT of `serve`"),
+    SESSIONS,
+    KEYS,
+    *LINK,
+    examples=["private assist --server=HOST:9500 --listen=0.0.0.0:9700 --keys=assistant_keys"],
+)
+def assist(values: Namespace) -> None:
+    """The third party of aby3: holds nothing, and learns nothing unless it colludes with another."""
+    environment_python()
+    host, _ = _address(values.server, "server")
+    with _door(values, ["client", "server"], host) as (door, files):
+        from jax_entropy.private.session.parties import assist as run
+
+        print(f"assists {values.server} on {values.listen}", flush=True)
+        run(
+            door(), host, files, sessions=values.sessions, timeout=values.timeout,
+            notify=lambda line: print(line, flush=True),
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _door(values: Namespace, roles: list[str], *hosts: str) -> Iterator[tuple[Callable[[], Any], Any]]:
+    """What gives a party's listening socket, which is known to be free, and its files; an interrupt is a good end."""
     from jax_entropy.private.session import line as link
 
-    environment_python()
-    setting, (host, port) = read_setting(values), _address(values.listen, "listen")
-    rewrites = read_rewrites(values.without)
-    if setting.num_parties != 2:
-        raise UserError(f"--protocol={values.protocol} has {setting.num_parties} parties; serve and ask are two")
+    host, port = _address(values.listen, "listen")
     if values.sessions < 0:
         raise UserError(f"--sessions={values.sessions} must not be negative")
-    files = read_link(values, host)
+    files = read_link(values, roles, host, *hosts)
     link.check_free(host, port, port + 1)
-    from jax_entropy.private.program.export import export
-    from jax_entropy.private.program.fixed_point import check_range, random_tokens
-    from jax_entropy.private.session.parties import serve as run
-    from jax_entropy.runs.load import load_run
-    from jax_entropy.runs.workdir import Workdir
-
-    loaded = load_run(values.workdir, warn, best=values.best)
-    exported = export(loaded.model.config, loaded.variables, rewrites)
-    config = loaded.model.config
-    check_range(exported, random_tokens(config.vocab_size, config.context_length), setting)
-    warn(dealer(setting.protocol))
-    with link.listen(host, port) as door:
+    with contextlib.ExitStack() as stack:
         try:
-            print(f"serves {config} on {host}:{port}", flush=True)
-            run(
-                door, exported, Workdir(values.workdir).tokenizer.read_text(), setting, files,
-                sessions=values.sessions, timeout=values.timeout, notify=lambda line: print(line, flush=True),
-            )  # fmt: skip
+            yield lambda: stack.enter_context(link.listen(host, port)), files
         except KeyboardInterrupt:  # how it is meant to end
             print("stopped", flush=True)
 
 
 @command(
     Flag("server", "127.0.0.1:9500", "HOST:PORT of `serve`"),
-    Flag("port", 9600, "where the server's engine reaches this one"),
+    Flag("assistant", "", "HOST:PORT of `assist`, where the server runs aby3"),
     Flag("protocol", "", "the only one to agree to; unset: the server's, whatever it is"),
     PROMPT._replace(default=None, repeated=True, help="text to go on from; may be given several times"),
     PROMPT_FILE._replace(repeated=True, help="file that holds a prompt, as it is; may be given several times"),
@@ -106,24 +163,27 @@ def serve(values: Namespace) -> None:
     REVEAL,
     JSON,
     *SAMPLING,
-    Flag("patience", 8, "seconds to wait for the server's start"),
+    Flag("patience", 8, "seconds to wait for the others' start"),
+    KEYS,
+    peer_flag("server"),
     *LINK,
-    examples=["private ask --server=HOST:9500 --prompt='def ' --keys=client_keys --peer=server_keys/certificate.pem"],
+    examples=[
+        "private ask --server=HOST:9500 --prompt='def ' --keys=client_keys",
+        "private ask --server=HOST:9500 --assistant=HOST:9700 --prompt='def ' --keys=client_keys",
+    ],
 )
 def ask(values: Namespace) -> None:
     """The party that holds the prompt: asks a model of `serve`."""
-    from jax_entropy.private.session import line as link
-
     environment_python()
     server, texts, start = _address(values.server, "server"), read_prompts(values), time.monotonic()
-    if not 0 < values.port < 65536:
-        raise UserError(f"--port={values.port} is no port")
+    assistant = _address(values.assistant, "assistant") if values.assistant else None
     if values.patience < 0:
         raise UserError(f"--patience={values.patience} must not be negative")
     if values.protocol:
         Setting(protocol=values.protocol).check()
-    files, new_choose = read_link(values, server[0]), read_sampling(values)
-    link.check_free("127.0.0.1" if values.insecure_loopback else "0.0.0.0", values.port)
+    roles = ["server", "assistant"] if assistant else ["server"]
+    hosts = [host for host, _ in (server, assistant or server)]
+    files, new_choose = read_link(values, roles, *hosts), read_sampling(values)
     from jax_entropy.private.session.parties import Question
     from jax_entropy.private.session.parties import ask as run
 
@@ -132,7 +192,7 @@ def ask(values: Namespace) -> None:
     def questions(tokenizer: str, config: "ModelConfig", setting: Setting) -> list[Question]:
         if values.protocol not in ("", setting.protocol):
             raise UserError(f"the server runs --protocol={setting.protocol}, and --protocol={values.protocol} is asked")
-        warn(f"{config}; {dealer(setting.protocol)}")
+        warn(f"{config}; {protection(setting.protocol)}")
         reader = read_tokenizer(tokenizer, config)
         answers.extend(Streamed(reader, text, output(values.json)) for text in texts)
         return [
@@ -141,16 +201,20 @@ def ask(values: Namespace) -> None:
         ]
 
     model = run(
-        server, values.port, files, values.tokens, questions=questions, reveal=values.reveal,
-        timeout=values.timeout, patience=values.patience,
+        server, assistant, files, values.tokens, questions=questions, reveal=values.reveal,
+        timeout=values.timeout, patience=values.patience, notify=warn,
     )  # fmt: skip
     count, seconds = sum(len(answer.ids) for answer in answers), time.monotonic() - start
     safety, setting = "mutual TLS" if files else "NO TLS", model.engine.setting
-    warn(f"{count} tokens in {seconds:.1f} s under {setting.protocol}, {safety}")
+    sent, rounds = (sum(values) for values in zip(*((a.bytes[0], a.rounds) for _, a in model.accounts), strict=True))
+    warn(
+        f"{count} tokens in {seconds:.1f} s under {setting.protocol}, {safety}: "
+        f"{sent / 1e6:,.2f} MB sent, {rounds:,} rounds"
+    )
     write_json(values.json, dict(
         setting=setting, link=safety, seconds=seconds,
         answers=[dict(prompt=answer.prompt, tokens=answer.ids, text=answer.written) for answer in answers],
-        programs=[dict(name=name, seconds=account.seconds) for name, account in model.accounts],
+        programs=[dict(name=name, **account._asdict()) for name, account in model.accounts],
     ))  # fmt: skip
 
 
@@ -176,7 +240,7 @@ def _check_loopback(*hosts: str) -> None:
     """
     for host in hosts:
         if host not in ("127.0.0.1", "localhost"):
-            raise UserError(f"--insecure_loopback is for 127.0.0.1 only, not {host}; give --keys and --peer")
+            raise UserError(f"--insecure_loopback is for 127.0.0.1 only, not {host}; give --keys")
 
 
 def read_prompts(values: Namespace) -> list[str]:
@@ -214,31 +278,27 @@ def read_tokenizer(text: str, config: "ModelConfig") -> Any:
     return tokenizer
 
 
-def dealer(protocol: str) -> str:
+def protection(protocol: str) -> str:
     """What a user of a protocol must know before trusting it."""
-    if protocol == "semi2k":
-        return (
-            "semi2k: the client's process plays the dealer, so that a client that looks into it could work out the "
-            "weights; --protocol=cheetah needs no dealer"
-        )
-    return f"{protocol}: safe as long as both parties follow the protocol"
+    line = f"{protocol}: {PROTECTS[protocol]}"
+    return f"{line}; --protocol=aby3 (three machines) or cheetah do" if protocol == "semi2k" else line
 
 
-def read_link(values: Namespace, *hosts: str) -> Any:
-    """The files of mutual TLS, or None on a loopback link without."""
+def read_link(values: Namespace, roles: list[str], *hosts: str) -> Any:
+    """The files of mutual TLS with parties of these roles, or None on a loopback link without."""
     from jax_entropy.private.session import line as link
 
+    peer = getattr(values, "peer", None)
     if values.timeout < 1:
         raise UserError(f"--timeout={values.timeout} must be at least 1")
     if values.insecure_loopback:
-        if values.keys or values.peer:
+        if values.keys or peer:
             raise UserError("--insecure_loopback goes without --keys and --peer; leave one or the other out")
         _check_loopback(*hosts)
         return None
     if not values.keys:
         raise UserError("--keys is missing: the folder that `jax-entropy private keys` made")
-    if not values.peer:
-        raise UserError("--peer is missing: the file of the other party's certificate")
-    files = link.read_keys(values.keys, values.peer)
-    warn(f"accepts the certificate with SHA-256 {link.fingerprint(files.peer_certificate)} only")
+    files = link.read_keys(values.keys, {role: peer if role == roles[0] else None for role in roles})
+    for role, path in files.peers.items():
+        warn(f"accepts of the {role} the certificate with SHA-256 {link.fingerprint(path)} only")
     return files

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jax_entropy.commands.census import ARCHITECTURE
 from jax_entropy.commands.console import console, output, warn, write_json
 from jax_entropy.commands.parse import BEST, CONFIG, JSON, WORKDIR, Command, Flag, Names, OneOf, command
-from jax_entropy.commands.parties import ask, keys, serve
+from jax_entropy.commands.parties import ask, assist, keys, serve
 from jax_entropy.commands.private_flags import (
     MEASURE,
     NETWORK,
@@ -329,5 +329,5 @@ def _closing_engines(found: Command) -> Command:
 
 COMMANDS = {
     found.name: _closing_engines(found)
-    for found in (setup, generate, profile, compare, predict, precision, calibrate, keys, serve, ask)
+    for found in (setup, generate, profile, compare, predict, precision, calibrate, keys, serve, ask, assist)
 }

@@ -18,11 +18,24 @@ from jax_entropy.errors import UserError
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import PLAIN, Blueprint, Rewrites
 from jax_entropy.private.program.export import export
-from jax_entropy.private.session.messages import Agreement, Hello, More, Offer, Progress, Prompt, Refusal, read, write
+from jax_entropy.private.session.messages import (
+    Agreement,
+    Hello,
+    More,
+    Offer,
+    Progress,
+    Prompt,
+    Queued,
+    Ready,
+    Refusal,
+    Task,
+    read,
+    write,
+)
 from jax_entropy.private.session.parties import ask
 from tests.tiny_model import VARIED, scattered, tiny
 
-KINDS = (Hello, Refusal, Offer, Agreement, More, Prompt, Progress)
+KINDS = (Hello, Refusal, Queued, Offer, Task, Ready, Agreement, More, Prompt, Progress)
 
 
 def offer(name="EReg(SM(t)+ScFuFFN^1)", rewrites=Rewrites()):
@@ -31,7 +44,8 @@ def offer(name="EReg(SM(t)+ScFuFFN^1)", rewrites=Rewrites()):
 
 
 EXAMPLES = (
-    Hello("jax_entropy private 3", "0.10.2", 9600), Refusal("another version"), offer(), Agreement(True), More(False),
+    Hello("jax_entropy private 4", "0.10.2"), Refusal("another version"), Queued(2), offer(),
+    Task(offer().blueprint, Setting(protocol="aby3"), 9501), Ready(9701), Agreement(True), More(False),
     Prompt(17, "logits"), Progress(True),
 )  # fmt: skip
 VALUES = st.recursive(
@@ -109,7 +123,7 @@ def test_nonsense_is_refused(line):
 
 def test_a_message_out_of_turn_is_refused():
     with pytest.raises(UserError, match="no Offer or Refusal"):
-        read(write(Hello("a", "b", 1)), Offer, Refusal)
+        read(write(Hello("a", "b")), Offer, Refusal)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -126,9 +140,9 @@ def test_an_offer_whose_parts_do_not_fit_is_refused(change, message):
         read(json.dumps(fields).encode(), Offer)
 
 
-def test_an_offer_of_three_parties_is_refused():
-    with pytest.raises(UserError, match="is not one of two parties"):
-        read(write(offer()._replace(setting=Setting(protocol="aby3"))), Offer)
+def test_two_parties_need_no_assistant():
+    with pytest.raises(UserError, match="protocol='semi2k' has nothing to assist in"):
+        read(write(Task(offer().blueprint, Setting(), 9501)), Task)
 
 
 @pytest.mark.parametrize(("name", "shape", "message"), [
@@ -177,12 +191,15 @@ def changed_offer(**fields):
     (changed_offer(port=-1), "engine cannot be at port -1"),
     (changed_offer(setting="semi2k"), "no Setting"),
     (write(offer()._replace(setting=Setting(fraction_bits=60))), "fraction_bits=60 must lie between"),
+    (write(offer()._replace(setting=Setting(protocol="aby3"))), "needs an assistant"),
     (write(Refusal("no\x1b[2Jway")), r"refuses: 'no\\x1b\[2Jway'"),
 ])  # fmt: skip
 def test_a_lying_server_ends_a_client_in_a_sentence(line, message):
     asked = lambda tokenizer, config, setting: []  # noqa: E731
     with pytest.raises(UserError, match=message) as caught:
-        ask(lying_server(line), 9600, None, 4, questions=asked, reveal="logits", timeout=5, patience=0)
+        ask(
+            lying_server(line), None, None, 4, questions=asked, reveal="logits", timeout=5, patience=0, notify=print
+        )  # fmt: skip
     assert len(str(caught.value).splitlines()) == 1
 
 

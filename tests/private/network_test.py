@@ -23,7 +23,7 @@ class Shaper:
 
     def __init__(self, port: int, network: Network):
         self.door, self.target, self.network = socket.create_server(("127.0.0.1", 0)), port, network
-        self.address = f"127.0.0.1:{self.door.getsockname()[1]}"
+        self.address = self.door.getsockname()
         self.free = [0.0, 0.0]  # when each way is done with what it was given, for all connections together
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -64,12 +64,13 @@ def test_the_time_on_a_network_is_that_of_a_shaped_link(engine, network):
     tokens = np.asarray(random_tokens(1, 64)[0]).tolist()
     exported = export(config, scattered(config))
     _, account, expected = run_whole(engine(Setting()), exported, tokens)
-    ports = free_ports(2)
-    shaped = [Shaper(port, network).address for port in ports]
+    [port] = free_ports(1)
+    host, shaped_port = Shaper(port, network).address
 
     def party(rank):
-        addresses = [f"127.0.0.1:{port}" if i == rank else shaped[i] for i, port in enumerate(ports)]
-        with Engine(Setting(), Link(rank, tuple(addresses), None)) as own:
+        listen = ("127.0.0.1", port) if rank == SERVER else None
+        addresses = (None, (host, shaped_port) if rank == CLIENT else None)
+        with Engine(Setting(), Link(rank, listen, addresses, None)) as own:
             model = PrivateModel(own, exported.blueprint)
             model.share_weights(exported.weights if rank == SERVER else None)
             model.put_tokens(tokens if rank == CLIENT else None)

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from jax_entropy.errors import UserError
-from jax_entropy.private.session.line import connect, fingerprint, make_keys, read_keys
+from jax_entropy.private.session.door import GREETING
+from jax_entropy.private.session.line import connect, fingerprint, make_all_keys, make_keys, read_keys
 from jax_entropy.private.session.messages import Offer
-from jax_entropy.private.session.parties import GREETING
 from tests.private.helpers import (
     free_ports,
     start,
@@ -33,10 +33,11 @@ PROMPT = "the private prompt"
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("keys")
-    for name in ("server", "client", "stranger"):
-        make_keys(folder / name, name, 2)
+    make_all_keys(folder, 3, 2)
+    make_keys(folder / "stranger", "stranger", 2)
     certificate = folder / "server" / "certificate.pem"  # as openssl's `x509 -text` writes it
     certificate.write_text(f"Certificate: of the tests, Zürich\n{certificate.read_text()}and after it")
+    (folder / "stranger/server.pem").write_text(certificate.read_text())
     return folder
 
 
@@ -44,7 +45,7 @@ class Server:
     """`private serve` in a folder of its own."""
 
     def __init__(self, workdir, keys, folder, peer="client", *flags):
-        self.port, self.client_port = free_ports(2)
+        [self.port] = free_ports(1)
         tls = () if keys is None else (f"--keys={keys / 'server'}", f"--peer={keys / peer / 'certificate.pem'}")
         self.process = start(
             "serve", f"--workdir={workdir}", f"--listen=127.0.0.1:{self.port}", *tls, *flags, cwd=folder / "server"
@@ -62,8 +63,8 @@ class Server:
         """`private ask`, started."""
         tls = () if keys is None else (f"--keys={keys / name}", f"--peer={keys / peer / 'certificate.pem'}")
         return start(
-            "ask", f"--server=127.0.0.1:{port or self.port}", f"--port={self.client_port}", *tls,
-            *([f"--prompt={prompt}"] if prompt else []), "--tokens=6", *flags, cwd=folder / "client",
+            "ask", f"--server=127.0.0.1:{port or self.port}", *tls, *([f"--prompt={prompt}"] if prompt else []),
+            "--tokens=6", *flags, cwd=folder / "client",
         )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_the_text_is_the_plain_models_for_several_prompts(server, keys, tmp_path
     out, err = asked.communicate(timeout=120)
     assert asked.returncode == 0, err
     assert out == "".join(plain_text(prompt) + "\n" for prompt in prompts)
-    assert "mutual TLS" in err and err.index("plays the dealer") < err.index("mutual TLS")
+    assert "mutual TLS" in err and err.index("protects NOTHING") < err.index("mutual TLS")
     answers = json.loads((tmp_path / "answers.json").read_text())["answers"]
     assert [answer["prompt"] + answer["text"] for answer in answers] == [plain_text(prompt) for prompt in prompts]
 
@@ -141,14 +142,14 @@ def test_no_certificate_is_refused_by_the_server_which_goes_on(server, keys, tmp
 
 
 def test_nonsense_from_an_accepted_client_does_not_end_the_server(server, keys, tmp_path, plain_text):
-    files = read_keys(keys / "client", keys / "server/certificate.pem")
-    hello = dict(greeting=GREETING, jax=jax.__version__, port=9600)
-    for message in (dict(), dict(port=1), hello | dict(port=[3]), hello | dict(port="9600"), hello | dict(port=0)):
+    files = read_keys(keys / "client", {"server": None})
+    hello = dict(greeting=GREETING, jax=jax.__version__)
+    for message in (dict(), dict(jax=1), hello | dict(jax=[3]), hello | dict(port="9600"), hello):
         line = connect("127.0.0.1", server.port, files, patience=5, timeout=5)
         line.connection.sendall(json.dumps(message).encode() + b"\n")
         with contextlib.suppress(UserError):
             line.receive(Offer)
-            line.connection.sendall(b'{"agreed": true}\n')
+            line.connection.sendall(b'{"agreed": 1}\n')
             line.receive(Offer, timeout=2)
         line.close()
     out, err = server.ask(tmp_path, keys).communicate(timeout=120)
@@ -166,7 +167,7 @@ def test_it_does_not_start_without_certificates(workdir, tmp_path):
 
 
 def test_keys_are_checked_before_anything_else(keys, tmp_path):
-    peer = keys / "server/certificate.pem"
+    peer = {"server": keys / "server/certificate.pem"}
     assert read_keys(keys / "client", peer).certificate == keys / "client/certificate.pem"
     assert (keys / "client/private_key.pem").stat().st_mode & 0o077 == 0
     assert re.fullmatch("[0-9a-f]{64}", fingerprint(keys / "client/certificate.pem"))
@@ -176,7 +177,7 @@ def test_keys_are_checked_before_anything_else(keys, tmp_path):
         read_keys(tmp_path, peer)
     (tmp_path / "bad.pem").write_text("no certificate")
     with pytest.raises(UserError, match="is no certificate"):
-        read_keys(keys / "client", tmp_path / "bad.pem")
+        read_keys(keys / "client", {"server": tmp_path / "bad.pem"})
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     (mixed / "certificate.pem").write_bytes((keys / "client/certificate.pem").read_bytes())
@@ -193,14 +194,14 @@ def test_certificates_that_are_not_one_in_pem_are_refused(keys, tmp_path):
     certificate = keys / "server/certificate.pem"
     openssl("x509", "-in", str(certificate), "-outform", "der", "-out", "certificate.der", cwd=tmp_path)
     with pytest.raises(UserError, match="perhaps one in DER; write it anew: openssl x509 -inform der"):
-        read_keys(keys / "client", tmp_path / "certificate.der")
+        read_keys(keys / "client", {"server": tmp_path / "certificate.der"})
     (tmp_path / "two.pem").write_bytes(2 * (certificate.read_bytes() + b"\n"))
     with pytest.raises(UserError, match="holds 2 certificates"):
-        read_keys(keys / "client", tmp_path / "two.pem")
+        read_keys(keys / "client", {"server": tmp_path / "two.pem"})
     for nonsense in (b"\xff\xfe", b"-----BEGIN CERTIFICATE-----\n\xe9\n-----END CERTIFICATE-----", b""):
         (tmp_path / "bad.pem").write_bytes(nonsense)
         with pytest.raises(UserError, match="is no certificate"):
-            read_keys(keys / "client", tmp_path / "bad.pem")
+            read_keys(keys / "client", {"server": tmp_path / "bad.pem"})
 
 
 def test_a_key_that_cannot_be_used_is_refused_and_nobody_is_asked(keys, tmp_path):
@@ -208,10 +209,10 @@ def test_a_key_that_cannot_be_used_is_refused_and_nobody_is_asked(keys, tmp_path
     key = str(keys / "client/private_key.pem")
     openssl("pkey", "-in", key, "-aes256", "-passout", "pass:secret", "-out", "private_key.pem", cwd=tmp_path)
     with pytest.raises(UserError, match="is locked by a pass phrase.*openssl pkey"):
-        read_keys(tmp_path, keys / "server/certificate.pem")
+        read_keys(tmp_path, {"server": keys / "server/certificate.pem"})
     openssl("pkey", "-in", key, "-outform", "der", "-out", "private_key.pem", cwd=tmp_path)
     with pytest.raises(UserError, match="is no private key in PEM"):
-        read_keys(tmp_path, keys / "server/certificate.pem")
+        read_keys(tmp_path, {"server": keys / "server/certificate.pem"})
 
 
 def expired(keys: Path, folder: Path) -> Path:
@@ -231,9 +232,9 @@ def test_an_expired_certificate_is_refused_on_both_sides(keys, tmp_path):
     except subprocess.CalledProcessError:
         pytest.skip("this openssl does not make expired certificates")
     with pytest.raises(UserError, match="has expired"):
-        read_keys(folder, keys / "server/certificate.pem")
+        read_keys(folder, {"server": keys / "server/certificate.pem"})
     with pytest.raises(UserError, match="has expired"):
-        read_keys(keys / "server", folder / "certificate.pem")
+        read_keys(keys / "server", {"client": folder / "certificate.pem"})
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])

@@ -76,11 +76,16 @@ class Account(NamedTuple):
 
 
 class Link(NamedTuple):
-    """This process as one party of several: its rank, everyone's host:port, and the files of mutual TLS."""
+    """This process as one party of several, and how it finds the others.
+
+    addresses: by rank, host and port of the parties that it connects to; None of itself and of those that connect to
+    it, at `listen`. tls: certificate and private_key, files, and peers: the others' certificates, DER in hexadecimal.
+    """
 
     rank: int
-    addresses: tuple[str, ...]
-    tls: dict[str, str] | None  # certificate, private_key, peer_certificate
+    listen: tuple[str, int] | None
+    addresses: tuple[tuple[str, int] | None, ...]
+    tls: dict[str, Any] | None
     timeout_seconds: int = 120
     connect_seconds: int = 60
 
@@ -91,15 +96,15 @@ class Engine:
     Without a link it holds all parties and counts their messages; with one it is the party `link.rank`.
 
     Raises:
-      UserError: by every call, in a sentence: the engine fails, it takes longer than `timeout` s, or `peer`, the
-        connection to the other party's process, ends meanwhile.
+      UserError: by every call, in a sentence: the engine fails, it takes longer than `timeout` s, or one of `lines`,
+        the connections to other parties' processes, ends meanwhile.
     """
 
     def __init__(
-        self, setting: Setting, link: Link | None = None, *, peer: Any = None, directory: Path | None = None,
-        timeout: float = 3600,
+        self, setting: Setting, link: Link | None = None, *, lines: Sequence[Any] = (),
+        directory: Path | None = None, timeout: float = 3600,
     ) -> None:  # fmt: skip
-        self.setting, self.link, self.peer, self.timeout = setting.check(), link, peer, timeout
+        self.setting, self.link, self.lines, self.timeout = setting.check(), link, lines, timeout
         python = environment_python(directory)
         self.folder = tempfile.TemporaryDirectory(prefix="jax_entropy_private_")
         self.log = Path(self.folder.name) / "log"
@@ -123,10 +128,7 @@ class Engine:
     def _open(self) -> None:
         self.has_opened, link, joins, limit = False, self.link, {}, self.timeout  # weights, once and for all
         if link is not None:
-            joins["link"] = dict(
-                rank=link.rank, addresses=link.addresses, tls=link.tls, connect_seconds=link.connect_seconds,
-                timeout_ms=1000 * link.timeout_seconds,
-            )  # fmt: skip
+            joins["link"] = link._asdict()
             limit = link.connect_seconds + 5
         self.ask("open", limit, num_parties=self.setting.num_parties, config=self.setting.for_engine(), **joins)
 
@@ -160,13 +162,12 @@ class Engine:
         deadline = time.monotonic() + (timeout or self.timeout)
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
-            watched = [self._replies] + ([self.peer] if self.peer is not None else [])
-            if left <= 0 or not (ready := select.select(watched, [], [], left)[0]):
+            if left <= 0 or not (ready := select.select([self._replies, *self.lines], [], [], left)[0]):
                 raise UserError(
                     f"the other party, or the engine, did not answer within {timeout or self.timeout:.0f} s"
                 )
             if self._replies not in ready:
-                self.peer.read_available()  # raises where the other party is gone
+                ready[0].read_available()  # raises where the other party is gone
                 continue
             if not (data := os.read(self._replies, 1 << 16)):
                 raise UserError(f"the engine has ended: {self._last_words()}")
@@ -233,7 +234,7 @@ def _in_a_sentence(do: str, error: str, link: Link | None) -> str:
         return f"the engine failed ({do}): {first}"
     if do == "open":
         return (
-            f"no secure link with {link.addresses[1 - link.rank]} within {link.connect_seconds} s: is the other "
-            "party running, can both reach each other's ports, and does each hold the other's certificate?"
+            f"no secure link ({first}) within {link.connect_seconds} s: is everybody running, can each reach the "
+            "engines' ports of the server and the assistant, and does it hold their certificates?"
         )
-    return f"the other party is gone or silent ({do}): {first}"
+    return f"another party is gone or silent ({do}): {first}"

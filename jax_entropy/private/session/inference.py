@@ -1,6 +1,7 @@
 """Text under secure computation: weights shared once, a prompt read at once, then token after token.
 
-The same code runs all parties in one process, or one of a link: party 0 has the prompt, party 1 the model.
+The same code runs all parties in one process, or one of a link: party 0 has the prompt, party 1 the model, and a
+third, of protocols that have one, nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from jax_entropy.private.program.stage import (
 from jax_entropy.private.session.messages import Message, Progress, Prompt
 from jax_entropy.seeds import random_key
 
-CLIENT, SERVER = 0, 1
+CLIENT, SERVER, ASSISTANT = 0, 1, 2
 REVEALED = ("logits", "token")
 # An option of the engine's compiler that divides before it broadcasts; part of the rewrite `denominator`.
 COMPILER = "enable_optimize_denominator_with_broadcast"
@@ -53,8 +54,9 @@ class PrivateModel:
         return model
 
     @property
-    def role(self) -> int | None:
-        return None if self.engine.link is None else self.engine.link.rank
+    def asks(self) -> bool:
+        """Whether the prompt is here: with the client, or with all parties in one process."""
+        return self.engine.link is None or self.engine.link.rank == CLIENT
 
     def share_weights(self, weights: dict[str, np.ndarray] | None) -> None:
         """Shares the server's weights with all parties, and opens them once, masked, where that saves traffic."""
@@ -125,10 +127,12 @@ class PrivateModel:
         self.engine.put([TOKENS], CLIENT, None if tokens is None else {TOKENS: self.blueprint.enter(tokens)})
 
     def tell(self, message: Message | None, kind: type[Message]) -> Message:
-        """A message of the client to the server; each gets it back."""
-        if self.role == CLIENT:
-            self.engine.peer.send(message)
-        return self.engine.peer.receive(kind) if self.role == SERVER else message
+        """A message of the client to the others; each gets it back."""
+        if not self.asks:
+            return self.engine.lines[0].receive(kind)
+        for line in self.engine.lines:
+            line.send(message)
+        return message
 
 
 def _cached(array: jax.Array) -> jax.Array:
@@ -152,7 +156,7 @@ def generate(
     reveal: str = "logits",
     notify: Callable[[int], None] = lambda token: None,
 ) -> list[int]:
-    """The tokens after a prompt; the server of a link calls it without one and gets none.
+    """The tokens after a prompt; all but the client of a link call it without one and get none.
 
     Args:
       choose: logits [V] → token; the client's, greedy by default.
@@ -162,10 +166,10 @@ def generate(
     Raises:
       UserError: a prompt that is empty or does not fit, or a `reveal` that is not known.
     """
-    if model.role != SERVER:
+    if model.asks:
         check_request(model.blueprint, prompt, num_tokens, reveal)
     length, reveal = model.tell(None if prompt is None else Prompt(len(prompt), reveal), Prompt)
-    if model.role == SERVER and not (1 <= length < model.blueprint.config.context_length and reveal in REVEALED):
+    if not model.asks and not (1 <= length < model.blueprint.config.context_length and reveal in REVEALED):
         raise UserError(f"a prompt of {length} tokens and reveal={reveal!r} cannot be answered")
     padded = padded_length(length, model.blueprint.config.context_length)
     model.put_tokens(None if prompt is None else [*prompt, *[0] * (padded - length)])
@@ -175,7 +179,7 @@ def generate(
     while True:
         token = _next_token(model, choose, reveal)
         done = None
-        if model.role != SERVER:
+        if model.asks:
             ended = token == end_of_text
             if not ended:
                 new.append(token)

@@ -1,4 +1,4 @@
-"""Two processes that trust each other's certificate and nothing else: keys, and JSON messages over mutual TLS.
+"""Processes that trust each other's certificates and nothing else: keys, and JSON messages over mutual TLS.
 
 Shapes, settings and lengths go over this line; shares go over the engine's own links, under the same certificates.
 """
@@ -11,12 +11,15 @@ import socket
 import ssl
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax_entropy.errors import UserError
+from jax_entropy.private.engine import tls
 from jax_entropy.private.session import messages
 
+ROLES = ("client", "server", "assistant")  # by their ranks
 HANDSHAKE_SECONDS = 8
 _WELCOME = b"jax_entropy\n"
 _LONGEST_MESSAGE = 1 << 26  # bytes; a tokenizer is the largest
@@ -27,14 +30,39 @@ class BusyError(UserError):
 
 
 class Keys(NamedTuple):
-    """Files of one party: its certificate and private key, and the one certificate that it accepts."""
+    """Files of one party: its certificate and private key, and by role the certificates that it accepts."""
 
     certificate: Path
     private_key: Path
-    peer_certificate: Path
+    peers: dict[str, Path]
 
-    def for_engine(self) -> dict[str, str]:
-        return {name: str(path.resolve()) for name, path in self._asdict().items()}
+    def accepted(self, *roles: str) -> dict[str, bytes]:
+        """Certificates of these parties, DER."""
+        return {role: _read_certificate(self.peers[role]) for role in roles}
+
+    def for_engine(self) -> dict[str, Any]:
+        """`tls` of the engine's `Link`."""
+        peers = {ROLES.index(role): der.hex() for role, der in self.accepted(*self.peers).items()}
+        return dict(
+            certificate=str(self.certificate.resolve()), private_key=str(self.private_key.resolve()), peers=peers
+        )
+
+
+def make_all_keys(directory: Path, num_parties: int, days: int) -> dict[str, str]:
+    """Keys of all parties in one step: a folder for each, by role, which holds the others' certificates, too.
+
+    Returns:
+      The certificates' fingerprints by role.
+    Raises:
+      UserError: as `make_keys`.
+    """
+    roles = ROLES[:num_parties]
+    found = {role: make_keys(directory / role, role, days) for role in roles}
+    for role in roles:
+        for other in roles:
+            if other != role:
+                shutil.copy(directory / other / "certificate.pem", directory / role / f"{other}.pem")
+    return found
 
 
 def make_keys(directory: Path, name: str, days: int) -> str:
@@ -76,17 +104,21 @@ def _openssl(*arguments: str) -> str:
     return done.stdout
 
 
-def read_keys(folder: Path, peer: Path) -> Keys:
-    """The files of one party, and its peer's certificate.
+def read_keys(folder: Path, peers: Mapping[str, Path | None]) -> Keys:
+    """The files of one party, and the certificates of its peers by role; `folder/ROLE.pem` where no file is named.
 
     Raises:
       UserError: one is missing, damaged, expired, or does not fit its key.
     """
-    keys = Keys(folder / "certificate.pem", folder / "private_key.pem", peer)
-    for path in keys:
+    files = {role: file or folder / f"{role}.pem" for role, file in peers.items()}
+    keys = Keys(folder / "certificate.pem", folder / "private_key.pem", files)
+    for path in (keys.certificate, keys.private_key):
         if not path.is_file():
             raise UserError(f"{path} is missing; make keys with `jax-entropy private keys`, and exchange certificates")
-    for path in (keys.certificate, keys.peer_certificate):
+    for role, path in files.items():
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the certificate that the {role} gave you")
+    for path in (keys.certificate, *files.values()):
         _read_certificate(path)
         try:
             _openssl("x509", "-in", str(path), "-noout", "-checkend", "0")
@@ -94,7 +126,11 @@ def read_keys(folder: Path, peer: Path) -> Keys:
             raise UserError(
                 f"the certificate {path} has expired; make new ones with `jax-entropy private keys`"
             ) from None
-    _context(keys, server=True)
+    shown = {role: _read_certificate(path) for role, path in dict(files, own=keys.certificate).items()}
+    for role, der in shown.items():
+        if same := [other for other in shown if other != role and shown[other] == der]:
+            raise UserError(f"one certificate in {folder} is of two parties: {role} and {same[0]}")
+    _context(keys, *files, server=True)
     return keys
 
 
@@ -129,16 +165,12 @@ def fingerprint(certificate: Path) -> str:
     return hashlib.sha256(_read_certificate(certificate)).hexdigest()
 
 
-def _context(keys: Keys, server: bool) -> ssl.SSLContext:
-    """TLS between the two.
+def _context(keys: Keys, *roles: str, server: bool) -> ssl.SSLContext:
+    """TLS with parties of these roles.
 
     Raises:
       UserError: the private key cannot be used; nobody is asked.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # the certificate itself is the trust
-    context.verify_mode = ssl.CERT_REQUIRED
 
     def pass_phrase() -> str:
         raise UserError(
@@ -146,16 +178,15 @@ def _context(keys: Keys, server: bool) -> ssl.SSLContext:
             f"openssl pkey -in {keys.private_key} -out unlocked.pem"
         )
 
+    files = keys.certificate, keys.private_key, keys.accepted(*roles)
     try:
-        context.load_cert_chain(keys.certificate, keys.private_key, password=pass_phrase)
+        return tls.pinned_context(*files, server=server, pass_phrase=pass_phrase)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise UserError(f"{keys.private_key} is not the key of {keys.certificate}") from None
         raise UserError(f"{keys.private_key} is no private key in PEM") from None
     except OSError as error:
         raise UserError(f"{keys.private_key} cannot be read: {error.strerror or error}") from None
-    context.load_verify_locations(cadata=_read_certificate(keys.peer_certificate))
-    return context
 
 
 class Line:
@@ -165,14 +196,15 @@ class Line:
       UserError: in a sentence: the other is gone or silent.
     """
 
-    def __init__(self, connection: socket.socket, keys: Keys | None, *, server: bool, timeout: float) -> None:
+    def __init__(
+        self, connection: socket.socket, keys: Keys | None, peer: str, *, server: bool, timeout: float
+    ) -> None:
         self.timeout, self._buffer = timeout, bytearray()
         connection.settimeout(HANDSHAKE_SECONDS)
         try:
             if keys:
-                connection = _context(keys, server).wrap_socket(connection, server_side=server)
-                if connection.getpeercert(binary_form=True) != _read_certificate(keys.peer_certificate):
-                    raise UserError("the other party's certificate is not the one that is accepted")
+                context = _context(keys, peer, server=server)
+                connection, _ = tls.shake_hands(connection, context, keys.accepted(peer), server=server)
             # only what the server says first tells a client that its own certificate was accepted
             if server:
                 connection.sendall(_WELCOME)
@@ -187,9 +219,14 @@ class Line:
     def fileno(self) -> int:
         return self.connection.fileno()
 
-    def hosts(self) -> tuple[str, str]:
-        """The addresses of this end and of the other."""
-        return self.connection.getsockname()[0], self.connection.getpeername()[0]
+    def is_open(self) -> bool:
+        """Whether the other end is still there, as far as it has said."""
+        try:
+            while select.select([self.connection], [], [], 0)[0]:
+                self.read_available()
+        except UserError:
+            return False
+        return True
 
     def send(self, message: NamedTuple) -> None:
         """Sends one of `messages`."""
@@ -244,8 +281,8 @@ def _refused(error: BaseException, server: bool) -> BaseException:
         return UserError(f"the other party does not speak TLS as expected ({reason})")
     if isinstance(error, TimeoutError):
         return BusyError(
-            f"the other party did not finish its handshake within {HANDSHAKE_SECONDS} s; it answers another client, or "
-            "only one of the two uses TLS"
+            f"the other party did not finish its handshake within {HANDSHAKE_SECONDS} s; perhaps only one of the two "
+            "uses TLS"
         )
     return UserError("the other party is gone") if isinstance(error, OSError) else error
 
@@ -272,8 +309,8 @@ def check_free(host: str, *ports: int) -> None:
         listen(host, port).close()
 
 
-def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout: float) -> Line:
-    """A line to the server, tried for `patience` s.
+def connect(host: str, port: int, keys: Keys | None, *, peer: str = "server", patience: float, timeout: float) -> Line:
+    """A line to the server, or another `peer`, tried for `patience` s.
 
     Raises:
       UserError: there is none, or certificates are refused.
@@ -281,7 +318,7 @@ def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout
     deadline = time.monotonic() + patience
     while True:
         try:
-            return Line(socket.create_connection((host, port), timeout=5), keys, server=False, timeout=timeout)
+            return Line(socket.create_connection((host, port), timeout=5), keys, peer, server=False, timeout=timeout)
         except BusyError:
             if time.monotonic() > deadline:
                 raise
@@ -289,7 +326,8 @@ def connect(host: str, port: int, keys: Keys | None, *, patience: float, timeout
             raise
         except OSError as error:
             if time.monotonic() > deadline:
+                command = "assist" if peer == "assistant" else "serve"
                 raise UserError(
-                    f"no server at {host}:{port} ({error.strerror or error}); start `jax-entropy private serve` there"
+                    f"no {peer} at {host}:{port} ({error.strerror or error}); start `jax-entropy private {command}` there"
                 ) from None
             time.sleep(0.3)

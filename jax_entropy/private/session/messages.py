@@ -1,4 +1,4 @@
-"""What two parties say to each other: records as JSON, none of which is used before every value in it fits its type.
+"""What parties say to each other: records as JSON, none of which is used before every value in it fits its type.
 
 A peer may send anything; whatever it is ends in a UserError or in a record that is sound by itself.
 """
@@ -21,11 +21,16 @@ _LARGEST_INTEGER = 1 << 24  # of a size, a port or a length
 
 
 class Hello(NamedTuple):
-    """The client's first words; `port` is where the server's engine reaches it."""
+    """The client's first words."""
 
     greeting: str
     jax: str
-    port: int
+
+
+class Queued(NamedTuple):
+    """How many clients are answered before this one."""
+
+    ahead: int
 
 
 class Refusal(NamedTuple):
@@ -43,6 +48,20 @@ class Offer(NamedTuple):
     port: int
 
 
+class Task(NamedTuple):
+    """What the client brings to the assistant: the server's program, and the port of the server's engine."""
+
+    blueprint: Blueprint
+    setting: Setting
+    server_port: int
+
+
+class Ready(NamedTuple):
+    """The assistant's answer: the port of its engine."""
+
+    port: int
+
+
 class Agreement(NamedTuple):
     """The client's answer to an offer."""
 
@@ -56,7 +75,7 @@ class More(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What the server knows of a prompt: its tokens are so many, and what the client learns of each new one."""
+    """What all know of a prompt: its tokens are so many, and what the client learns of each new one."""
 
     length: int
     reveal: str
@@ -88,8 +107,10 @@ def read(line: bytes, *kinds: type[Message]) -> Message:
         if kind is None:
             raise ValueError(f"no {' or '.join(kind.__name__ for kind in kinds)}")
         message = _convert(fields, kind)
-        if isinstance(message, Offer):
-            _check_offer(message)
+        if isinstance(message, Offer | Task):
+            _check_program(message.blueprint, message.setting)
+        if isinstance(message, Task) and message.setting.num_parties != 3:
+            raise UserError(f"protocol={message.setting.protocol!r} has nothing to assist in")
         return message
     except UserError as error:
         raise UserError(f"what the other party sends cannot be: {error}") from None
@@ -130,20 +151,18 @@ def _convert(value: Any, kind: Any) -> Any:
     raise ValueError(f"{repr(value)[:60]} where {getattr(kind, '__name__', kind)} belongs")
 
 
-def _check_offer(offer: Offer) -> None:
-    """Checks that the weights are those that the offered program reads, and the setting is of two.
+def _check_program(blueprint: Blueprint, setting: Setting) -> None:
+    """Checks that the weights are those that the program reads, and that the setting has a meaning.
 
     Raises:
-      UserError: a weight is missing or superfluous, or the setting is not of two.
+      UserError: a weight is missing or superfluous, or what `Setting.check` says.
     """
-    blueprint = offer.blueprint
     if blueprint.config.num_layers > len(blueprint.weights):
         raise UserError(f"{blueprint.config} of {blueprint.config.num_layers} layers with so few weights")
     needed = {*external_inputs(forward(blueprint, 1))} - {TOKENS}
     if differing := sorted(needed ^ {*blueprint.weights}):
         raise UserError(f"the weight {differing[0]} of {blueprint.config} is missing, or nothing reads it")
-    if offer.setting.check().num_parties != 2:
-        raise UserError(f"protocol={offer.setting.protocol!r} is not one of two parties")
+    setting.check()
 
 
 def _exactly(value: Any) -> Any:

@@ -1,10 +1,11 @@
-"""Two real parties: `serve` holds the weights, `ask` the prompt, and neither gets what the other has.
+"""Real parties: `serve` holds the weights, `ask` the prompt, `assist` nothing, and none gets what another has.
 
-Both make their programs from the blueprint themselves, so that neither runs code of the other's.
+All make their programs from the blueprint themselves, so that none runs code of another's.
 """
 
+import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,35 +15,80 @@ from jax_entropy.architecture import ModelConfig
 from jax_entropy.errors import UserError
 from jax_entropy.private.engine.engine import Engine, Link, Setting
 from jax_entropy.private.program.export import Export
-from jax_entropy.private.session.inference import CLIENT, SERVER, PrivateModel, check_request, generate
+from jax_entropy.private.session.door import GREETING, Door
+from jax_entropy.private.session.inference import ASSISTANT, CLIENT, SERVER, PrivateModel, check_request, generate
 from jax_entropy.private.session.line import Keys, Line, connect
-from jax_entropy.private.session.messages import Agreement, Hello, More, Offer, Refusal
+from jax_entropy.private.session.messages import (
+    Agreement,
+    Hello,
+    Message,
+    More,
+    Offer,
+    Queued,
+    Ready,
+    Refusal,
+    Task,
+)
 
-GREETING = "jax_entropy private 3"
+CONNECT_SECONDS = 20
 
 
 def serve(
     door: socket.socket, exported: Export, tokenizer: str, setting: Setting, keys: Keys | None, *,
     sessions: int, timeout: int, notify: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Answers clients one after another; what is wrong with one of them is said, and the next is waited for.
+    """Answers clients one after another; what is wrong with one of them is said, and the next is answered.
 
     Args:
       door: a listening socket; the port after its own is the engine's.
       tokenizer: the JSON of the model's tokenizer, which the client gets.
       sessions: number of clients to answer; 0: until interrupted.
-      timeout: seconds for which the other party may be silent.
+      timeout: seconds for which another party may be silent.
     """
-    answered, engine_port = 0, door.getsockname()[1] + 1
+    listen = _engine_address(door)
+    link = Link(SERVER, listen, (None,) * setting.num_parties, _files(keys), timeout, CONNECT_SECONDS)
+
+    def answer(line: Line) -> int:
+        line.send(Offer(exported.blueprint, setting, tokenizer, listen[1]))
+        if not line.receive(Agreement, timeout=max(timeout, 600)).agreed:
+            raise UserError("the client does not agree")
+        with Engine(setting, link, lines=[line]) as engine:
+            return _follow(PrivateModel.of(engine, exported), line, timeout)
+
+    _answer_all(Door(door, keys, timeout=timeout, notify=notify), answer, sessions, notify)
+
+
+def assist(
+    door: socket.socket, server: str, keys: Keys | None, *, sessions: int, timeout: int, notify: Callable[[str], None]
+) -> None:
+    """Is the third party of sessions between clients and a server, one after another; it brings nothing.
+
+    Args:
+      door: a listening socket; the port after its own is the engine's.
+      server: host of the server.
+      sessions, timeout: as `serve`.
+    """
+    listen = _engine_address(door)
+
+    def answer(line: Line) -> int:
+        task = line.receive(Task)
+        line.send(Ready(listen[1]))
+        addresses = (None, (server, _port(task.server_port, "server")), None)
+        link = Link(ASSISTANT, listen, addresses, _files(keys), timeout, CONNECT_SECONDS)
+        with Engine(task.setting, link, lines=[line]) as engine:
+            model = PrivateModel(engine, task.blueprint)
+            model.share_weights(None)
+            return _follow(model, line, timeout)
+
+    _answer_all(Door(door, keys, timeout=timeout, notify=notify), answer, sessions, notify)
+
+
+def _answer_all(door: Door, answer: Callable[[Line], int], sessions: int, notify: Callable[[str], None]) -> None:
+    answered = 0
     while not sessions or answered < sessions:
-        connection, (peer, *_) = door.accept()
+        line, peer = door.next()
         try:
-            line = Line(connection, keys, server=True, timeout=timeout)
-        except UserError as error:
-            notify(f"refused a connection from {peer}: {error}")
-            continue
-        try:
-            prompts = _answer(line, exported, tokenizer, setting, keys, engine_port, timeout)
+            prompts = answer(line)
             notify(f"answered {prompts} prompts of {peer}")
             answered += 1
         except UserError as error:
@@ -51,23 +97,13 @@ def serve(
             line.close()
 
 
-def _answer(
-    line: Line, exported: Export, tokenizer: str, setting: Setting, keys: Keys | None, port: int, timeout: int
-) -> int:
-    """Answers one client's prompts and returns their number."""
-    hello = line.receive(Hello, timeout=10)
-    if (hello.greeting, hello.jax) != (GREETING, jax.__version__):
-        line.send(Refusal(f"this server runs {GREETING!r} on jax {jax.__version__}"))
-        raise UserError("its version differs")
-    line.send(Offer(exported.blueprint, setting, tokenizer, port))
-    if not line.receive(Agreement).agreed:
-        raise UserError("the client does not agree")
-    with Engine(setting, _link(SERVER, line, port, hello.port, keys, timeout), peer=line) as engine:
-        model, prompts = PrivateModel.of(engine, exported), 0
-        while line.receive(More, timeout=max(timeout, 600)).more:
-            generate(model, None)
-            prompts += 1
-        return prompts
+def _follow(model: PrivateModel, line: Line, timeout: int) -> int:
+    """Takes part in what the client asks, and returns the number of its prompts."""
+    prompts = 0
+    while line.receive(More, timeout=max(timeout, 600)).more:
+        generate(model, None)
+        prompts += 1
+    return prompts
 
 
 class Question(NamedTuple):
@@ -81,54 +117,90 @@ class Question(NamedTuple):
 
 
 def ask(
-    server: tuple[str, int], port: int, keys: Keys | None, num_tokens: int, *,
+    server: tuple[str, int], assistant: tuple[str, int] | None, keys: Keys | None, num_tokens: int, *,
     questions: Callable[[str, ModelConfig, Setting], Sequence[Question]], reveal: str, timeout: int, patience: float,
+    notify: Callable[[str], None],
 ) -> PrivateModel:  # fmt: skip
     """Asks the model of `serve` one question after another.
 
     Args:
       server: host and port of its door.
-      port: where the server's engine reaches this one.
+      assistant: the same of the third party's, for protocols that have one.
       questions: given the server's tokenizer as JSON, its model's config and its setting, what to ask; may raise
         UserError if these will not do. All questions are checked before anything is shared.
-      timeout: seconds for which the server may be silent.
-      patience: seconds to wait for its start.
+      timeout: seconds for which another party may be silent.
+      patience: seconds to wait for the others' start.
+      notify: called with a line on what is waited for.
     """
-    line = connect(*server, keys, patience=patience, timeout=timeout)
-    try:
-        line.send(Hello(GREETING, jax.__version__, port))
-        offer = line.receive(Offer, Refusal)
-        if isinstance(offer, Refusal):
-            raise UserError(f"the server refuses: {offer.error[:300]!a}; this is {GREETING!r} on jax {jax.__version__}")
+    with contextlib.ExitStack() as stack:
+        line = stack.enter_context(_greeted(server, keys, "server", patience, timeout))
+        offer = _first(line, Offer, "server", notify)
+        if (offer.setting.num_parties == 3) != (assistant is not None):
+            raise UserError(
+                f"the server runs protocol={offer.setting.protocol!r}, which "
+                + ("goes without an assistant" if assistant else "needs an assistant: start `private assist`, name it")
+            )
         asked = questions(offer.tokenizer, offer.blueprint.config, offer.setting)
         for number, question in enumerate(asked, 1):
             try:
                 check_request(offer.blueprint, question.tokens, num_tokens, reveal)
             except UserError as error:
                 raise UserError(f"prompt {number}: {error}" if len(asked) > 1 else str(error)) from None
+        lines, addresses = [line], [None, (server[0], _port(offer.port, "server"))]
+        if assistant:
+            lines.append(stack.enter_context(_greeted(assistant, keys, "assistant", patience, timeout)))
+            lines[1].send(Task(offer.blueprint, offer.setting, offer.port))
+            ready = _first(lines[1], Ready, "assistant", notify)
+            addresses.append((assistant[0], _port(ready.port, "assistant")))
         line.send(Agreement(True))
-        with Engine(offer.setting, _link(CLIENT, line, port, offer.port, keys, timeout), peer=line) as engine:
+        link = Link(CLIENT, None, tuple(addresses), _files(keys), timeout, CONNECT_SECONDS)
+        with Engine(offer.setting, link, lines=lines) as engine:
             model = PrivateModel(engine, offer.blueprint)
             model.share_weights(None)
             for question in asked:
-                line.send(More(True))
+                model.tell(More(True), More)
                 generate(
                     model, question.tokens, num_tokens, choose=question.choose, end_of_text=question.end_of_text,
                     reveal=reveal, notify=question.notify,
                 )  # fmt: skip
                 question.end()
-            line.send(More(False))
+            model.tell(More(False), More)
             return model
+
+
+@contextlib.contextmanager
+def _greeted(address: tuple[str, int], keys: Keys | None, role: str, patience: float, timeout: int) -> Iterator[Line]:
+    """A line to a party that has heard the client's first words."""
+    line = connect(*address, keys, peer=role, patience=patience, timeout=timeout)
+    try:
+        line.send(Hello(GREETING, jax.__version__))
+        yield line
     finally:
         line.close()
 
 
-def _link(rank: int, line: Line, port: int, other_port: int, keys: Keys | None, timeout: int) -> Link:
-    """The engines reach each other at the addresses that the line goes between, and the ports of both."""
-    if not 0 < other_port < 65536:
-        raise UserError(f"the other party's engine cannot be at port {other_port}")
-    own, other = (f"{host}:{at}" for host, at in zip(line.hosts(), (port, other_port), strict=True))
-    return Link(
-        rank, (own, other) if rank == CLIENT else (other, own), keys.for_engine() if keys else None,
-        timeout_seconds=timeout, connect_seconds=20,
-    )  # fmt: skip
+def _first(line: Line, kind: type[Message], role: str, notify: Callable[[str], None]) -> Message:
+    """A party's first answer, after as many others as it answers before."""
+    heard = line.receive(kind, Queued, Refusal)
+    while isinstance(heard, Queued):
+        notify(f"the {role} answers {heard.ahead} before this one")
+        heard = line.receive(kind, Queued, Refusal, timeout=24 * 3600)
+    if isinstance(heard, Refusal):
+        raise UserError(f"the {role} refuses: {heard.error[:300]!a}; this is {GREETING!r} on jax {jax.__version__}")
+    return heard
+
+
+def _engine_address(door: socket.socket) -> tuple[str, int]:
+    """Where the engine of a party listens: at the port after its door's."""
+    host, port = door.getsockname()
+    return host, port + 1
+
+
+def _port(port: int, role: str) -> int:
+    if not 0 < port < 65536:
+        raise UserError(f"the {role}'s engine cannot be at port {port}")
+    return port
+
+
+def _files(keys: Keys | None) -> dict | None:
+    return keys.for_engine() if keys else None

@@ -1,4 +1,4 @@
-"""How messages of the engine travel: between threads of one process, or over mutual TLS to the other parties' processes.
+"""How messages of the engine travel: between threads of a process, or over mutual TLS to other parties' processes.
 
 Runs in the engine's own environment. Every message carries a Lamport clock, so that bytes and rounds are counted alike.
 """

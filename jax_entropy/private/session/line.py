@@ -328,6 +328,7 @@ def connect(host: str, port: int, keys: Keys | None, *, peer: str = "server", pa
             if time.monotonic() > deadline:
                 command = "assist" if peer == "assistant" else "serve"
                 raise UserError(
-                    f"no {peer} at {host}:{port} ({error.strerror or error}); start `jax-entropy private {command}` there"
+                    f"no {peer} at {host}:{port} ({error.strerror or error}); start `jax-entropy private {command}` "
+                    "there"
                 ) from None
             time.sleep(0.3)

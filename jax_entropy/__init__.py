@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it to the 
     from jax_entropy.model import Transformer as Transformer
     from jax_entropy.report import report as report
     from jax_entropy.runs.load import load_run as load_run
+    from jax_entropy.sweep import sweep as sweep
     from jax_entropy.training.train import train as train
 
 _HOME = {
@@ -52,6 +53,7 @@ _HOME = {
     "Transformer": "model",
     "report": "report",
     "load_run": "runs.load",
+    "sweep": "sweep",
     "train": "training.train",
 }
 __all__ = [*_HOME]

@@ -1,14 +1,17 @@
 """Config files, found by path or by the name of one that comes along, run, and changed field by field.
 
-Whatever is wrong with one is said in a sentence with its file and line; the exception behind it is its cause.
+Whatever is wrong with one is said in a sentence with its file and line; the exception behind it is its cause. Files of
+sweeps are found and run the same way.
 """
 
+import contextlib
 import inspect
 import re
 import runpy
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -20,7 +23,16 @@ from jax_entropy.paths import local_path
 _HERE = Path(__file__).parent
 # inside the package where it is installed, beside it in a checkout
 _FOLDER = next(folder for folder in (_HERE / "configs", _HERE.parent / "configs", _HERE) if folder.is_dir())
-COME_ALONG = {path.stem: path for path in sorted(_FOLDER.glob("[!_]*.py"))} if _FOLDER != _HERE else {}
+
+
+def come_along(folder: str = "") -> dict[str, Path]:
+    """The files of `configs/`, or of a folder in it, by the names that they are asked for by."""
+    if _FOLDER == _HERE:
+        return {}
+    return {path.stem: path for path in sorted((_FOLDER / folder).glob("[!_]*.py"))}
+
+
+COME_ALONG = come_along()
 
 
 def load_config(text: str, values: Mapping[str, str] | None = None) -> ConfigDict:
@@ -37,7 +49,7 @@ def load_config(text: str, values: Mapping[str, str] | None = None) -> ConfigDic
     else:
         name, colon, architecture = (text, "", "") if text.endswith(".py") else text.partition(":")
         arguments = (architecture,) if colon else ()
-    return change(_run(_find(name), arguments), values or {})
+    return change(_run(find(name), arguments), values or {})
 
 
 def change(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
@@ -57,26 +69,55 @@ def change(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
     return config
 
 
-def _find(name: str) -> Path:
-    path = local_path(name, "config")
+def find(name: str, known: Mapping[str, Path] = COME_ALONG, kind: str = "config") -> Path:
+    """The file of this path, else of this name.
+
+    Args:
+      known: files by name.
+      kind: what the file should be, in words: "config", "sweep".
+    Raises:
+      UserError: there is none.
+    """
+    path = local_path(name, kind)
     try:
         if path.is_file():
             return path
-        if name in COME_ALONG:
-            return COME_ALONG[name]
+        if name in known:
+            return known[name]
         beside = [str(file) for file in path.parent.glob("*.py")]
     except OSError as error:
-        raise UserError(f"the config file {name!r} cannot be read: {error.strerror}") from error
-    what = "is a folder, not a config file" if path.is_dir() else "is no config file"
-    raise UserError(f"{name!r} {what}{nearest(name, [*beside, *COME_ALONG])}")
+        raise UserError(f"the {kind} file {name!r} cannot be read: {error.strerror}") from error
+    what = f"is a folder, not a {kind} file" if path.is_dir() else f"is no {kind} file"
+    raise UserError(f"{name!r} {what}{nearest(name, [*beside, *known])}")
+
+
+def function_of(path: Path, name: str) -> Callable:
+    """The function `name` of a Python file, which is run.
+
+    Raises:
+      UserError: it has none.
+    """
+    function = runpy.run_path(str(path), run_name=path.stem).get(name)
+    if not callable(function):
+        raise UserError(f"{path} has no function {name}; see docs/configuration.md")
+    return function
+
+
+@contextlib.contextmanager
+def explained(path: Path, kind: str = "config") -> Iterator[None]:
+    """Turns whatever code of the file `path` raises into a UserError with its line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"the {kind} file {path}{_place(path, error)}: {_spell(path, error)}") from error
 
 
 def _run(path: Path, arguments: tuple[str, ...]) -> ConfigDict:
     """What get_config of the file `path` returns."""
-    try:
-        get_config = runpy.run_path(str(path), run_name=path.stem).get("get_config")
-        if not callable(get_config):
-            raise UserError(f"{path} has no function get_config; see docs/configuration.md")
+    with explained(path):
+        get_config = function_of(path, "get_config")
         try:
             inspect.signature(get_config).bind(*arguments)
         except TypeError:
@@ -85,11 +126,7 @@ def _run(path: Path, arguments: tuple[str, ...]) -> ConfigDict:
                 if arguments
                 else f"get_config of {path} needs an architecture: {path}:SM+LN+G"
             ) from None
-        config = get_config(*arguments)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"the config file {path}{_place(path, error)}: {_spell(path, error)}") from error
+        config: Any = get_config(*arguments)
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {path} returns {type(config).__name__}, not a ConfigDict; see default_config")
     return config

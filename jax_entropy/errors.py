@@ -11,6 +11,10 @@ class UserError(ValueError):
     """A configuration, file or argument that cannot work; its message is one sentence that says what to do."""
 
 
+class Diverged(UserError):
+    """Training met a loss that it cannot go on from; its message is the diagnosis. In a sweep this is a result."""
+
+
 def nearest(name: object, choices: Iterable[object]) -> str:
     """Ends an error sentence: the closest valid spelling of `name`, or all `choices` if a dozen and none is close."""
     choices, name = [str(choice) for choice in choices], str(name)

@@ -146,6 +146,9 @@ def test_every_package_and_config_is_in_the_wheel():
     setup.read(REPOSITORY / "setup.cfg")
     listed = setup["options"]["packages"].split()
     folders = {str(path.parent.relative_to(REPOSITORY)) for path in REPOSITORY.glob("jax_entropy/**/__init__.py")}
-    assert listed == sorted({folder.replace("/", ".") for folder in folders} | {"jax_entropy.configs"})
+    assert listed == sorted(
+        {folder.replace("/", ".") for folder in folders} | {"jax_entropy.configs", "jax_entropy.configs.sweeps"}
+    )
     assert setup["options"]["package_dir"].split() == ["jax_entropy.configs", "=", "configs"]
-    assert set(config_file.COME_ALONG) == {path.stem for path in (REPOSITORY / "configs").glob("*.py")}
+    for folder, found in (("configs", config_file.COME_ALONG), ("configs/sweeps", config_file.come_along("sweeps"))):
+        assert set(found) == {path.stem for path in (REPOSITORY / folder).glob("*.py")} != set()

@@ -18,7 +18,7 @@ ROOMS = """
     attention layers model census loss metrics optimizer state
     runs report plan evaluate generate huggingface
     training private.engine private.program private.session private.cost private
-    bench commands __main__
+    sweep bench commands __main__
 """.split()
 
 PACKAGE = REPOSITORY / "jax_entropy"

@@ -19,10 +19,11 @@ from jax_entropy.commands.console import output_failure, prepare_streams, warn
 from jax_entropy.commands.parse import Command
 from jax_entropy.commands.plan import plan
 from jax_entropy.commands.runs import convert, evaluate, generate, report, status
+from jax_entropy.commands.sweep import sweep
 from jax_entropy.commands.train import train
 from jax_entropy.errors import UserError, nearest
 
-COMMANDS = {found.name: found for found in (train, status, evaluate, generate, report, convert, census, plan)}
+COMMANDS = {found.name: found for found in (train, sweep, status, evaluate, generate, report, convert, census, plan)}
 FAMILIES = {
     "private": "A trained model under secure computation.",
     "bench": "Speed and memory of attention, a step, the loader, and monitoring.",
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 1
     try:
         if argv is None:
-            prepare_streams(outlives_reader=sys.argv[1:2] == ["train"])
+            prepare_streams(outlives_reader=sys.argv[1:2] in (["train"], ["sweep"]))
         code = _run(sys.argv[1:] if argv is None else list(argv), is_process=argv is None)
         if failure := output_failure():
             warn(f"jax-entropy: the output cannot be written: {failure.strerror}")
@@ -79,7 +80,7 @@ def _run(arguments: list[str], is_process: bool) -> int:
         if command is None:
             print(_list(called))
             return 0
-        if is_process and arguments[0] in ("train", "bench") and not {"-h", "--help"} & set(rest):
+        if is_process and arguments[0] in ("train", "sweep", "bench") and not {"-h", "--help"} & set(rest):
             _use_huge_pages()
         read = parse.read(command, rest)
         if read is None:

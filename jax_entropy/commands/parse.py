@@ -86,13 +86,19 @@ class Names(NamedTuple):
     help: str
 
 
+class Fields(NamedTuple):
+    """`--config.FIELD=VALUE` without a config to change: texts by name, in `fields`."""
+
+    help: str
+
+
 class Command(NamedTuple):
     """A command: what it takes, and the function that is called with what was given."""
 
     name: str
     help: str
     run: Callable[[argparse.Namespace], None]
-    arguments: tuple[Flag | OneOf | Names, ...]
+    arguments: tuple["Argument", ...]
     examples: tuple[str, ...]
 
     @property
@@ -105,6 +111,8 @@ class Command(NamedTuple):
         return [*flags, DEBUG]
 
 
+Argument = Flag | OneOf | Names | Fields
+
 WORKDIR = Flag("workdir", None, "folder of the run; may be given without --workdir=, too", kind=Path, required=True)
 CONFIG = Flag("config", None, "file.py, or quickstart, codeparrot, languini; :ARCHITECTURE may follow", required=True)
 BEST = Flag("best", False, "the best checkpoint by validation loss instead of the newest")
@@ -113,7 +121,7 @@ DEBUG = Flag("debug", False, "show where in the code a mistake was found")
 
 
 def command(
-    *arguments: Flag | OneOf | Names, examples: Sequence[str] = ()
+    *arguments: Argument, examples: Sequence[str] = ()
 ) -> Callable[[Callable[[argparse.Namespace], None]], Command]:
     """Makes a function the command of its name; the first line of its docstring says what it does."""
     return lambda run: Command(run.__name__, (run.__doc__ or "").strip(), run, arguments, tuple(examples))
@@ -145,7 +153,8 @@ def read(command: Command, arguments: Sequence[str]) -> argparse.Namespace | Non
             parser.add_argument(f"--{flag.name}", f"--no{flag.name}", action=_Switch, nargs=0, dest=flag.name)
         else:
             parser.add_argument(f"--{flag.name}", action="append", dest=flag.name)
-    fields = _fields() if "config" in flags else {}
+    takes_fields = "config" in flags or any(isinstance(argument, Fields) for argument in command.arguments)
+    fields = _fields() if takes_fields else {}
     for name in fields:
         parser.add_argument(f"--config.{name}", dest=f"config.{name}")
     parser.add_argument("words", nargs="*")
@@ -275,6 +284,7 @@ def describe(called: str, command: Command) -> str:
         rows.append((written, flag.help + (f": {' | '.join(flag.choices)}" if flag.choices else "")))
         if flag.name == "config":
             rows.append(("--config.FIELD=VALUE", "one field of it; docs/configuration.md has all"))
+    rows += [("--config.FIELD=VALUE", argument.help) for argument in command.arguments if isinstance(argument, Fields)]
     width = max(len(written) for written, _ in rows) + 2
     lines = [f"{called} — {command.help}", "", *(f"  {written:{width}}{text}" for written, text in rows)]
     if command.examples:

@@ -30,8 +30,8 @@ def _state(status: Status, in_use: bool) -> str:
     where = f"step {status.step} of {status.num_steps}"
     ago = f"{max(0, time.time() - status.time):,.0f} s ago"
     process = f"process {status.pid} on {status.host}"
-    if status.state == "failed":
-        return f"failed at {where}, {ago}: {status.reason}"
+    if status.state in ("diverged", "failed"):
+        return f"{status.state} at {where}, {ago}: {status.reason}"
     if status.state in ("complete", "stopped"):
         return f"{status.state} at {where}, {ago}; " + (
             "nothing is left to train" if status.state == "complete" else "the same train command goes on"

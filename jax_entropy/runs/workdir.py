@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jax_entropy import config as configs
-from jax_entropy.errors import UserError
+from jax_entropy.errors import Diverged, UserError
 from jax_entropy.paths import local_path, writing
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ class Workdir:
                 yield
             except BaseException as error:
                 reason = str(error) if isinstance(error, UserError) else repr(error)
+                state = "diverged" if isinstance(error, Diverged) else "failed"
                 with contextlib.suppress(UserError):  # a full disk must not hide what went wrong
-                    self.write_status("failed", *self._progress(config), reason)
+                    self.write_status(state, *self._progress(config), reason)
                 raise
 
     def exists(self) -> bool:
@@ -217,13 +218,13 @@ class Workdir:
 
 
 class Status(NamedTuple):
-    """Where a run is: its state (starting, training, stopped, complete, failed) and since when, in Unix seconds."""
+    """Where a run is: its state (starting, training, stopped, complete, diverged, failed) and since when."""
 
     state: str
     step: int
     num_steps: int
-    reason: str  # why it failed
-    time: float
+    reason: str  # why it diverged or failed
+    time: float  # Unix seconds
     pid: int
     host: str
     started: float = 0.0  # when the first process began, in Unix seconds; 0: not known

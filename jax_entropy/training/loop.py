@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_entropy import data
 from jax_entropy.census import census
-from jax_entropy.errors import UserError
+from jax_entropy.errors import Diverged
 from jax_entropy.evaluate import evaluate_batches
 from jax_entropy.sharding import batch_sharding
 from jax_entropy.state import TrainState, jit_train_step
@@ -65,7 +65,7 @@ class Loop:
         """Trains to the last step or a signal.
 
         Raises:
-          UserError: it cannot go on.
+          Diverged: it cannot go on.
         """
         with self.signals, jax.set_mesh(self.setup.mesh):
             while start.step < self.config.train.num_steps or start.evaluation_due:
@@ -170,7 +170,7 @@ class Loop:
             kept = self.setup.checkpointer.latest_step()
             kept = f"the checkpoint of step {kept} is kept" if kept else "no checkpoint had been saved yet"
             tried = f"; training was sent back {options.limit} times" if options.limit else ""
-            raise UserError(
+            raise Diverged(
                 f"{what}{tried}; {kept}; "
                 f"lower config.optimizer.learning_rate={self.config.optimizer.learning_rate} or add normalisation"
             )

@@ -134,7 +134,7 @@ def test_the_guard_stops_at_its_limit_and_says_why(tiny, tmp_path, monkeypatch, 
     monkeypatch.setattr("jax_entropy.state.make_train_step", poisoned(batches[8:14]))
     with pytest.raises(UserError, match="sent back 1 times; the checkpoint of step 6 is kept"):
         train(config, str(tmp_path / "run"), notify=lambda line: None)
-    assert "failed at step 8 of 24" in describe(tmp_path / "run") and "sent back" in describe(tmp_path / "run")
+    assert "diverged at step 8 of 24" in describe(tmp_path / "run") and "sent back" in describe(tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -1,0 +1,39 @@
+"""Eight architectures in little time: the table of README.md.
+
+    jax-entropy sweep short
+
+4 layers of width 96 on 1.2 million tokens; two seeds, and learning rates chosen after a quarter of the steps. Smaller
+than the other sweeps' `small`, whose text it reads; the other scales are theirs.
+"""
+
+from jax_entropy.sweep import SCALES, Published, Sweep, Tuning, product
+
+PAPER = {
+    "SM+LN+G": Published(2.69, 25.32, 8.21),
+    "SM+ScFuFFN": Published(3.48, 6.43, 4.76),
+    "EReg(SM(t)+ScFuFFN)": Published(3.21, 6.43, 4.76),
+    "SM(t)+ScFuFFN": Published(),
+    "SM+LN+R": Published(2.76, 9.44, 6.06),
+    "SM+ScFFN": Published(3.50, 6.95, 5.68),
+    "SM": Published(),
+    "SM+R": Published(2.94),
+}
+LITTLE = dict(
+    fields={
+        "model.num_layers": 4, "model.num_heads": 3, "model.model_dim": 96, "model.scan_unroll": 4,
+        "train.batch_size": 16, "train.num_steps": 600, "train.evaluate_every": 300, "train.evaluate_chunks": 512,
+    },
+    seeds=(1, 2),
+    tuning=Tuning((1e-3, 3e-3, 1e-2), share=0.25),
+)  # fmt: skip
+
+
+def get_sweep(scale: str) -> Sweep:
+    return Sweep(
+        title="Perplexity beside private cost",
+        points=product({"architecture": list(PAPER)}),
+        baselines=["SM+LN+G"],
+        published=PAPER,
+        pictures=["comparison"],
+        **SCALES[scale] | (LITTLE if scale == "small" else {}),
+    )

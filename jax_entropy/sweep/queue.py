@@ -1,0 +1,143 @@
+"""Runs of a sweep as processes, several at a time: each on its own cores or GPU, all stopped when the sweep is.
+
+A run that is complete, or that diverged, is not run again; any other goes on from its last checkpoint.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jax_entropy import config as configs
+from jax_entropy.errors import UserError
+from jax_entropy.runs.workdir import Workdir
+from jax_entropy.sweep.outcome import Outcome, read_outcome
+from jax_entropy.sweep.spec import Run
+from jax_entropy.training.signals import Signals
+
+_PROCESS = (sys.executable, "-m", "jax_entropy.sweep.process")
+_POLL_SECONDS = 0.2
+
+
+class Place(NamedTuple):
+    """Where a process runs: core numbers with commas between (empty: all), and variables of its environment."""
+
+    cores: str = ""
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+def places(jobs: int) -> list[Place]:
+    """A place for each of so many processes at a time, none of which shares a GPU or, without GPUs, a core.
+
+    Raises:
+      UserError: there are not so many.
+    """
+    if jobs < 1:
+        raise UserError(f"jobs={jobs} must be at least 1")
+    if jobs == 1:
+        return [Place()]
+    cores, gpus = sorted(os.sched_getaffinity(0)), _gpus()
+    available, what = (gpus, "GPUs") if gpus else (cores, "cores")
+    if jobs > len(available):
+        raise UserError(f"jobs={jobs} is more than the {len(available)} {what} that are here, and each run takes one")
+    if gpus:
+        return [Place("", (("CUDA_VISIBLE_DEVICES", ",".join(gpus[i::jobs])),)) for i in range(jobs)]
+    return [Place(",".join(map(str, cores[i::jobs]))) for i in range(jobs)]
+
+
+def _gpus() -> list[str]:
+    """Numbers or names of the GPUs that a process may use."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def claim(runs: Sequence[Run]) -> None:
+    """Makes each folder its run's, so that its process, or a later `jax-entropy train FOLDER`, knows what to train.
+
+    Raises:
+      UserError: one holds another run.
+    """
+    for run in runs:
+        workdir = Workdir(run.path)
+        if not workdir.exists():
+            workdir.claim(run.config, None)
+            continue
+        try:
+            configs.changes(workdir.read_config(), run.config)
+        except UserError as error:
+            raise UserError(f"{run.path} holds a run of another config: {error}; choose another workdir") from None
+
+
+def train_all(runs: Sequence[Run], where: Sequence[Place], cache: Path, notify: Callable[[str], None]) -> bool:
+    """Trains what is not settled yet, one run at each place at a time; False where a signal stopped it.
+
+    A run that fails, but for one that diverged, does not keep the others from running.
+
+    Args:
+      cache: folder of compiled programs, which runs of one shape share.
+      notify: is told about each run that begins and ends, a line each.
+    """
+    waiting, count = [run for run in runs if not read_outcome(run.path).settled], len(runs)
+    done, free, active, told = count - len(waiting), list(where), [], False
+    with Signals() as signals:
+        try:
+            while active or (waiting and not signals.wanted):
+                for process, run, place in [entry for entry in active if entry[0].poll() is not None]:
+                    active.remove((process, run, place))
+                    free.append(place)
+                    outcome = read_outcome(run.path)
+                    done += outcome.settled
+                    notify(f"[{done}/{count}] {run}: {_told(outcome, process.returncode)}")
+                    process.stdin.close()
+                if signals.wanted:
+                    for process, *_ in active:
+                        if not process.stdin.closed:  # once: a second signal would be obeyed without saving
+                            process.stdin.close()
+                while free and not signals.wanted and (run := _next(waiting)):
+                    notify(f"[{done}/{count}] {run} trains in {run.path}")
+                    place = free.pop()
+                    active.append((_start(run, place, cache), run, place))
+                if waiting and not active and not told:
+                    told = True
+                    notify(f"another process still has {waiting[0].path}; waiting for it")
+                time.sleep(_POLL_SECONDS)
+        finally:  # a second signal, or a fault of this process
+            for process, *_ in active:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+    return not signals.wanted
+
+
+def _next(waiting: list[Run]) -> Run | None:
+    """Takes the first run whose folder no process has: one of a sweep that was killed may still be saving."""
+    found = next((run for run in waiting if not Workdir(run.path).in_use()), None)
+    if found:
+        waiting.remove(found)
+    return found
+
+
+def _start(run: Run, place: Place, cache: Path) -> subprocess.Popen:
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ | dict(place.variables)
+    command = [*_PROCESS, str(run.path), *([place.cores] if place.cores else [])]
+    with (run.path / "train.log").open("ab") as log:
+        # in a session of its own: Ctrl-C reaches it once, from here
+        return subprocess.Popen(
+            command, env=variables, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _told(outcome: Outcome, code: int) -> str:
+    """How a run ended, in a phrase."""
+    if outcome.state == "complete":
+        return f"perplexity {outcome.perplexity:.2f}, {outcome.seconds:.0f} s"
+    if outcome.state == "unfinished" and code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
+    return f"{outcome.state}{outcome.reason and ': ' + outcome.reason}"

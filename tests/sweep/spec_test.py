@@ -1,0 +1,124 @@
+"""Files of sweeps: those that come along load at every scale, and every mistake is one sentence and exit code 2."""
+
+import pytest
+
+from jax_entropy.commands.main import main
+from jax_entropy.config_file import come_along
+from jax_entropy.errors import UserError
+from jax_entropy.sweep import SCALES, Sweep, product, zipped
+from jax_entropy.sweep.queue import Place, places
+from jax_entropy.sweep.spec import load_sweep, points_of
+
+
+def test_lists_of_points():
+    assert product({"a": [1, 2], "b": "xy"}) == [dict(a=a, b=b) for a in (1, 2) for b in "xy"]
+    assert zipped({"a": [1, 2], "b": "xy"}) == [dict(a=1, b="x"), dict(a=2, b="y")]
+    with pytest.raises(UserError, match="as many values each: a 2, b 1"):
+        zipped({"a": [1, 2], "b": "x"})
+
+
+def test_there_is_a_sweep_for_each_table_and_figure():
+    assert {f"table{i}" for i in range(2, 9)} | {f"figure{i}" for i in (2, 3, 5, 6, 7, 8)} <= set(come_along("sweeps"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", come_along("sweeps"))
+def test_sweeps_that_come_along_are_whole_at_every_scale(name, scale, tmp_path):
+    sweep = load_sweep(name, scale)
+    points = points_of(sweep, {"data.files": str(tmp_path)})
+    folders = {point.run(tmp_path, seed).path for point in points for seed in sweep.seeds}
+    assert len(folders) == len(points) * len(sweep.seeds) and sweep.baselines and sweep.title
+    assert all(len(path.name) < 200 and path.parent == tmp_path for path in folders)
+    assert all(point.config.data.files == str(tmp_path) for point in points)
+
+
+def test_what_a_point_sets_wins_over_the_command_and_that_over_the_sweep():
+    sweep = Sweep(points=[{"seed": 5}], fields={"seed": 1, "train.num_steps": 1, "data.num_threads": 9})
+    (point,) = points_of(sweep, {"seed": "3", "train.num_steps": "3"})
+    assert (point.config.seed, point.config.train.num_steps, point.config.data.num_threads) == (5, 3, 9)
+    assert point.label == "EReg(SM(t)+ScFuFFN), seed=5"
+
+
+def test_a_long_label_is_a_short_folder_of_its_own(tmp_path):
+    sweep = Sweep(points=product({"data.files": ["x" * 150 + end for end in "ab"]}))
+    first, second = (point.run(tmp_path, 1).path for point in points_of(sweep, {}))
+    assert first != second and len(first.name) < 150
+
+
+BAD = {
+    "points=[]": "has no points",
+    "points=['SM']": "points must be mappings of fields to values, not 'SM'",
+    "points=[{'architecture': 'SM+X'}]": "'X' is not understood",
+    "points=[{'train.num_step': 3}]": "config.train.num_step is not a field; did you mean 'train.num_steps'?",
+    "points=[{'train.num_steps': 1.5}]": "config.train.num_steps=1.5 must be a whole number",
+    "points=[{'train.num_steps': 0}]": "config.train.num_steps=0 must be at least 1",
+    "points=[{'seed': 1}, {'seed': 1}]": "two points of the sweep are the same: EReg(SM(t)+ScFuFFN), seed=1",
+    "points=[{}], config='quikstart'": "did you mean 'quickstart'?",
+    "points=[{}], seeds=()": "seeds=() must be different",
+    "points=[{}], seeds=(1, 1)": "seeds=(1, 1) must be different",
+    "points=[{}], seeds=(-1,)": "seeds=(-1,) must be different, at least one, and not negative",
+    "points=[{}], seeds=('a',)": "seeds must be whole numbers, not 'a'",
+    "points=[{}], tuning=Tuning(seed=2)": "tuning.seed=2 is one of the reported seeds=(1, 2, 3)",
+    "points=[{}], tuning=Tuning(rates=())": "tuning.rates=() must be",
+    "points=[{}], tuning=Tuning(share=2)": "tuning.share=2 must be above 0 and at most 1",
+    "points=[{'architecture': 'SM'}], baselines=['SM+LN']": "baselines names 'SM+LN', which is no point of it",
+    "points=[{}], pictures=['los']": "pictures names 'los', which is none; did you mean 'loss'?",
+    "points=[{}], seed=(1,)": "line 3: TypeError",
+    "points=[{}][2]": "line 3: IndexError",
+}
+
+
+def refused(capsys, *arguments):
+    """What is said, in one line, of a command that ends with code 2."""
+    assert main(["sweep", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1 and said.startswith("jax-entropy: "), said
+    return said
+
+
+@pytest.mark.parametrize("given", BAD)
+def test_mistakes_in_a_file(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    body = f"from jax_entropy.sweep import Sweep, Tuning\ndef get_sweep(scale):\n    return Sweep({given})\n"
+    (tmp_path / "mine.py").write_text(body)
+    assert BAD[given] in refused(capsys, "mine.py")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]  # nothing was begun
+
+
+LINES = {
+    "": "sweep takes one file",
+    "table2 table3": "sweep takes one file, or a name of configs/sweeps like table2, not 2",
+    "tabel2": "'tabel2' is no sweep file; did you mean 'table2'?",
+    "configs/sweeps/none.py": "is no sweep file",
+    "table2 --jobs=0": "jobs=0 must be at least 1",
+    "table2 --jobs=10000": "jobs=10000 is more than the",
+    "table2 --jobs=x": "--jobs=x must be a whole number",
+    "table2 --scale=smal": "--scale='smal' is not known; did you mean 'small'?",
+    "table2 --config.train.num_steps=x": "config.train.num_steps=x must be a whole number",
+    "table2 --config.train.step=1": "there is no flag --config.train.step",
+    "empty.py": "has no function get_sweep",
+    "none.py": "returns NoneType, not a Sweep",
+    "nothing.py": "must take a scale",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_mistakes_in_a_command(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "none.py").write_text("def get_sweep(scale): pass")
+    (tmp_path / "nothing.py").write_text("def get_sweep(): pass")
+    assert LINES[line] in refused(capsys, *line.split())
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_each_job_has_its_share_of_the_cores_or_of_the_gpus(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 5, 7})
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert places(1) == [Place()] and places(2) == [Place("0,2,7"), Place("1,5")]
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,6")
+    found = [dict(place.variables) for place in places(2)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": "3,6"}, {"CUDA_VISIBLE_DEVICES": "4"}]
+    with pytest.raises(UserError, match="jobs=4 is more than the 3 GPUs"):
+        places(4)

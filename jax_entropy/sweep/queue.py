@@ -105,7 +105,7 @@ def train_all(runs: Sequence[Run], where: Sequence[Place], cache: Path, notify: 
                     notify(f"[{done}/{count}] {run} trains in {run.path}")
                     place = free.pop()
                     active.append((_start(run, place, cache), run, place))
-                if waiting and not active and not told:
+                if waiting and not (active or told or signals.wanted):
                     told = True
                     notify(f"another process still has {waiting[0].path}; waiting for it")
                 time.sleep(_POLL_SECONDS)

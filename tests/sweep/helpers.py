@@ -37,10 +37,10 @@ with open(folder + "/status.json", "w") as file:
 """
 
 
-def stub(monkeypatch, tmp_path, fates):
+def stub(monkeypatch, tmp_path, fates, draw=lambda rows, protocol, title: None):
     """Puts the process above in the place of training; returns a function that lists what was trained so far.
 
-    fates: complete, diverged, failed, killed or interrupts, by architecture.
+    fates: complete, diverged, failed, killed or interrupts, by architecture. draw: the frontier, by default nothing.
     """
     log = tmp_path / "trained"
     (tmp_path / "process.py").write_text(PROCESS)
@@ -51,5 +51,6 @@ def stub(monkeypatch, tmp_path, fates):
         fingerprint="abc", num_train_chunks=100, num_validation_chunks=5, context_length=128, source="stdlib",
         tokenizer=SimpleNamespace(vocab_size=4096),
     )  # fmt: skip
+    monkeypatch.setattr(run, "frontier", draw)
     monkeypatch.setattr(run, "prepare", lambda section, context_length, notify: corpus)
     return lambda: log.read_text().split() if log.exists() else []

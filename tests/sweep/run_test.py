@@ -12,6 +12,7 @@ import jax_entropy as je
 from jax_entropy.commands.main import main
 from jax_entropy.errors import UserError
 from jax_entropy.sweep import Published, Sweep, Tuning, product
+from jax_entropy.sweep.frontier import frontier
 from tests import REPOSITORY
 from tests.sweep.helpers import stub
 
@@ -30,7 +31,7 @@ def test_the_rate_is_that_of_the_lowest_loss_on_a_seed_that_is_not_reported(tmp_
     expected = [f"{name}-rate{0.001 if name == 'SM' else 0.003}-seed{seed}" for seed in (1, 2) for name in NAMES]
     assert trained()[9:] == expected  # SM diverged at each of them: the lowest
     baseline, _, diverged = rows
-    assert baseline.tuning == {"0.001": pytest.approx(17.3667), "0.003": 10.7, "0.01": pytest.approx(34.0333)}
+    assert baseline.tuning == {"0.001": pytest.approx(52.1 / 3), "0.003": 10.7, "0.01": pytest.approx(102.1 / 3)}
     assert baseline.perplexities == {"1": 10.1, "2": 10.2} and baseline.spread == pytest.approx(0.1 / 2**0.5)
     assert baseline.bands == [0.25, 0, 0.25, 0.5] and baseline.layer_entropy == [3.5, 1.25]
     assert baseline.nan_count == 4 and baseline.seconds == 7 and baseline.tokens == 560 * 32 * 128
@@ -55,8 +56,8 @@ def test_a_signal_stops_all_runs_and_the_same_sweep_goes_on(tmp_path, monkeypatc
     told = []
     trained = stub(monkeypatch, tmp_path, {"SM+G": "interrupts"})
     rows = je.sweep(three(tuning=None), tmp_path / "sweep", notify=told.append)
-    assert trained() == ["SM+LN+G-rate0.001-seed1", "SM+G-rate0.001-seed1"] and "unfinished" in told[-1]
-    assert [row.unfinished for row in rows] == [1, 2, 2] and rows[0].ended == [pytest.approx(10 + 20 / 3 + 0.1)]
+    assert trained() == ["SM+LN+G-rate0.003-seed1", "SM+G-rate0.003-seed1"] and "unfinished" in told[-1]
+    assert [row.unfinished for row in rows] == [1, 2, 2] and rows[0].ended == [10.1]
     trained = stub(monkeypatch, tmp_path, {})
     rows = je.sweep(three(tuning=None), tmp_path / "sweep", jobs=2, notify=str)
     assert len(trained()) == 2 + 5 and [row.unfinished for row in rows] == [0, 0, 0]
@@ -73,7 +74,7 @@ def test_a_process_ends_when_its_sweep_does():
 @pytest.mark.parametrize("fate", ["failed", "killed"])
 def test_a_run_that_fails_keeps_no_other_from_running_and_is_tried_again(fate, tmp_path, monkeypatch):
     trained = stub(monkeypatch, tmp_path, {"SM+G": fate})
-    with pytest.raises(UserError, match=r"2 of 6 runs failed, the first SM\+G, rate 0.001, seed 1 in .*train.log"):
+    with pytest.raises(UserError, match=r"2 of 6 runs failed, the first SM\+G, rate 0.003, seed 1 in .*train.log"):
         je.sweep(three(tuning=None), tmp_path / "sweep", notify=str)
     assert len(trained()) == 6
     rows = json.loads((tmp_path / "sweep/table.json").read_text())["rows"]
@@ -92,20 +93,20 @@ def test_a_folder_keeps_to_its_sweep_and_its_text(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the text of SM has changed since the sweep in .* began"):
         je.sweep(three(tuning=None), tmp_path / "sweep", notify=str)
     (tmp_path / "sweep/corpora.json").unlink()
-    (tmp_path / "sweep/runs/SM-rate0.001-seed1/metrics.jsonl").write_text("")
+    (tmp_path / "sweep/runs/SM-rate0.003-seed1/metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="lacks the last evaluation of a complete run"):
         je.sweep(three(tuning=None), tmp_path / "sweep", notify=str)
     assert len(trained()) == 6
 
 
 def test_every_number_is_in_each_of_the_tables(tmp_path, monkeypatch):
-    stub(monkeypatch, tmp_path, {"SM+G": "diverged"})
+    stub(monkeypatch, tmp_path, {"SM+G": "diverged"}, draw=frontier)
     paper = {"SM+LN+G": Published(2.69, 25.32, 8.21), "SM": Published(3.48)}
     rows = je.sweep(three(tuning=None, published=paper, title="A title"), tmp_path / "sweep", notify=str)
     text = (tmp_path / "sweep/table.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| `SM` |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:2] == ["`SM`", "0.001"] and cells[2] == "16.82 ± 0.07 (2)" and cells[3].startswith("1.000 [0.9")
+    assert cells[:3] == ["`SM`", "0.003", "10.15 ± 0.07 (2)"] and cells[3].startswith("1.000 [0.9")
     assert cells[4:9] == ["1.294", "25 / 0 / 25 / 50", "3.50 1.25", "4", "0"]
     assert text.startswith("# A title") and "- `SM+G` diverged: diverged" in text and "–, 2 diverged" in text
     table = list(csv.DictReader((tmp_path / "sweep/table.csv").open()))

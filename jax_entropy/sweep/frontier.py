@@ -50,8 +50,8 @@ def frontier(rows: Sequence[Row], protocol: str, title: str = "") -> Figure | No
         "Perplexity and the cost of private execution",
         f"{title or 'held-out text'}  ·  {protocol}, predicted for one forward pass",
         3.0 * panels + 2.6, height,
-        "Bars: one standard deviation over seeds. The line joins what nothing else beats in both (orange; bold by bytes). "
-        "What diverged, or holds an operation that the cost model has not measured, is not here.",
+        "Bars: one standard deviation over seeds. The line joins what nothing else beats in both (orange; bold: by "
+        "bytes). What diverged, or holds an operation that the cost model has not measured, is not here.",
     )  # fmt: skip
     axes = fig.subplots(1, panels + 1, width_ratios=(*(1,) * panels, 0.72), squeeze=False)[0]
     for ax, (measure, unit, label) in zip(axes, _MEASURES, strict=False):
@@ -87,8 +87,8 @@ def _draw(ax: Axes, marks: Sequence[Mark], label: str, printed: Sequence[Mark] =
         ax.errorbar(mark.cost, mark.perplexity, mark.spread, fmt="o", color=color, capsize=2, linewidth=0.8)
     for mark in printed:
         ax.plot(mark.cost, mark.perplexity, "o", markerfacecolor="none", markeredgecolor=BLACK)
-    for mark in (*marks, *printed):
-        ax.annotate(f"{mark.number}", (mark.cost, mark.perplexity), (4, 3), textcoords="offset points", size=7.5)
+    for mark, shift in (*((mark, (4, 3)) for mark in marks), *((mark, (-9, -9)) for mark in printed)):
+        ax.annotate(f"{mark.number}", (mark.cost, mark.perplexity), shift, textcoords="offset points", size=7.5)
     log_axis(ax, "x", np.array([mark.cost for mark in (*marks, *printed)]))
     ax.set_xlabel(label)
     ax.margins(0.12)

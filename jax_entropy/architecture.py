@@ -6,7 +6,8 @@
 import dataclasses
 import math
 import re
-from typing import Any
+import string
+from typing import Any, NamedTuple
 
 from jax_entropy.errors import UserError, nearest
 
@@ -52,6 +53,9 @@ class ModelConfig:
     reparametrized: str = ""  # which linear layers: QK | FFN | QK+FFN | QKV+FFN | QKVO+FFN
     learnable_temperature: bool = False  # SM(t), one per head and query position
     entropy_regularizer: bool = False  # EReg: learned thresholds θ [L, N]
+    conv_width: int = 0  # Conv4: causal depthwise convolution over so many positions of q, k and v
+    rotary: bool = False  # RoPE: q and k are rotated by their positions
+    value_residual: bool = False  # VRes: v of layer 0 is mixed into those of the others
 
     # What it leaves open.
     temperature_init: float = 1e-2  # divisor of the scaled logits
@@ -61,6 +65,9 @@ class ModelConfig:
     beta_init: float = 1.0
     final_norm: str = "layer"  # kept in the authors' normalisation-free models too
     bias: str = "qk"  # none | qk (as the authors) | all (as GPT-2)
+    learned_positions: bool = True  # a table of positions, added to the embeddings
+    rotary_base: float = 1e4  # the longest wavelength of RoPE is about 2π times this, in tokens
+    value_residual_init: float = 0.5  # share of layer 0 in VRes
     tied_head: bool = True
     embedding_scale: float = 1.0  # √D in Languini's GPT
     embedding_dropout: float = 0.0
@@ -103,12 +110,22 @@ class ModelConfig:
             raise UserError(
                 f"reparametrization={self.reparametrization!r} and reparametrized={self.reparametrized!r} go together"
             )
-        for name in ("temperature_init", "alpha_init", "init_std", "residual_init_std", "norm_epsilon"):
+        for name in ("temperature_init", "alpha_init", "init_std", "residual_init_std", "norm_epsilon", "rotary_base"):
             value = getattr(self, name)
             if not ((value is None and name == "residual_init_std") or value > 0):
                 raise UserError(f"model field {name}={value!r} must be above 0")
         if not 0 <= self.embedding_dropout < 1:
             raise UserError(f"model field embedding_dropout={self.embedding_dropout} must be in [0, 1)")
+        for name in ("conv_width",):
+            if not isinstance(value := getattr(self, name), int) or value < 0:
+                raise UserError(f"model field {name}={value!r} must be a whole number, 0 for none")
+        if self.conv_width == 1:
+            raise UserError("Conv1 (conv_width=1) sees no other position; the narrowest convolution is Conv2")
+        if self.rotary and self.head_dim % 2:
+            raise UserError(
+                f"RoPE rotates pairs of features, and heads of model_dim={self.model_dim} / num_heads={self.num_heads} "
+                f"have {self.head_dim}; the width of a head must be even"
+            )
         if not math.isfinite(self.negative_slope):
             raise UserError(f"the slope of LR({self.negative_slope}) must be a finite number")
 
@@ -122,45 +139,116 @@ class ModelConfig:
         """F, the width between the feed-forward's matrices."""
         return self.ffn_dim or (self.model_dim if self.ffn == "fused" else 4 * self.model_dim)
 
+    @property
+    def stacks(self) -> dict[str, range]:
+        """The layers whose parameters lie stacked under a name."""
+        with_ffn = self.num_layers - self.ffn_free_layers
+        stacks = {"blocks": range(with_ffn), "blocks_without_ffn": range(with_ffn, self.num_layers)}
+        return {name: layers for name, layers in stacks.items() if layers}
+
     def __str__(self) -> str:
         """The architecture in the paper's notation."""
-        pieces = ["SM(t)" if self.learnable_temperature else "SM"]
-        pieces += {"none": [], "layer": ["LN"], "rms": ["RN"]}[self.norm]
-        slope = repr(self.negative_slope) if self.slope == "fixed" else self.slope
-        gelu = ["G"]
-        activations = {"identity": [], "gelu": gelu, "gelu_tanh": gelu, "relu": ["R"], "leaky_relu": [f"LR({slope})"]}
-        pieces += activations[self.activation]
-        if self.reparametrization != "none":
-            pieces.append(f"{self.reparametrization[0].upper()}Norm({self.reparametrized})")
-        pieces += {"full": ["ScFFN"], "fused": ["ScFuFFN"]}[self.ffn] if self.scaled else []
+        pieces = [piece for place in (_ATTENTION, *_PIECES, *_PARTS) if (piece := place.write(self))]
         body = "+".join(pieces) + (f"^{self.ffn_free_layers}" if self.ffn_free_layers else "")
         return f"EReg({body})" if self.entropy_regularizer else body
 
 
-# The pieces after SM, in the order in which they are written; each may appear once.
-_GRAMMAR = (
-    ("normalisation", r"LN|RN"),
-    ("activation", r"G|R|LR\(.*\)"),
-    ("reparametrisation", r"[WS]Norm\(.*\)"),
-    ("feed-forward", r"ScFFN|ScFuFFN"),
+class Place(NamedTuple):
+    """A place in the notation: its name, its fields where nothing stands there, and the fields of each spelling.
+
+    {field:example} in a spelling is a value that the field takes.
+    """
+
+    name: str
+    absent: dict[str, Any]
+    spellings: tuple[tuple[str, dict[str, Any]], ...]
+
+    def read(self, piece: str) -> dict[str, Any] | None:
+        """The fields that a piece of the notation sets, None where it does not belong here."""
+        for spelling, fields in self.spellings:
+            pattern = "".join(
+                re.escape(text) + (f"(?P<{field}>.*)" if field else "") for text, field, _ in _split(spelling)
+            )
+            if found := re.fullmatch(pattern, piece):
+                values = {name: _value(name, text) for name, text in found.groupdict().items()}
+                if None not in values.values():
+                    return self.absent | fields | values
+        return None
+
+    def write(self, config: ModelConfig) -> str:
+        """The piece of a config's notation that stands here, "" for none."""
+        has = lambda fields: all(getattr(config, name) == value for name, value in fields.items())  # noqa: E731
+        if self.absent and has(self.absent):
+            return ""
+        spelling = next(spelling for spelling, fields in self.spellings if has(fields))
+        return "".join(f"{text}{getattr(config, field) if field else ''}" for text, field, _ in _split(spelling))
+
+    def examples(self) -> list[str]:
+        """A piece for each spelling."""
+        return ["".join(text + (example or "") for text, _, example in _split(name)) for name, _ in self.spellings]
+
+
+def _split(spelling: str) -> list[tuple[str, str | None, str | None]]:
+    """A spelling as pieces of text, each with the field and the example of the value after it."""
+    return [(text, field, example) for text, field, example, _ in string.Formatter().parse(spelling)]
+
+
+def _value(field: str, text: str) -> Any:
+    """What a field's value is called in the notation, None where that is no such value."""
+    kind = type(getattr(ModelConfig, field))
+    try:
+        value = kind(text)
+    except ValueError:
+        return None
+    if kind is int and not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        return None
+    return None if kind is float and not math.isfinite(value) else value
+
+
+_ATTENTION = Place("attention", {}, (
+    ("SM", dict(learnable_temperature=False)), ("SM(t)", dict(learnable_temperature=True)),
+))  # fmt: skip
+# The paper's pieces come after it in this order, each at most once.
+_PIECES = (
+    Place("normalisation", dict(norm="none"), (("LN", dict(norm="layer")), ("RN", dict(norm="rms")))),
+    Place("activation", dict(activation="identity"), (
+        ("G", dict(activation="gelu")),
+        ("G", dict(activation="gelu_tanh")),  # has no spelling of its own
+        ("R", dict(activation="relu")),
+        ("LR({negative_slope:0.01})", dict(activation="leaky_relu", slope="fixed")),
+        ("LR(layer)", dict(activation="leaky_relu", slope="layer")),
+        ("LR(global)", dict(activation="leaky_relu", slope="global")),
+    )),
+    Place("reparametrisation", dict(reparametrization="none", reparametrized=""), tuple(
+        (f"{kind[0].upper()}Norm({target})", dict(reparametrization=kind, reparametrized=target))
+        for kind in ("weight", "spectral") for target in _CHOICES["reparametrized"][1:]
+    )),
+    Place("feed-forward", dict(ffn="full", scaled=False), (
+        ("ScFFN", dict(ffn="full", scaled=True)), ("ScFuFFN", dict(ffn="fused", scaled=True)),
+    )),
+)  # fmt: skip
+# Parts come last, in any order, each at most once; they are printed in this one.
+_PARTS = (
+    Place("convolution", dict(conv_width=0), (("Conv{conv_width:4}", {}),)),
+    Place("rotation", dict(rotary=False), (("RoPE", dict(rotary=True)),)),
+    Place("value residual", dict(value_residual=False), (("VRes", dict(value_residual=True)),)),
 )
-_SPELLINGS = (
-    "LN RN G R LR(0.01) LR(layer) LR(global) ScFFN ScFuFFN "
-    + " ".join(f"{kind}Norm({target})" for kind in "WS" for target in _CHOICES["reparametrized"][1:])
-).split()
+PARTS = tuple(example for place in _PARTS for example in place.examples())
+_SPELLINGS = tuple(dict.fromkeys(example for place in (*_PIECES, *_PARTS) for example in place.examples()))
 EXAMPLES = (
     "SM+LN+G", "SM+LN+R", "SM+LN", "SM+RN+G", "SM+G", "SM+R", "SM", "SM+LR(0.01)", "SM+LR(layer)", "SM+LR(global)",
-    *(f"SM+{kind}Norm({target})" for kind in "WS" for target in _CHOICES["reparametrized"][1:]),
+    *(f"SM+{piece}" for piece in _PIECES[2].examples()),
     "SM+ScFFN", "SM+ScFuFFN", "SM+ScFuFFN^6", "SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN)", "EReg(SM(t)+ScFuFFN^6)",
 )  # fmt: skip
 _PROPOSALS = (*EXAMPLES, *(f"EReg({name})" for name in EXAMPLES if not name.startswith("EReg")))
+_PROPOSALS += tuple(f"SM+ScFuFFN+{part}" for part in PARTS)
 
 
 def architecture(name: str, **overrides: Any) -> ModelConfig:
-    """Parses the paper's notation, as in Table 1, §4 and Appendix A, into a `ModelConfig`.
+    """Parses the paper's notation, as in Table 1, §4 and Appendix A, and its parts into a `ModelConfig`.
 
     Args:
-      name: `[EReg(] SM[(t)] [+LN|+RN] [+G|+R|+LR(slope)] [+WNorm(X)|+SNorm(X)] [+ScFFN|+ScFuFFN] [^k] [)]`.
+      name: `[EReg(] SM[(t)] [+LN|+RN] [+G|+R|+LR(slope)] [+WNorm(X)|+SNorm(X)] [+ScFFN|+ScFuFFN] [+part]… [^k] [)]`.
       **overrides: any field of `ModelConfig`; they win over the notation.
     Raises:
       UserError (a ValueError): names the piece that is wrong and the nearest valid spelling.
@@ -191,46 +279,22 @@ def _parse(name: str) -> dict[str, Any]:
     if caret and not re.fullmatch(r"[0-9]{1,9}", count):
         raise UserError(f"architecture {name!r}: {'^' + count!r} is not a count of blocks{nearest(name, _PROPOSALS)}")
     first, *pieces = re.split(r"\+(?![^(]*\))", body)
-    if first not in ("SM", "SM(t)"):
-        raise wrong(first, ("SM", "SM(t)") if first[:1] in "Ss" else _PROPOSALS)
-    fields: dict[str, Any] = dict(
-        norm="none", activation="identity", learnable_temperature=first == "SM(t)", entropy_regularizer=regularized,
-        ffn_free_layers=int(count or 0),
-    )  # fmt: skip
-    last = -1
+    if (fields := _ATTENTION.read(first)) is None:
+        raise wrong(first, _ATTENTION.examples() if first[:1] in "Ss" else _PROPOSALS)
+    fields |= dict(entropy_regularizer=regularized, ffn_free_layers=int(count or 0))
+    found: dict[int, dict[str, Any]] = {}
     for previous, piece in zip([first, *pieces], pieces, strict=False):
-        rank = next((i for i, (_, pattern) in enumerate(_GRAMMAR) if re.fullmatch(pattern, piece)), None)
+        readings = enumerate(place.read(piece) for place in (*_PIECES, *_PARTS))
+        rank, of_piece = next(((i, reading) for i, reading in readings if reading is not None), (None, None))
         if rank is None:
             raise wrong(piece)
-        if rank <= last:
+        if rank in found or min(rank, len(_PIECES)) < min(max(found, default=0), len(_PIECES)):
+            kinds = ", ".join((*(place.name for place in _PIECES), "parts"))
             raise UserError(
-                f"architecture {name!r}: {piece!r} cannot follow {previous!r}, at most one of "
-                f"each kind in the order {', '.join(kind for kind, _ in _GRAMMAR)}{nearest(name, _PROPOSALS)}"
+                f"architecture {name!r}: {piece!r} cannot follow {previous!r}, at most one of each kind in the order "
+                f"{kinds}{nearest(name, _PROPOSALS)}"
             )
-        last = rank
-        fields |= _piece(piece, wrong)
+        found[rank] = of_piece
+    for rank, place in enumerate((*_PIECES, *_PARTS)):
+        fields |= found.get(rank, place.absent)
     return fields
-
-
-def _piece(piece: str, wrong) -> dict[str, Any]:
-    """The fields that one piece of the notation sets."""
-    simple = {
-        "LN": dict(norm="layer"), "RN": dict(norm="rms"), "G": dict(activation="gelu"), "R": dict(activation="relu"),
-        "ScFFN": dict(scaled=True), "ScFuFFN": dict(ffn="fused", scaled=True),
-    }  # fmt: skip
-    if piece in simple:
-        return simple[piece]
-    head, argument = piece[: piece.index("(")], piece[piece.index("(") + 1 : -1]
-    if head == "LR":
-        if argument in ("layer", "global"):
-            return dict(activation="leaky_relu", slope=argument)
-        try:
-            slope = float(argument)
-        except ValueError:
-            slope = math.nan
-        if not math.isfinite(slope):
-            raise wrong(piece)
-        return dict(activation="leaky_relu", negative_slope=slope)
-    if argument not in _CHOICES["reparametrized"][1:]:
-        raise wrong(piece)
-    return dict(reparametrization="weight" if head == "WNorm" else "spectral", reparametrized=argument)

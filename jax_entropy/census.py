@@ -37,6 +37,7 @@ KINDS = (
     Kind("LayerNorm", NORM, "norm", "layer"),
     Kind("RMSNorm", NORM, "norm", "rms"),
     Kind("projections", ATTENTION),
+    Kind("rotation", ATTENTION),
     Kind("temperature", ATTENTION),
     Kind("scores", ATTENTION),
     Kind("softmax", SOFTMAX),
@@ -114,7 +115,8 @@ def census(config: ModelConfig) -> Census:
         config=config,
         ffn_flops=2 * T * matrices * with_ffn,
         # The tables' 3: all pairs of tokens would be 4, those under the causal mask 2.
-        attention_flops=L * (8 * T * D**2 + 3 * T**2 * D),
+        # Two multiply-adds turn a number of q and k.
+        attention_flops=L * (8 * T * D**2 + 3 * T**2 * D + 6 * config.conv_width * T * D + 8 * config.rotary * T * D),
         parameters=_count_parameters(config),
         operations=tuple(operations),
         final_operations=tuple(final),

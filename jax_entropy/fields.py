@@ -18,6 +18,7 @@ RULES = (
     (r"position_embedding$", (None, "fsdp")),
     (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"attention/(query|key|value)/(bias|gain)$", ("tensor", None)),
+    (r"attention/(query|key|value)_convolution/taps$", (None, "tensor", None)),
     (r"attention/out/kernel$", ("tensor", None, "fsdp")),
     (r"attention/temperature$", ("tensor", None)),
     (r"attention/threshold$", ("tensor",)),
@@ -27,7 +28,7 @@ RULES = (
     (r"ffn/fused/kernel$", ("fsdp", "tensor")),
     (r"(attention/out|ffn/down|ffn/fused)/(bias|gain)$", (None,)),
     (r"(norm1|norm2|final_norm)/(scale|bias)$", (None,)),
-    (r"(alpha|beta|negative_slope)$", ()),
+    (r"(alpha|beta|negative_slope|value_mix)$", ()),
     (r"spectral/.*/singular_vectors/\d$", (None,)),
 )
 
@@ -120,6 +121,9 @@ FIELDS = (
         "what the optimiser moves: the temperature itself, or its logarithm"),
     _model("alpha_init", "factor", r"initial $\alpha$ of Eq. 8; the paper states none"),
     _model("beta_init", "factor", r"initial $\beta$ of Eq. 8; the paper states none"),
+    _model("learned_positions", "yes or no", "a table of positions is added to the embeddings; `RoPE` can do without"),
+    _model("rotary_base", "tokens", "of `RoPE`: its longest wavelength is about 2π times this"),
+    _model("value_residual_init", "share", "initial share of layer 0 in the values of `VRes`"),
     _model("final_norm", "`none`, `layer`, `rms`",
         "normalisation before the head; the authors keep it in their normalisation-free models"),
     _model("bias", "`none`, `qk`, `all`",

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats, attention
+from jax_entropy.parts import Convolution, rotate
 from jax_entropy.sharding import constrain
 
 _TEMPERATURE_FLOOR = 1e-4
@@ -106,6 +107,20 @@ def _residual_std(config: ModelConfig) -> float:
     return config.residual_init_std or config.init_std
 
 
+class Stream(NamedTuple):
+    """What goes from block to block; what later blocks read of the first ones is a field here."""
+
+    residual_BxTxD: jax.Array
+    first_value_BxTxNxH: jax.Array | None = None  # VRes: v of layer 0
+
+
+class Shared(NamedTuple):
+    """What all blocks are given alike."""
+
+    position: int | jax.Array = 0  # at which the first token stands
+    negative_slope: jax.Array | None = None  # of the leaky ReLU, where one is learned for all
+
+
 class Watched(NamedTuple):
     """What attention hands up beside its output; scanned, each leaf gets a leading L."""
 
@@ -117,18 +132,33 @@ class Watched(NamedTuple):
 class Attention(nn.Module):
     """Multi-head causal attention with an optional temperature [N, T] and entropy threshold [N].
 
-    With the collection `cache`, keys and values [B, S, N, H], tokens stand at `position` and see what was read before.
+    With the collection `cache`, keys and values [B, S, N, H], tokens stand at a position and see what was read before.
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, position: int | jax.Array) -> tuple[jax.Array, Watched]:
-        config, (_, T, D) = self.config, x_BxTxD.shape
+    def __call__(
+        self, x_BxTxD: jax.Array, stream: Stream, layer: int | jax.Array, shared: Shared
+    ) -> tuple[jax.Array, Stream, Watched]:
+        """What is added to the stream, for its normalised form x; the stream with what later layers read; statistics."""
+        config, position, (_, T, D) = self.config, shared.position, x_BxTxD.shape
         heads = (config.num_heads, config.head_dim)
         q_BxTxNxH = _linear(config, "Q", heads, name="query")(x_BxTxD)
         k_BxSxNxH = _linear(config, "K", heads, name="key")(x_BxTxD)
         v_BxSxNxH = _linear(config, "V", heads, name="value")(x_BxTxD)
+        if config.conv_width:
+            q_BxTxNxH = Convolution(config.conv_width, name="query_convolution")(q_BxTxNxH, position)
+            k_BxSxNxH = Convolution(config.conv_width, name="key_convolution")(k_BxSxNxH, position)
+            v_BxSxNxH = Convolution(config.conv_width, name="value_convolution")(v_BxSxNxH, position)
+        if config.value_residual:
+            # in layer 0 the mixture of v with itself
+            first_BxTxNxH = jnp.where(layer == 0, v_BxSxNxH, stream.first_value_BxTxNxH)
+            stream = stream._replace(first_value_BxTxNxH=first_BxTxNxH)
+            share = self.param("value_mix", nn.initializers.constant(config.value_residual_init), (), jnp.float32)
+            v_BxSxNxH = v_BxSxNxH + share.astype(config.dtype) * (first_BxTxNxH - v_BxSxNxH)
+        if config.rotary:
+            q_BxTxNxH, k_BxSxNxH = (rotate(x, position, config) for x in (q_BxTxNxH, k_BxSxNxH))
 
         temperature_NxT = threshold_N = None
         if config.learnable_temperature:
@@ -146,7 +176,7 @@ class Attention(nn.Module):
             position=position if cached else None, implementation=config.attention,
         )  # fmt: skip
         out = _linear(config, "O", (D,), in_axes=2, split_inputs=True, init_std=_residual_std(config), name="out")
-        return out(out_BxTxNxH), Watched(stats, threshold_N, temperature_NxT)
+        return out(out_BxTxNxH), stream, Watched(stats, threshold_N, temperature_NxT)
 
     def _remember(self, name: str, new_BxTxNxH: jax.Array, position: int | jax.Array) -> jax.Array:
         """All of the cache, with what is new at its position."""
@@ -213,12 +243,6 @@ def normalise(kind: str, config: ModelConfig, name: str) -> Callable[[jax.Array]
     return layer(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
 
 
-class Stream(NamedTuple):
-    """What goes from block to block; what later blocks read of the first ones is a field here."""
-
-    residual_BxTxD: jax.Array
-
-
 class Block(nn.Module):
     """Pre-norm block: X̂ = X + MHA(N1(X)), X_out = X̂ + FFN(N2(X̂)), or β·X̂ + FFN(X̂)/α (Eq. 8)."""
 
@@ -226,17 +250,18 @@ class Block(nn.Module):
     with_ffn: bool
 
     @nn.compact
-    def __call__(self, stream: Stream, slope: jax.Array | None, position: int | jax.Array) -> tuple[Stream, Watched]:
+    def __call__(self, stream: Stream, layer: int | jax.Array, shared: Shared) -> tuple[Stream, Watched]:
         config, x_BxTxD = self.config, stream.residual_BxTxD
-        attention = Attention(config, name="attention")
-        attended_BxTxD, watched = attention(normalise(config.norm, config, "norm1")(x_BxTxD), position)
+        normed_BxTxD = normalise(config.norm, config, "norm1")(x_BxTxD)
+        attended_BxTxD, stream, watched = Attention(config, name="attention")(normed_BxTxD, stream, layer, shared)
         x_BxTxD = x_BxTxD + attended_BxTxD
         if self.with_ffn:
-            ffn = FeedForward(config, name="ffn")(normalise(config.norm, config, "norm2")(x_BxTxD), slope)
+            normed_BxTxD = normalise(config.norm, config, "norm2")(x_BxTxD)
+            ffn = FeedForward(config, name="ffn")(normed_BxTxD, shared.negative_slope)
             if config.scaled:
                 alpha = self.param("alpha", nn.initializers.constant(config.alpha_init), (), jnp.float32)
                 beta = self.param("beta", nn.initializers.constant(config.beta_init), (), jnp.float32)
                 x_BxTxD = beta.astype(config.dtype) * x_BxTxD
                 ffn = ffn / alpha.astype(config.dtype)
             x_BxTxD = x_BxTxD + ffn
-        return Stream(x_BxTxD), watched
+        return stream._replace(residual_BxTxD=x_BxTxD), watched

@@ -18,7 +18,7 @@ _GROUPS = (
     ("embedding", r"embedding$|head$"),
     ("temperature", r"temperature$"),
     ("threshold", r"threshold$"),
-    ("scale", r"alpha$|beta$|negative_slope$"),
+    ("scale", r"alpha$|beta$|negative_slope$|value_mix$"),
     ("norm", r"norm\d?/|final_norm/"),
     ("attention", r"attention/"),
     ("feed_forward", r"ffn/"),

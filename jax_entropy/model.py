@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats
 from jax_entropy.errors import UserError
-from jax_entropy.layers import Block, Stream, Watched, normalise
+from jax_entropy.layers import Block, Shared, Stream, Watched, normalise
 from jax_entropy.sharding import BATCH, constrain
 
 
@@ -39,19 +40,16 @@ class Transformer(nn.Module):
         table = (config.vocab_size, config.model_dim)
         normal = nn.initializers.normal(config.init_std)
         self.token_embedding = self.param("token_embedding", normal, table, jnp.float32)
-        self.position_embedding = self.param(
-            "position_embedding", normal, (config.context_length, config.model_dim), jnp.float32
-        )
+        if config.learned_positions:
+            positions = (config.context_length, config.model_dim)
+            self.position_embedding = self.param("position_embedding", normal, positions, jnp.float32)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.negative_slope = None
         if config.activation == "leaky_relu" and config.slope == "global":
             initializer = nn.initializers.constant(config.negative_slope)
             self.negative_slope = self.param("negative_slope", initializer, (), jnp.float32)
-        without_ffn = config.ffn_free_layers
-        if with_ffn := config.num_layers - without_ffn:
-            self.blocks = _stack(config, with_ffn, with_ffn=True)
-        if without_ffn:
-            self.blocks_without_ffn = _stack(config, without_ffn, with_ffn=False)
+        for stack, layers in config.stacks.items():
+            setattr(self, stack, _stack(config, len(layers), with_ffn=stack == "blocks"))
         self.final_norm = normalise(config.final_norm, config, "final_norm")
         self.head = self.token_embedding if config.tied_head else self.param("head", normal, table, jnp.float32)
 
@@ -79,15 +77,19 @@ class Transformer(nn.Module):
             raise UserError(f"{T} tokens do not fit into context_length={config.context_length}")
         # looked up by rows: a table sharded along both axes would be gathered whole
         tokens_BxTxD = jnp.take(constrain(self.token_embedding, "tensor", None), tokens_BxT, axis=0)
-        positions_TxD = jax.lax.dynamic_slice_in_dim(self.position_embedding, position, T, axis=0)
-        x_BxTxD = tokens_BxTxD * config.embedding_scale + positions_TxD[None]
+        x_BxTxD = tokens_BxTxD * config.embedding_scale
+        if config.learned_positions:
+            x_BxTxD = x_BxTxD + jax.lax.dynamic_slice_in_dim(self.position_embedding, position, T, axis=0)[None]
         x_BxTxD = self.dropout(x_BxTxD, deterministic=not self.has_rng("dropout")).astype(config.dtype)
-        stream, watched = Stream(x_BxTxD), []
-        for stack in ("blocks", "blocks_without_ffn"):
-            if hasattr(self, stack):
-                stream = jax.tree.map(lambda x_BxTxD: constrain(x_BxTxD, BATCH, None, None), stream)
-                stream, of_stack = getattr(self, stack)(stream, self.negative_slope, position)
-                watched.append(of_stack)
+        stream, shared, watched = Stream(x_BxTxD), Shared(position, self.negative_slope), []
+        if config.value_residual:
+            heads = (*tokens_BxT.shape, config.num_heads, config.head_dim)
+            stream = stream._replace(first_value_BxTxNxH=jnp.zeros(heads, config.dtype))
+        for stack, layers in config.stacks.items():
+            x_BxTxD = constrain(stream.residual_BxTxD, BATCH, None, None)
+            stream = stream._replace(residual_BxTxD=x_BxTxD)
+            stream, of_stack = getattr(self, stack)(stream, jnp.asarray(layers), shared)
+            watched.append(of_stack)
         watched: Watched = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *watched)
         return self.final_norm(stream.residual_BxTxD), self.head, Aux(*watched)
 
@@ -99,7 +101,7 @@ def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:
         block,
         variable_axes={"params": 0, "spectral": 0, "cache": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast),
         length=length,
         unroll=min(config.scan_unroll, length),
     )(config, with_ffn=with_ffn)
@@ -113,10 +115,12 @@ def logits(hidden_BxTxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
 
 def empty_cache(config: ModelConfig, batch_size: int) -> dict[str, Any]:
     """The collection `cache` for `batch_size` sequences that have read nothing yet: keys and values by stack."""
-    lengths = {"blocks": config.num_layers - config.ffn_free_layers, "blocks_without_ffn": config.ffn_free_layers}
-    shape = (batch_size, config.context_length, config.num_heads, config.head_dim)
-    return {
-        stack: {"attention": {name: jnp.zeros((length, *shape), config.dtype) for name in ("key", "value")}}
-        for stack, length in lengths.items()
-        if length
+    heads, rows = (config.num_heads, config.head_dim), dict(key=config.context_length, value=config.context_length)
+    if config.conv_width:
+        rows |= {f"{name}_convolution/past": config.conv_width - 1 for name in ("query", "key", "value")}
+    caches = {
+        f"{stack}/attention/{name}": jnp.zeros((len(layers), batch_size, length, *heads), config.dtype)
+        for stack, layers in config.stacks.items()
+        for name, length in rows.items()
     }
+    return unflatten_dict(caches, sep="/")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_entropy.architecture import ModelConfig, architecture
+from jax_entropy.architecture import PARTS, ModelConfig, architecture
 from jax_entropy.errors import UserError
 
 TARGETS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")
@@ -19,6 +19,7 @@ NOTATIONS = (*PLAIN, *(f"EReg({name})" for name in PLAIN), *(f"{name}^6" for nam
 NOTATIONS += (
     "EReg(SM(t)+ScFuFFN^6)", "SM(t)", "SM(t)+LN+G", "SM+LN+LR(layer)+SNorm(QKV+FFN)+ScFFN^12", "SM+RN+LR(-0.25)",
     "EReg(SM(t)+RN+R+WNorm(QKVO+FFN)+ScFFN^1)", "SM+LR(1e-07)", "SM+LR(0.0)", "SM+WNorm(QK+FFN)+ScFuFFN",
+    *(f"SM+ScFuFFN+{part}" for part in PARTS), "EReg(SM(t)+ScFuFFN+Conv4+RoPE+VRes)", "SM+LN+G+Conv12+VRes^3",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ def test_a_notation_is_printed_back_to_the_letter(name):
         ("SM+ScFuFFN", dict(ffn="fused", scaled=True, hidden_dim=768, entropy_regularizer=False)),
         ("SM(t)+ScFuFFN", dict(ffn="fused", learnable_temperature=True)),
         ("EReg(SM(t)+ScFuFFN^6)", dict(entropy_regularizer=True, ffn_free_layers=6, ffn="fused")),
+        ("SM+Conv4+RoPE+VRes", dict(conv_width=4, rotary=True, value_residual=True, learned_positions=True)),
     ],
 )  # fmt: skip
 def test_a_notation_means_its_row_of_the_paper(name, fields):
@@ -79,6 +81,8 @@ def written_fields(draw):
         ffn_free_layers=draw(st.integers(0, 12)),
         reparametrization=draw(st.sampled_from(["none", "weight", "spectral"])),
     )
+    fields |= dict(conv_width=draw(st.sampled_from([0, 2, 4])), rotary=draw(st.booleans()))
+    fields |= dict(value_residual=draw(st.booleans()))
     if fields["reparametrization"] != "none":
         fields["reparametrized"] = draw(st.sampled_from(TARGETS))
     if fields["activation"] == "leaky_relu":
@@ -109,6 +113,9 @@ NONSENSE = {
     "SM^6^7": "^6^7", "SM^" + "9" * 5000: "9" * 5000, "EReg(SM))": "EReg(", "EReg(SM)^6": "EReg(", "EReg()": "''",
     "EReg(EReg(SM))": "EReg(SM)", "EReg": "EReg", "EReg(SM^x)": "^x", "SM+LN ": "'LN '", "SM+G\n": r"'G\n'",
     "ereg(SM)": "ereg(SM)", "SM+LR(0.1)+LR(0.1)": "LR(0.1)", "SM+G)": "G)",
+    "SM+Conv4+Conv4": "'Conv4' cannot follow 'Conv4'", "SM+Conv3+RoPE+Conv4": "'Conv4' cannot follow 'RoPE'",
+    "SM+RoPE+ScFuFFN": "'ScFuFFN' cannot follow 'RoPE'", "SM+Conv": "'Conv'", "SM+Conv0": "'Conv0'", "SM+rope": "rope",
+    "SM+Conv-4": "'Conv-4'", "SM+Conv4.0": "'Conv4.0'", "SM+RoPE(2)": "RoPE(2)",
 }  # fmt: skip
 
 
@@ -192,6 +199,7 @@ FIELDS = {
     "temperature_parameter": ("exp",), "bias": (True,), "dtype": ("float16",),
     "temperature_init": (0.0, -1.0, float("nan")),
     "alpha_init": (0.0,), "init_std": (0.0,), "residual_init_std": (0.0, -1.0), "norm_epsilon": (0.0,),
+    "conv_width": (1, -4, 4.0), "rotary_base": (0.0,),
     "embedding_dropout": (1.0, -0.1, float("nan")), "ffn_free_layers": (-1, 13), "negative_slope": (float("inf"),),
 }  # fmt: skip
 

@@ -122,8 +122,8 @@ def recipe(heading):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("heading", "lines", "name", "tests", "passed"), [
-    ("How to add an architecture in ten lines", 10, "SM+LN+G+P", (), 2),
-    ("How to add a nonlinearity, executed privately", 13, "SM+LN+SqR", ("private/export", "private/inference"), 4),
+    ("How to add an architecture in seven lines", 7, "SM+LN+G+P", (), 2),
+    ("How to add a nonlinearity, executed privately", 10, "SM+LN+SqR", ("private/export", "private/inference"), 4),
 ])  # fmt: skip
 def test_the_recipes_for_new_architectures_work(tmp_path, heading, lines, name, tests, passed):
     for folder in ("jax_entropy", "tests"):

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_entropy.layers import Attention, Block, Linear, Stream, effective_matrix, normalise, temperature
+from jax_entropy.layers import Attention, Block, Linear, Shared, Stream, effective_matrix, normalise, temperature
 from jax_entropy.model import Transformer
 from tests import reference_model as reference
 from tests.tiny_model import (
@@ -251,11 +251,11 @@ def test_the_scaled_feed_forward_is_equation_8(name):
     config = tiny(name)
     params = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), scattered(config)["params"]["blocks"])
     x = normal(2, 8, 16)
-    (output,), _ = jit(lambda params, x: Block(config, True).apply({"params": params}, Stream(x), None, 0))(
+    (output, _), _ = jit(lambda params, x: Block(config, True).apply({"params": params}, Stream(x), 0, Shared()))(
         *jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
     )
     attended, _ = reference.attend(
-        config, params["attention"], {}, reference.normalise(config, config.norm, params.get("norm1"), x)
+        config, params["attention"], {}, reference.normalise(config, config.norm, params.get("norm1"), x), {}
     )
     residual = x + attended
     normed = reference.normalise(config, config.norm, params.get("norm2"), residual)
@@ -317,7 +317,9 @@ def test_a_temperature_acts_on_its_head_and_query_position_alone(parameter):
 
     @jit
     def entropy(temperatures):
-        return attention.apply({"params": variables | {"temperature": temperatures}}, x, 0)[1].stats.entropy
+        return attention.apply({"params": variables | {"temperature": temperatures}}, x, Stream(x), 0, Shared())[
+            2
+        ].stats.entropy
 
     before, head, position = variables["temperature"], 1, 5
     after = before.at[head, position].add(0.3)
@@ -335,7 +337,7 @@ def test_a_higher_temperature_diffuses():
     @jit
     def mean_entropy(t):
         params = variables | {"temperature": jnp.full((2, 16), t)}
-        return attention.apply({"params": params}, x, 0)[1].stats.entropy.mean()
+        return attention.apply({"params": params}, x, Stream(x), 0, Shared())[2].stats.entropy.mean()
 
     entropies = [float(mean_entropy(t)) for t in (0.02, 0.2, 1.0, 5.0, 1e3)]
     assert entropies == sorted(entropies)

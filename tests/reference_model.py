@@ -13,25 +13,27 @@ def forward(config: ModelConfig, variables, tokens_BxT):
     """(logits [B, T, V], entropy, logsumexp and largest logit [L, B, N, T])."""
     params, vectors = to_float64(variables["params"]), to_float64(variables.get("spectral", {}))
     embedding, T = params["token_embedding"], tokens_BxT.shape[1]
-    x = embedding[np.asarray(tokens_BxT)] * config.embedding_scale + params["position_embedding"][:T]
-    stats = []
+    x = embedding[np.asarray(tokens_BxT)] * config.embedding_scale
+    x = x + params["position_embedding"][:T] if config.learned_positions else x
+    stats, shared = [], {}
     for layer in range(config.num_layers):
         shallow = config.num_layers - config.ffn_free_layers
         stack, index = ("blocks", layer) if layer < shallow else ("blocks_without_ffn", layer - shallow)
         block = [at(tree.get(stack, {}), index) for tree in (params, vectors)]
-        x, stats_of_layer = apply_block(config, *block, x, params.get("negative_slope"))
+        x, stats_of_layer = apply_block(config, *block, x, shared, params.get("negative_slope"))
         stats.append(stats_of_layer)
     x = normalise(config, config.final_norm, params.get("final_norm"), x)
     head = embedding if config.tied_head else params["head"]
     return x @ head.T, *map(np.stack, zip(*stats, strict=True))
 
 
-def apply_block(config, params, vectors, x, slope):
+def apply_block(config, params, vectors, x, shared, slope):
     attended, stats = attend(
         config,
         params["attention"],
         vectors.get("attention", {}),
         normalise(config, config.norm, params.get("norm1"), x),
+        shared,
     )
     x = x + attended
     if "ffn" in params:
@@ -41,10 +43,16 @@ def apply_block(config, params, vectors, x, slope):
     return x, stats
 
 
-def attend(config, params, vectors, x):
-    """Multi-head attention, with entropies by their definition."""
-    q, k, v = (linear(params[name], vectors.get(name), x) for name in ("query", "key", "value"))
-    T = x.shape[1]
+def attend(config, params, vectors, x, shared):
+    """Multi-head attention, with entropies by their definition; `shared` is what a layer leaves for those after it."""
+    T, names = x.shape[1], ("query", "key", "value")
+    q, k, v = (linear(params[name], vectors.get(name), x) for name in names)
+    if config.conv_width:
+        q, k, v = (convolve(params[f"{name}_convolution"]["taps"], x) for name, x in zip(names, (q, k, v), strict=True))
+    if config.value_residual:
+        v = v + params["value_mix"] * (shared.setdefault("first value", v) - v)
+    if config.rotary:
+        q, k = rotate(config, q), rotate(config, k)
     scores = np.einsum("BTNH,BSNH->BNTS", q, k) / math.sqrt(config.head_dim)
     if config.learnable_temperature:
         t = params["temperature"][:, :T]
@@ -58,6 +66,24 @@ def attend(config, params, vectors, x):
     entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(-1)
     out = np.einsum("BNTS,BSNH->BTNH", weights, v)
     return linear(params["out"], vectors.get("out"), out, in_axes=2), (entropy, logsumexp, largest)
+
+
+def convolve(taps, x):
+    """Each position its own sum of what stands at it and before it."""
+    y = np.zeros_like(x)
+    for t in range(x.shape[1]):
+        for j in range(min(len(taps), t + 1)):
+            y[:, t] += taps[j] * x[:, t - j]
+    return y
+
+
+def rotate(config, x):
+    """Pairs of features, one of each half of a head, as complex numbers."""
+    half = config.head_dim // 2
+    frequencies = config.rotary_base ** (-np.arange(half) / half)
+    turns = np.exp(1j * np.arange(x.shape[1])[:, None, None] * frequencies)
+    turned = (x[..., :half] + 1j * x[..., half:]) * turns
+    return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 def feed_forward(config, params, vectors, x, slope):

@@ -195,14 +195,8 @@ def _kept(name: str, old: np.ndarray | None, new: np.ndarray, same_tokens: bool)
     return _Kept(value, old[first].size, f"the first {entries:,} of {max(old.shape[axis], new.shape[axis]):,}")
 
 
-def _stacks(config: ModelConfig) -> dict[str, range]:
-    """The layers whose parameters lie stacked under a name."""
-    with_ffn = config.num_layers - config.ffn_free_layers
-    return {"blocks": range(with_ffn), "blocks_without_ffn": range(with_ffn, config.num_layers)}
-
-
 def _by_layer(params: dict[str, Any], config: ModelConfig) -> dict[_Key, np.ndarray]:
-    stacks, leaves = _stacks(config), {}
+    stacks, leaves = config.stacks, {}
     for path, value in flatten_dict(params, sep="/").items():
         stack, _, name = path.partition("/")
         if stack in stacks:
@@ -215,7 +209,7 @@ def _by_layer(params: dict[str, Any], config: ModelConfig) -> dict[_Key, np.ndar
 def _stacked(kept: dict[_Key, np.ndarray], ours: dict[_Key, np.ndarray], config: ModelConfig) -> dict[str, Any]:
     """Inverse of `_by_layer` for what was kept; where only some layers of a stack were, the others stay ours."""
     params = {path: value for (layer, path), value in kept.items() if layer is None}
-    for stack, layers in _stacks(config).items():
+    for stack, layers in config.stacks.items():
         for name in dict.fromkeys(name for layer, name in kept if layer in layers):
             params[f"{stack}/{name}"] = np.stack([kept.get((i, name), ours[i, name]) for i in layers])
     return unflatten_dict(params, sep="/")

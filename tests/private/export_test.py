@@ -10,7 +10,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.private.program.blueprint import NO_REWRITES, REWRITES, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.forward import float32_logits, prefill, step
-from jax_entropy.private.program.stage import compose, external_inputs
+from jax_entropy.private.program.stage import caches, compose, external_inputs
 from tests.private.helpers import plain_logits
 from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
 
@@ -60,21 +60,21 @@ def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, rewrites):
     tokens_T = np.asarray(random_tokens(1, 16)[0])
     expected_TxV = plain_logits(config)
     exported = export(config, scattered(config), rewrites)
-    caches = tuple(f"{layer}.{kind}" for layer in range(2) for kind in "kv")
+    names = tuple(caches(exported.blueprint))
     padded_T = np.concatenate([tokens_T[:5], [0, 0, 0]])  # a prompt of 5 in a program for 8
     logits_1xV, *cache = run(
         exported,
         prefill(exported.blueprint, 8),
-        ("logits", *caches),
+        ("logits", *names),
         tokens=exported.blueprint.enter(padded_T),
         last=jnp.int32(4),
     )
     tolerance = dict(atol=2e-5 * np.abs(expected_TxV).max(), rtol=0)
     np.testing.assert_allclose(logits_1xV[0], expected_TxV[4], **tolerance)
     for position in range(5, 16):
-        past = {f"{name}.past": value for name, value in zip(caches, cache, strict=True)}
+        past = {f"{name}.past": value for name, value in zip(names, cache, strict=True)}
         logits_1xV, *cache = run(
-            exported, step(exported.blueprint), ("logits", *caches), **past,
+            exported, step(exported.blueprint), ("logits", *names), **past,
             tokens=exported.blueprint.enter(tokens_T[position : position + 1]), position=jnp.int32(position),
         )  # fmt: skip
         np.testing.assert_allclose(logits_1xV[0], expected_TxV[position], **tolerance)

@@ -44,7 +44,8 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
     halvings = math.ceil(math.log2(b)) + math.ceil(math.log2(n)) if T > 1 else 0
     compared, seen = tiles * b * (b - 1) + n * b * (n - 1), N * tiles * b * b
     tempered = config.learnable_temperature
-    projections = ((T, D, D),) * 3 if plain else ((T, D, 3 * D),)
+    taps = config.conv_width or 1
+    projections = ((T, taps * D, D),) * 3 if plain else ((T, taps * D, 3 * D),)
     divided = dict(squared=(N * T * T,), multiplied=N * T * T) if tempered and plain else {}
     matrices = ((T, D, D),) if one_matrix else ((T, D, F), (T, F, D))
     found = {
@@ -68,6 +69,8 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
     for norm, kind in NORMS.items():
         if norms := (L + ffn) * (config.norm == norm) + (config.final_norm == norm):
             found[kind] = Work(norms, elements=(T * D, T), multiplied=T * D, scaled=T * D if plain else 0)
+    if config.rotary:
+        found["rotation"] = Work(L, elements=(2 * T * D,))
     if tempered and not plain:
         found["temperature"] = Work(L, elements=(T * D,), scaled=T * D)
     if not linear and ffn:

@@ -112,8 +112,12 @@ def _weight_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dic
         return {f"{name}.scale": (D,), f"{name}.bias": (D,), f"{name}.epsilon": (1,)}
 
     model = dict(embedding=(V, D), positions=(S, D)) | linear("head", D, V) | norm("final_norm")
-    layer = norm("norm1") | norm("norm2") | linear("qkv", D, 3 * D) | linear("up", D, F) | linear("down", F, D)
-    for name in ("q", "k", "v", "out", "fused"):
+    layer = norm("norm1") | norm("norm2") | linear("up", D, F) | linear("down", F, D)
+    for name in ("out", "fused"):
         layer |= linear(name, D, D)
+    for name, outputs in dict(q=D, k=D, v=D, qkv=3 * D).items():
+        layer |= linear(name, D * (config.conv_width or 1), outputs)
+        if config.conv_width:
+            layer[f"{name}.bias"] = (config.conv_width, outputs)
     layer |= dict.fromkeys(("temperature", "inverse_temperature"), (N, S))
-    return model, layer | dict.fromkeys(("alpha", "beta", "slope"), (1,))
+    return model, layer | dict.fromkeys(("alpha", "beta", "slope", "value_mix"), (1,))

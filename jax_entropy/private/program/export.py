@@ -35,19 +35,23 @@ def export(config: ModelConfig, variables: Any, rewrites: Rewrites = Rewrites())
     """
     layers = [_layer(config, variables, layer) for layer in range(config.num_layers)]
     params = variables["params"]
-    model = {name: np.asarray(params[name], np.float64) for name in ("token_embedding", "position_embedding")}
-    head = model["token_embedding"] if config.tied_head else np.asarray(params["head"], np.float64)
-    weights = {"embedding": model["token_embedding"] * config.embedding_scale, "positions": model["position_embedding"]}
-    weights["head.kernel"] = head.T
+    embedding = np.asarray(params["token_embedding"], np.float64)
+    head = embedding if config.tied_head else np.asarray(params["head"], np.float64)
+    weights = {"embedding": embedding * config.embedding_scale, "head.kernel": head.T}
+    if config.learned_positions:
+        weights["positions"] = np.asarray(params["position_embedding"], np.float64)
     if config.final_norm != "none":
         weights |= {f"final_norm.{k}": np.asarray(v, np.float64) for k, v in params["final_norm"].items()}
     for layer in layers:
+        _values(layer, rewrites)
         _heads(layer, config, rewrites)
         if rewrites.merged and config.activation == "identity" and "up.kernel" in layer:
             _merge(layer)
     if rewrites.folded:
         _fold(config, layers, weights)
     for number, layer in enumerate(layers):
+        for name in "qkv" if config.conv_width else "":
+            _convolve(layer, name)
         if rewrites.qkv:
             _join(layer)
         weights |= {f"{number}.{name}": value for name, value in layer.items()}
@@ -57,8 +61,7 @@ def export(config: ModelConfig, variables: Any, rewrites: Rewrites = Rewrites())
 
 def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndarray]:
     """One block's parameters by short names, kernels as effective matrices [in, out], float64."""
-    shallow = config.num_layers - config.ffn_free_layers
-    stack, index = ("blocks", layer) if layer < shallow else ("blocks_without_ffn", layer - shallow)
+    stack, index = next((name, layers.index(layer)) for name, layers in config.stacks.items() if layer in layers)
     read = lambda tree: {  # noqa: E731
         "/".join(path): np.asarray(leaf[index], np.float64) for path, leaf in flatten_dict(dict(tree)).items()
     }
@@ -79,19 +82,47 @@ def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndar
             )
         if f"{path}/bias" in params:
             block[f"{name}.bias"] = params[f"{path}/bias"].reshape(-1)
+        if f"{path}_convolution/taps" in params:
+            taps_KxNxH = params[f"{path}_convolution/taps"]
+            block[f"{name}.taps"] = taps_KxNxH.reshape(len(taps_KxNxH), -1)
     for name in ("norm1", "norm2"):
         block |= {
             f"{name}.{part}": params[f"{name}/{part}"] for part in ("scale", "bias") if f"{name}/{part}" in params
         }
     block |= {name: params[name].reshape(1) for name in ("alpha", "beta") if name in params}
-    if config.activation == "leaky_relu" and layer < shallow and config.slope != "fixed":
+    if config.activation == "leaky_relu" and stack == "blocks" and config.slope != "fixed":
         slope = params["ffn/negative_slope"] if config.slope == "layer" else variables["params"]["negative_slope"]
         block["slope"] = np.asarray(slope, np.float64).reshape(1)
     if config.learnable_temperature:
         block["temperature"] = np.asarray(
             temperature(jnp.asarray(params["attention/temperature"], jnp.float32), config), np.float64
         )
+    if config.value_residual and layer > 0:
+        block["value_mix"] = params["attention/value_mix"].reshape(1)
     return block
+
+
+def _convolve(layer: dict[str, np.ndarray], name: str) -> None:
+    """A convolution into the matrix before it, which then reads the last K positions, the newest first.
+
+    The bias has a row for each of the first positions, where fewer taps find something, and one for all others.
+    """
+    taps_KxO, kernel_IxO = layer.pop(f"{name}.taps"), layer[f"{name}.kernel"]
+    layer[f"{name}.kernel"] = np.concatenate([kernel_IxO * taps_O[None] for taps_O in taps_KxO])
+    if f"{name}.bias" in layer:
+        layer[f"{name}.bias"] = np.cumsum(layer[f"{name}.bias"] * taps_KxO, axis=0)
+
+
+def _values(layer: dict[str, np.ndarray], rewrites: Rewrites) -> None:
+    """(1 − λ)·v + λ·v₀: 1 − λ goes into the matrix of v, and λ as its inverse, undone behind attention."""
+    if "value_mix" not in layer:
+        return
+    share = float(layer["value_mix"][0])
+    _scale(layer, "v", 1 - share)
+    if rewrites.folded and 1 / _FOLDABLE <= abs(share) <= _FOLDABLE:
+        del layer["value_mix"]
+        _scale(layer, "v", 1 / share)
+        layer["out.kernel"] = layer["out.kernel"] * share
 
 
 def _heads(layer: dict[str, np.ndarray], config: ModelConfig, rewrites: Rewrites) -> None:
@@ -129,16 +160,18 @@ def _fold(config: ModelConfig, layers: list[dict[str, np.ndarray]], model: dict[
     """
     products = np.cumprod([1.0, *(float(layer["beta"][0]) for layer in layers if "beta" in layer)])
     foldable = bool(np.all((np.abs(products) <= _FOLDABLE) & (np.abs(products) >= 1 / _FOLDABLE)))
-    size = float(np.sqrt(np.mean(model["embedding"] ** 2 + np.mean(model["positions"] ** 2)))) or 1.0
+    added = [name for name in ("embedding", "positions") if name in model]
+    size = float(np.sqrt(sum(np.mean(model[name] ** 2) for name in added))) or 1.0
     scale = start = size if config.norm != "none" else 1.0
-    for name in ("embedding", "positions"):
+    for name in added:
         model[name] = model[name] / start
     secret_epsilon = foldable and any("beta" in layer for layer in layers)
     for layer in layers:
         _fold_reading(layer, config, "norm1", ("q", "k", "v"), scale, secret_epsilon)
-        if "k.bias" in layer:  # the same for all keys: the softmax does not notice
-            del layer["k.bias"]
-        if (bias := layer.pop("v.bias", None)) is not None:  # weights of attention sum to 1
+        if "k.bias" in layer and not (config.conv_width or config.rotary):  # where it is the same for all keys
+            del layer["k.bias"]  # the softmax does not notice
+        if "v.bias" in layer and not (config.conv_width or config.value_residual):  # the same for all values
+            bias = layer.pop("v.bias")  # weights of attention sum to 1
             layer["out.bias"] = layer.get("out.bias", 0) + bias @ layer["out.kernel"]
         _scale(layer, "out", 1 / scale)
         readers = [name for name in ("up", "fused") if f"{name}.kernel" in layer]
@@ -182,8 +215,7 @@ def _fold_reading(
 
 def _join(layer: dict[str, np.ndarray]) -> None:
     """Queries, keys and values as one matrix."""
-    width = layer["q.kernel"].shape[1]
     biases = [layer.pop(f"{name}.bias", None) for name in "qkv"]
     layer["qkv.kernel"] = np.concatenate([layer.pop(f"{name}.kernel") for name in "qkv"], axis=1)
-    if any(bias is not None for bias in biases):
-        layer["qkv.bias"] = np.concatenate([np.zeros(width) if bias is None else bias for bias in biases])
+    if found := [bias for bias in biases if bias is not None]:
+        layer["qkv.bias"] = np.concatenate([np.zeros_like(found[0]) if b is None else b for b in biases], axis=-1)

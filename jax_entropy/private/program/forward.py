@@ -13,23 +13,24 @@ from jax_entropy.census import ACTIVATIONS, NORMS
 from jax_entropy.private.program.attention import attention, cached_attention
 from jax_entropy.private.program.blueprint import Blueprint
 from jax_entropy.private.program.export import Export
+from jax_entropy.private.program.projections import linear, projections
 from jax_entropy.private.program.stage import LAST, POSITION, TOKENS, Stage, compose, external_inputs
 
 
 def forward(blueprint: Blueprint, num_tokens: int) -> list[Stage]:
     """Tokens → logits [T, V] of every position."""
-    stages = [_embed(blueprint, slice(0, num_tokens))]
+    stages = [_embed(blueprint, num_tokens)]
     for layer in range(blueprint.config.num_layers):
-        stages += _block(blueprint, layer, attention(blueprint, layer, num_tokens))
+        stages += _block(blueprint, layer, num_tokens)
     return [*stages, *_head(blueprint)]
 
 
 def prefill(blueprint: Blueprint, num_tokens: int) -> list[Stage]:
-    """As `forward`, but for the logits [1, V] of row `last` only; keys and values [S, N, H] stay as `3.k`, `3.v`."""
-    stages = [_embed(blueprint, slice(0, num_tokens))]
+    """As `forward`, but for the logits [1, V] of row `last` only; what a step reads of the past stays as `3.k`, …."""
+    stages = [_embed(blueprint, num_tokens)]
     room = ((0, blueprint.config.context_length - num_tokens), (0, 0), (0, 0))
     for layer in range(blueprint.config.num_layers):
-        stages += _block(blueprint, layer, attention(blueprint, layer, num_tokens))
+        stages += _block(blueprint, layer, num_tokens, keep=True)
         for name in "kv":
             stages.append(Stage("cache", layer, lambda x: jnp.pad(x, room), (f"{layer}.{name}",), (f"{layer}.{name}",)))
     row = Stage("last row", None, lambda x, last: jax.lax.dynamic_slice_in_dim(x, last, 1), ("x", LAST), ("x",))
@@ -37,10 +38,10 @@ def prefill(blueprint: Blueprint, num_tokens: int) -> list[Stage]:
 
 
 def step(blueprint: Blueprint) -> list[Stage]:
-    """One token that stands at `position` → logits [1, V]; keys and values are read, and written with its own."""
+    """One token that stands at `position` → logits [1, V]; the caches are read, and written with what is its own."""
     stages = [_embed(blueprint, None)]
     for layer in range(blueprint.config.num_layers):
-        stages += _block(blueprint, layer, cached_attention(blueprint, layer))
+        stages += _block(blueprint, layer, None)
     return [*stages, *_head(blueprint)]
 
 
@@ -57,19 +58,18 @@ def float32_logits(exported: Export, tokens: Sequence[int]) -> np.ndarray:
     return np.asarray(logits_TxV)
 
 
-def _embed(blueprint: Blueprint, rows: slice | None) -> Stage:
-    """Tokens at the first positions of the context; without rows, one token at `position`."""
+def _embed(blueprint: Blueprint, num_tokens: int | None) -> Stage:
+    """Tokens at the first positions of the context; without `num_tokens`, one token at `position`."""
+    placed = blueprint.present("positions")
+    at = (POSITION,) if placed and num_tokens is None else ()
 
-    def look_up(tokens: jax.Array, table_VxD: jax.Array) -> jax.Array:
-        return tokens @ table_VxD if blueprint.rewrites.one_hot else jnp.take(table_VxD, tokens, axis=0)
+    def function(tokens: jax.Array, table_VxD: jax.Array, *positions: jax.Array) -> jax.Array:
+        x_TxD = tokens @ table_VxD if blueprint.rewrites.one_hot else jnp.take(table_VxD, tokens, axis=0)
+        if not placed:
+            return x_TxD
+        return x_TxD + (jax.lax.dynamic_slice_in_dim(*positions, 1) if at else positions[0][:num_tokens])
 
-    if rows is None:
-        function = lambda tokens, table, positions_SxD, position: (  # noqa: E731
-            look_up(tokens, table) + jax.lax.dynamic_slice_in_dim(positions_SxD, position, 1)
-        )
-        return Stage("embedding", None, function, (TOKENS, "embedding", "positions", POSITION), ("x",))
-    function = lambda tokens, table, positions_SxD: look_up(tokens, table) + positions_SxD[rows]  # noqa: E731
-    return Stage("embedding", None, function, (TOKENS, "embedding", "positions"), ("x",))
+    return Stage("embedding", None, function, (TOKENS, "embedding", *placed, *at), ("x",))
 
 
 def _norm(blueprint: Blueprint, field: str, layer: int | None, name: str) -> tuple[list[Stage], str]:
@@ -93,32 +93,27 @@ def _norm(blueprint: Blueprint, field: str, layer: int | None, name: str) -> tup
     return [Stage(NORMS[kind], layer, function, ("x", *found), ("y",))], "y"
 
 
-def _linear(blueprint: Blueprint, kind: str, layer: int | None, name: str, source: str, target: str) -> Stage:
-    """target = source · kernel (+ bias)."""
-    found = blueprint.present(f"{name}.bias")
+def _block(blueprint: Blueprint, layer: int, num_tokens: int | None, keep: bool = False) -> list[Stage]:
+    """A block on a whole prompt, or without `num_tokens` on one token at `position`.
 
-    def function(x_TxI: jax.Array, kernel_IxO: jax.Array, *bias_O: jax.Array) -> jax.Array:
-        y_TxO = x_TxI @ kernel_IxO
-        return y_TxO + bias_O[0][None] if bias_O else y_TxO
-
-    return Stage(kind, layer, function, (source, f"{name}.kernel", *found), (target,))
-
-
-def _block(blueprint: Blueprint, layer: int, attended: list[Stage]) -> list[Stage]:
+    Args:
+      keep: whether what a step reads of the prompt is an output too.
+    """
     stages, read = _norm(blueprint, "norm", layer, f"{layer}.norm1")
-    stages += [*_projections(blueprint, layer, read), *attended]
-    stages.append(_linear(blueprint, "output projection", layer, f"{layer}.out", "mixed", "y"))
+    stages += projections(blueprint, layer, read, num_tokens, keep)
+    stages += attention(blueprint, layer, num_tokens) if num_tokens else cached_attention(blueprint, layer)
+    stages.append(linear(blueprint, "output projection", layer, f"{layer}.out", "mixed", "y"))
     stages.append(Stage("residual", layer, jnp.add, ("x", "y"), ("x",)))
     if layer >= blueprint.config.num_layers - blueprint.config.ffn_free_layers:
         return stages
     norm, read = _norm(blueprint, "norm", layer, f"{layer}.norm2")
     stages += norm
     if blueprint.one_matrix:
-        stages.append(_linear(blueprint, "feed-forward", layer, f"{layer}.fused", read, "y"))
+        stages.append(linear(blueprint, "feed-forward", layer, f"{layer}.fused", read, "y"))
     else:
-        stages.append(_linear(blueprint, "feed-forward", layer, f"{layer}.up", read, "h"))
+        stages.append(linear(blueprint, "feed-forward", layer, f"{layer}.up", read, "h"))
         stages += _activation(blueprint, layer)
-        stages.append(_linear(blueprint, "feed-forward", layer, f"{layer}.down", "h", "y"))
+        stages.append(linear(blueprint, "feed-forward", layer, f"{layer}.down", "h", "y"))
     scales = blueprint.present(f"{layer}.alpha", f"{layer}.beta")
     if len(scales) == 2:
         function = lambda x, y, alpha, beta: x * beta.reshape(1, 1) + y / alpha.reshape(1, 1)  # noqa: E731
@@ -128,20 +123,6 @@ def _block(blueprint: Blueprint, layer: int, attended: list[Stage]) -> list[Stag
         function = jnp.add
     stages.append(Stage("residual", layer, function, ("x", "y", *scales), ("x",)))
     return stages
-
-
-def _projections(blueprint: Blueprint, layer: int, read: str) -> list[Stage]:
-    heads = (blueprint.config.num_heads, blueprint.config.head_dim)
-    names = tuple(f"{layer}.{name}" for name in "qkv")
-    if blueprint.rewrites.qkv:
-        split = lambda y: tuple(part.reshape(-1, *heads) for part in jnp.split(y, 3, axis=-1))  # noqa: E731
-        return [
-            _linear(blueprint, "projections", layer, f"{layer}.qkv", read, "qkv"),
-            Stage("heads", layer, split, ("qkv",), names),
-        ]
-    stages = [_linear(blueprint, "projections", layer, name, read, name) for name in names]
-    split = lambda *parts: tuple(part.reshape(-1, *heads) for part in parts)  # noqa: E731
-    return [*stages, Stage("heads", layer, split, names, names)]
 
 
 def _activation(blueprint: Blueprint, layer: int) -> list[Stage]:
@@ -171,4 +152,4 @@ def _activation(blueprint: Blueprint, layer: int) -> list[Stage]:
 
 def _head(blueprint: Blueprint) -> list[Stage]:
     norm, read = _norm(blueprint, "final_norm", None, "final_norm")
-    return [*norm, _linear(blueprint, "vocabulary", None, "head", read, "logits")]
+    return [*norm, linear(blueprint, "vocabulary", None, "head", read, "logits")]

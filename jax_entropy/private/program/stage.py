@@ -54,12 +54,20 @@ def external_inputs(stages: Sequence[Stage]) -> tuple[str, ...]:
     return tuple(read)
 
 
+def caches(blueprint: Blueprint) -> dict[str, tuple[int, ...]]:
+    """What a step reads of the tokens before it, by name, and its shape."""
+    config = blueprint.config
+    shapes = dict.fromkeys("kv", (config.context_length, config.num_heads, config.head_dim))
+    if config.conv_width:
+        shapes["rows"] = (config.conv_width - 1, config.model_dim)
+    return {f"{layer}.{name}": shape for layer in range(config.num_layers) for name, shape in shapes.items()}
+
+
 def input_types(
     blueprint: Blueprint, names: Sequence[str], num_tokens: int, known: Mapping[str, jax.ShapeDtypeStruct] = {}
 ) -> list[jax.ShapeDtypeStruct]:
     """Types of a program's inputs: what stages wrote is in `known`, the rest are weights, tokens, positions, caches."""
-    config, index = blueprint.config, jax.ShapeDtypeStruct((), np.int32)
-    cache = jax.ShapeDtypeStruct((config.context_length, config.num_heads, config.head_dim), np.float32)
+    past = {name + PAST: shape for name, shape in caches(blueprint).items()}
 
     def one(name: str) -> jax.ShapeDtypeStruct:
         if name in known:
@@ -69,9 +77,9 @@ def input_types(
         if name == TOKENS:
             return blueprint.token_type(num_tokens)
         if name in PUBLIC:
-            return index
-        if name.endswith((f".k{PAST}", f".v{PAST}")):
-            return cache
+            return jax.ShapeDtypeStruct((), np.int32)
+        if name in past:
+            return jax.ShapeDtypeStruct(past[name], np.float32)
         raise KeyError(f"nothing writes {name!r}, which a stage reads")
 
     return [one(name) for name in names]

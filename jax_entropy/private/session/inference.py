@@ -24,6 +24,7 @@ from jax_entropy.private.program.stage import (
     PUBLIC,
     TOKENS,
     Stage,
+    caches,
     compose,
     external_inputs,
     input_types,
@@ -78,20 +79,22 @@ class PrivateModel:
 
     def prefill(self, num_tokens: int) -> None:
         """Reads `tokens` [num_tokens] → `logits` [1, V] after row `last`, and the caches."""
-        self.run(f"prefill {num_tokens}", prefill(self.blueprint, num_tokens), ("logits", *self._caches()), num_tokens)
+        self.run(
+            f"prefill {num_tokens}",
+            prefill(self.blueprint, num_tokens),
+            ("logits", *caches(self.blueprint)),
+            num_tokens,
+        )
 
     def step(self) -> None:
         """Reads one of `tokens` at `position` → `logits`, and the caches with it."""
-        self.run("step", step(self.blueprint), ("logits", *self._caches()), 1)
+        self.run("step", step(self.blueprint), ("logits", *caches(self.blueprint)), 1)
 
     def choose(self) -> None:
         """`logits` → `tokens`, the one-hot row of the largest, which stays inside."""
         stage = Stage("next token", None, likeliest, ("logits",), (TOKENS,))
         row = jax.ShapeDtypeStruct((1, self.blueprint.config.vocab_size), jnp.float32)
         self.run("choose", [stage], (TOKENS,), 1, dict(logits=row))
-
-    def _caches(self) -> tuple[str, ...]:
-        return tuple(f"{layer}.{name}" for layer in range(self.blueprint.config.num_layers) for name in "kv")
 
     def run(
         self, name: str, stages: list[Stage], outputs: Sequence[str], num_tokens: int,

@@ -1,0 +1,110 @@
+"""Queries, keys and values under secure computation: their projections, and the parts that are linear in them.
+
+A convolution's taps are in the matrices before it, which read more positions; rotations are products with public
+numbers.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_entropy.parts import rotations
+from jax_entropy.private.program.blueprint import Blueprint
+from jax_entropy.private.program.stage import LAST, PAST, POSITION, Stage
+
+_FIRST_VALUE = "first_value"
+
+
+def linear(blueprint: Blueprint, kind: str, layer: int | None, name: str, source: str, target: str) -> Stage:
+    """target = source · kernel (+ bias)."""
+    found = blueprint.present(f"{name}.bias")
+
+    def function(x_TxI: jax.Array, kernel_IxO: jax.Array, *bias_O: jax.Array) -> jax.Array:
+        y_TxO = x_TxI @ kernel_IxO
+        return y_TxO + bias_O[0][None] if bias_O else y_TxO
+
+    return Stage(kind, layer, function, (source, f"{name}.kernel", *found), (target,))
+
+
+def projections(blueprint: Blueprint, layer: int, read: str, num_tokens: int | None, keep: bool) -> list[Stage]:
+    """What attention reads of a prompt, or without `num_tokens` of one token at `position`: q, k and v [T, N, H].
+
+    Args:
+      keep: whether what a step reads of the prompt is an output too.
+    """
+    config, names = blueprint.config, tuple(f"{layer}.{name}" for name in "qkv")
+    products = {f"{layer}.qkv": "qkv"} if blueprint.rewrites.qkv else {name: name for name in names}
+    if config.conv_width:
+        stages = [_near(blueprint, layer, read, num_tokens, keep)]
+        stages += [_convolution(blueprint, layer, *product, num_tokens) for product in products.items()]
+    else:
+        stages = [linear(blueprint, "projections", layer, name, read, target) for name, target in products.items()]
+
+    def split(*parts: jax.Array) -> tuple[jax.Array, ...]:
+        parts = parts if len(parts) == 3 else jnp.split(parts[0], 3, axis=-1)
+        return tuple(part.reshape(-1, config.num_heads, config.head_dim) for part in parts)
+
+    stages.append(Stage("heads", layer, split, tuple(products.values()), names))
+    if config.value_residual:
+        stages.append(_value_residual(blueprint, layer))
+    if config.rotary:
+        stages.append(_rotation(blueprint, layer, num_tokens))
+    return stages
+
+
+def _near(blueprint: Blueprint, layer: int, read: str, num_tokens: int | None, keep: bool) -> Stage:
+    """Each position beside those before it, the newest first, which is what a convolution's matrix reads."""
+    before, rows = blueprint.config.conv_width - 1, f"{layer}.rows"
+
+    def function(x_TxD: jax.Array, *more: jax.Array) -> tuple[jax.Array, ...]:
+        past_PxD = jnp.zeros((before, x_TxD.shape[1])) if num_tokens else more[0]
+        x_SxD = jnp.concatenate([past_PxD, x_TxD])
+        near_TxI = jnp.concatenate([x_SxD[j : j + len(x_TxD)] for j in range(before, -1, -1)], axis=-1)
+        if not num_tokens:
+            return near_TxI, x_SxD[1:]
+        return (near_TxI, *(jax.lax.dynamic_slice_in_dim(x_SxD, last + 1, before) for last in more))
+
+    more = (rows + PAST,) if num_tokens is None else (LAST,) if keep else ()
+    return Stage("rows", layer, function, (read, *more), ("near", *((rows,) if more else ())))
+
+
+def _convolution(blueprint: Blueprint, layer: int, name: str, target: str, num_tokens: int | None) -> Stage:
+    """target = near · kernel (+ the bias of as many taps as find something)."""
+    found, last = blueprint.present(f"{name}.bias"), blueprint.config.conv_width - 1
+    at = (POSITION,) if found and num_tokens is None else ()
+
+    def function(near_TxI: jax.Array, kernel_IxO: jax.Array, *bias: jax.Array) -> jax.Array:
+        y_TxO = near_TxI @ kernel_IxO
+        if not bias:
+            return y_TxO
+        if at:
+            return y_TxO + jax.lax.dynamic_slice_in_dim(bias[0], jnp.minimum(bias[1], last), 1)
+        full_TxO = jnp.repeat(bias[0][-1:], num_tokens, axis=0)
+        return y_TxO + jnp.concatenate([bias[0][:-1], full_TxO])[:num_tokens]
+
+    return Stage("projections", layer, function, ("near", f"{name}.kernel", *found, *at), (target,))
+
+
+def _value_residual(blueprint: Blueprint, layer: int) -> Stage:
+    """Adds v of layer 0; times its share, where that is not in the matrices already."""
+    v, share = f"{layer}.v", blueprint.present(f"{layer}.value_mix")
+    if layer == 0:
+        return Stage("values", layer, lambda v_TxNxH: v_TxNxH, (v,), (_FIRST_VALUE,))
+    function = lambda v, first, *share: v + (first * share[0].reshape(1, 1, 1) if share else first)  # noqa: E731
+    return Stage("mix" if share else "values", layer, function, (v, _FIRST_VALUE, *share), (v,))
+
+
+def _rotation(blueprint: Blueprint, layer: int, num_tokens: int | None) -> Stage:
+    """Queries and keys times public cosines and sines."""
+
+    def function(q_TxNxH: jax.Array, k_TxNxH: jax.Array, *position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tables_SxI = (jnp.asarray(table, jnp.float32) for table in rotations(blueprint.config))
+        cosine, sine = (
+            (table[:num_tokens] if num_tokens else jax.lax.dynamic_slice_in_dim(table, *position, 1))[:, None]
+            for table in tables_SxI
+        )
+        cosine, sine = jnp.concatenate([cosine, cosine], axis=-1), jnp.concatenate([-sine, sine], axis=-1)
+        swapped = (jnp.roll(x, blueprint.config.head_dim // 2, axis=-1) for x in (q_TxNxH, k_TxNxH))
+        return tuple(x * cosine + y * sine for x, y in zip((q_TxNxH, k_TxNxH), swapped, strict=True))
+
+    names = (f"{layer}.q", f"{layer}.k")
+    return Stage("rotation", layer, function, (*names, *(() if num_tokens else (POSITION,))), names)

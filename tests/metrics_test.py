@@ -89,7 +89,7 @@ def group_of(path):
         return "embedding"
     if path[-1] in ("temperature", "threshold"):
         return path[-1]
-    if path[-1] in ("alpha", "beta", "negative_slope"):
+    if path[-1] in ("alpha", "beta", "negative_slope", "value_mix"):
         return "scale"
     return "norm" if "norm" in path[-2] else {"attention": "attention", "ffn": "feed_forward"}[path[-3]]
 

@@ -148,7 +148,7 @@ class ModelConfig:
 
     def __str__(self) -> str:
         """The architecture in the paper's notation."""
-        pieces = [piece for place in (_ATTENTION, *_PIECES, *_PARTS) if (piece := place.write(self))]
+        pieces = [piece for place in PLACES if (piece := place.write(self))]
         body = "+".join(pieces) + (f"^{self.ffn_free_layers}" if self.ffn_free_layers else "")
         return f"EReg({body})" if self.entropy_regularizer else body
 
@@ -162,6 +162,12 @@ class Place(NamedTuple):
     name: str
     absent: dict[str, Any]
     spellings: tuple[tuple[str, dict[str, Any]], ...]
+
+    @property
+    def fields(self) -> set[str]:
+        """What it writes."""
+        values = {field for spelling, _ in self.spellings for _, field, _ in _split(spelling) if field}
+        return values.union(self.absent, *(fields for _, fields in self.spellings))
 
     def read(self, piece: str) -> dict[str, Any] | None:
         """The fields that a piece of the notation sets, None where it does not belong here."""
@@ -233,6 +239,7 @@ _PARTS = (
     Place("rotation", dict(rotary=False), (("RoPE", dict(rotary=True)),)),
     Place("value residual", dict(value_residual=False), (("VRes", dict(value_residual=True)),)),
 )
+PLACES = (_ATTENTION, *_PIECES, *_PARTS)
 PARTS = tuple(example for place in _PARTS for example in place.examples())
 _SPELLINGS = tuple(dict.fromkeys(example for place in (*_PIECES, *_PARTS) for example in place.examples()))
 EXAMPLES = (

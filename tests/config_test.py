@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jax_entropy.architecture import ModelConfig
+from jax_entropy.architecture import PLACES, ModelConfig
 from jax_entropy.config import (
     check,
     default_config,
@@ -107,10 +107,7 @@ def test_the_defaults_of_config_and_model_agree():
 
 
 def test_every_field_of_the_model_can_be_set_or_is_written_by_the_notation():
-    written = {
-        "norm", "negative_slope", "slope", "ffn", "scaled", "ffn_free_layers", "reparametrization", "reparametrized",
-        "learnable_temperature", "entropy_regularizer",
-    }  # fmt: skip
+    written = {"ffn_free_layers", "entropy_regularizer"}.union(*(place.fields for place in PLACES))
     elsewhere = {"dtype": "train", "threshold_init": "penalty"}
     config = default_config("SM")
     for name in ModelConfig.__dataclass_fields__.keys() - written:

@@ -141,7 +141,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BxTxD: jax.Array, stream: Stream, layer: int | jax.Array, shared: Shared
     ) -> tuple[jax.Array, Stream, Watched]:
-        """What is added to the stream for its normalised form x; the stream, with what later layers read; statistics."""
+        """What is added to the stream, for its normalised form x; the stream as later layers read it; statistics."""
         config, position, (_, T, D) = self.config, shared.position, x_BxTxD.shape
         heads = (config.num_heads, config.head_dim)
         q_BxTxNxH = _linear(config, "Q", heads, name="query")(x_BxTxD)

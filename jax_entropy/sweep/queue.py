@@ -95,7 +95,8 @@ def train_all(runs: Sequence[Run], where: Sequence[Place], cache: Path, notify: 
                     free.append(place)
                     outcome = read_outcome(run.path)
                     done += outcome.settled
-                    notify(f"[{done}/{count}] {run}: {_told(outcome, process.returncode)}")
+                    end = _told(outcome, process.returncode, stopped=signals.wanted)
+                    notify(f"[{done}/{count}] {run}: {end}")
                     process.stdin.close()
                 if signals.wanted:
                     for process, *_ in active:
@@ -134,10 +135,10 @@ def _start(run: Run, place: Place, cache: Path) -> subprocess.Popen:
         )
 
 
-def _told(outcome: Outcome, code: int) -> str:
+def _told(outcome: Outcome, code: int, stopped: bool) -> str:
     """How a run ended, in a phrase."""
     if outcome.state == "complete":
         return f"perplexity {outcome.perplexity:.2f}, {outcome.seconds:.0f} s"
-    if outcome.state == "unfinished" and code < 0:
+    if outcome.state == "unfinished" and code < 0 and not stopped:
         return f"its process was ended by {signal.Signals(-code).name}"
-    return f"{outcome.state}{outcome.reason and ': ' + outcome.reason}"
+    return f"{'stopped' if outcome.state == 'unfinished' else outcome.state}{outcome.reason and ': ' + outcome.reason}"

@@ -56,7 +56,7 @@ def test_a_signal_stops_all_runs_and_the_same_sweep_goes_on(tmp_path, monkeypatc
     told = []
     trained = stub(monkeypatch, tmp_path, {"SM+G": "interrupts"})
     rows = je.sweep(three(tuning=None), tmp_path / "sweep", notify=told.append)
-    assert trained() == ["SM+LN+G-rate0.003-seed1", "SM+G-rate0.003-seed1"] and "unfinished" in told[-1]
+    assert trained() == ["SM+LN+G-rate0.003-seed1", "SM+G-rate0.003-seed1"] and told[-1].endswith("seed 1: stopped")
     assert [row.unfinished for row in rows] == [1, 2, 2] and rows[0].ended == [10.1]
     trained = stub(monkeypatch, tmp_path, {})
     rows = je.sweep(three(tuning=None), tmp_path / "sweep", jobs=2, notify=str)

@@ -1,6 +1,6 @@
 """Fewer and wider heads at equal width: the softmax costs as much as there are heads.
 
-    jax-entropy sweep heads --jobs=2
+jax-entropy sweep heads --jobs=2
 """
 
 from jax_entropy.sweep import SCALES, Sweep, product

@@ -1,6 +1,6 @@
 """What each part without a nonlinearity brings, alone and together, to the softmax-only model and to the baseline.
 
-    jax-entropy sweep parts --jobs=2
+jax-entropy sweep parts --jobs=2
 """
 
 from jax_entropy.architecture import PARTS

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from jax_entropy.errors import UserError, nearest
 
 _CHOICES = {
-    "norm": ("none", "layer", "rms"),
-    "final_norm": ("none", "layer", "rms"),
+    "norm": ("none", "layer", "rms", "frozen", "tanh"),
+    "final_norm": ("none", "layer", "rms", "frozen", "tanh"),
     "activation": ("identity", "gelu", "gelu_tanh", "relu", "leaky_relu"),
     "slope": ("fixed", "layer", "global"),
-    "ffn": ("full", "fused"),
-    "reparametrization": ("none", "weight", "spectral"),
+    "ffn": ("full", "fused", "bilinear"),
+    "reparametrization": ("none", "weight", "spectral", "sigma"),
     "reparametrized": ("", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"),
     "temperature_parameter": ("direct", "log"),
     "bias": ("none", "qk", "all"),
@@ -37,24 +37,27 @@ class ModelConfig:
     num_layers: int = 12
     num_heads: int = 12
     model_dim: int = 768
-    ffn_dim: int | None = None  # None: 4·D, or D where the feed-forward is fused
+    ffn_dim: int | None = None  # None: 4·D, D where the feed-forward is fused, 2·D where it is bilinear
     context_length: int = 128  # tokens
     vocab_size: int = 50257
 
     # What the notation writes.
-    norm: str = "layer"  # before attention and feed-forward: none | layer | rms
+    norm: str = "layer"  # before attention and feed-forward: none | layer | rms | frozen (linear) | tanh (DyT)
     activation: str = "gelu"  # identity | gelu (erf) | gelu_tanh | relu | leaky_relu
     negative_slope: float = 0.01  # of leaky_relu; the initial value where it is learned
     slope: str = "fixed"  # of leaky_relu: fixed | layer (learned, one a layer) | global (learned, one in all)
-    ffn: str = "full"  # full | fused (one D×D matrix)
+    ffn: str = "full"  # full | fused (one D×D matrix) | bilinear (the product of two branches)
     scaled: bool = False  # Eq. 8: learned α and β around the feed-forward
     ffn_free_layers: int = 0  # the k deepest blocks have no feed-forward
-    reparametrization: str = "none"  # none | weight | spectral
+    reparametrization: str = "none"  # none | weight | spectral | sigma (spectral times a learned scalar)
     reparametrized: str = ""  # which linear layers: QK | FFN | QK+FFN | QKV+FFN | QKVO+FFN
     learnable_temperature: bool = False  # SM(t), one per head and query position
+    power: int = 0  # PSM(p): weights are (s + c)^p, normalised, with a learned c a head; 0: softmax
     entropy_regularizer: bool = False  # EReg: learned thresholds θ [L, N]
     conv_width: int = 0  # Conv4: causal depthwise convolution over so many positions of q, k and v
     rotary: bool = False  # RoPE: q and k are rotated by their positions
+    qk_norm: bool = False  # QKN: queries and keys have the size of 1, times a learned scalar a head
+    logit_cap: int = 0  # Cap(30): logits are 30·tanh(s/30); 0: none
     value_residual: bool = False  # VRes: v of layer 0 is mixed into those of the others
 
     # What it leaves open.
@@ -106,6 +109,13 @@ class ModelConfig:
             raise UserError(f"a fused feed-forward (ScFuFFN) has no room for activation={self.activation!r}; use ScFFN")
         if self.ffn == "fused" and self.ffn_dim not in (None, self.model_dim):
             raise UserError(f"a fused feed-forward (ScFuFFN) is D×D: ffn_dim={self.ffn_dim} must be {self.model_dim}")
+        if self.ffn == "bilinear" and self.scaled:
+            raise UserError("the notation has no bilinear feed-forward with scales; take BiFFN (scaled=False)")
+        if self.ffn == "bilinear" and self.activation != "identity":
+            raise UserError(
+                f"a bilinear feed-forward (BiFFN) has its product in the place of activation={self.activation!r}; "
+                "leave one of them out"
+            )
         if (self.reparametrization == "none") != (self.reparametrized == ""):
             raise UserError(
                 f"reparametrization={self.reparametrization!r} and reparametrized={self.reparametrized!r} go together"
@@ -126,6 +136,19 @@ class ModelConfig:
                 f"RoPE rotates pairs of features, and heads of model_dim={self.model_dim} / num_heads={self.num_heads} "
                 f"have {self.head_dim}; the width of a head must be even"
             )
+        if not (isinstance(self.power, int) and 0 <= self.power <= 16 and self.power % 2 == 0):
+            raise UserError(f"the power of PSM({self.power}) must be even, from 2 to 16")
+        if self.power and self.learnable_temperature:
+            raise UserError(
+                f"PSM({self.power}) has a learned shift in the place of a temperature; leave one of them out"
+            )
+        if not (isinstance(self.logit_cap, int) and self.logit_cap >= 0):
+            raise UserError(f"the bound of Cap({self.logit_cap}) must be a whole number of at least 1")
+        if self.power and self.logit_cap:
+            raise UserError(
+                f"Cap({self.logit_cap}) bounds what an exponential sees, and PSM({self.power}) has none; "
+                "leave one of them out"
+            )
         if not math.isfinite(self.negative_slope):
             raise UserError(f"the slope of LR({self.negative_slope}) must be a finite number")
 
@@ -137,7 +160,7 @@ class ModelConfig:
     @property
     def hidden_dim(self) -> int:
         """F, the width between the feed-forward's matrices."""
-        return self.ffn_dim or (self.model_dim if self.ffn == "fused" else 4 * self.model_dim)
+        return self.ffn_dim or {"full": 4, "fused": 1, "bilinear": 2}[self.ffn] * self.model_dim
 
     @property
     def stacks(self) -> dict[str, range]:
@@ -212,11 +235,14 @@ def _value(field: str, text: str) -> Any:
 
 
 _ATTENTION = Place("attention", {}, (
-    ("SM", dict(learnable_temperature=False)), ("SM(t)", dict(learnable_temperature=True)),
+    ("SM", dict(learnable_temperature=False, power=0)), ("SM(t)", dict(learnable_temperature=True, power=0)),
+    ("PSM({power:4})", dict(learnable_temperature=False)),
 ))  # fmt: skip
 # The paper's pieces come after it in this order, each at most once.
 _PIECES = (
-    Place("normalisation", dict(norm="none"), (("LN", dict(norm="layer")), ("RN", dict(norm="rms")))),
+    Place("normalisation", dict(norm="none"), (
+        ("LN", dict(norm="layer")), ("RN", dict(norm="rms")), ("FN", dict(norm="frozen")), ("DyT", dict(norm="tanh")),
+    )),
     Place("activation", dict(activation="identity"), (
         ("G", dict(activation="gelu")),
         ("G", dict(activation="gelu_tanh")),  # has no spelling of its own
@@ -226,17 +252,21 @@ _PIECES = (
         ("LR(global)", dict(activation="leaky_relu", slope="global")),
     )),
     Place("reparametrisation", dict(reparametrization="none", reparametrized=""), tuple(
-        (f"{kind[0].upper()}Norm({target})", dict(reparametrization=kind, reparametrized=target))
-        for kind in ("weight", "spectral") for target in _CHOICES["reparametrized"][1:]
+        (f"{spelling}({target})", dict(reparametrization=kind, reparametrized=target))
+        for spelling, kind in (("WNorm", "weight"), ("SNorm", "spectral"), ("SReparam", "sigma"))
+        for target in _CHOICES["reparametrized"][1:]
     )),
     Place("feed-forward", dict(ffn="full", scaled=False), (
         ("ScFFN", dict(ffn="full", scaled=True)), ("ScFuFFN", dict(ffn="fused", scaled=True)),
+        ("BiFFN", dict(ffn="bilinear", scaled=False)),
     )),
 )  # fmt: skip
 # Parts come last, in any order, each at most once; they are printed in this one.
 _PARTS = (
     Place("convolution", dict(conv_width=0), (("Conv{conv_width:4}", {}),)),
+    Place("QK-norm", dict(qk_norm=False), (("QKN", dict(qk_norm=True)),)),
     Place("rotation", dict(rotary=False), (("RoPE", dict(rotary=True)),)),
+    Place("soft cap", dict(logit_cap=0), (("Cap({logit_cap:30})", {}),)),
     Place("value residual", dict(value_residual=False), (("VRes", dict(value_residual=True)),)),
 )
 PLACES = (_ATTENTION, *_PIECES, *_PARTS)
@@ -246,6 +276,7 @@ EXAMPLES = (
     "SM+LN+G", "SM+LN+R", "SM+LN", "SM+RN+G", "SM+G", "SM+R", "SM", "SM+LR(0.01)", "SM+LR(layer)", "SM+LR(global)",
     *(f"SM+{piece}" for piece in _PIECES[2].examples()),
     "SM+ScFFN", "SM+ScFuFFN", "SM+ScFuFFN^6", "SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN)", "EReg(SM(t)+ScFuFFN^6)",
+    "SM+FN+G", "SM+DyT+G", "SM+BiFFN", "PSM(4)+ScFuFFN",
 )  # fmt: skip
 _PROPOSALS = (*EXAMPLES, *(f"EReg({name})" for name in EXAMPLES if not name.startswith("EReg")))
 _PROPOSALS += tuple(f"SM+ScFuFFN+{part}" for part in PARTS)
@@ -255,7 +286,8 @@ def architecture(name: str, **overrides: Any) -> ModelConfig:
     """Parses the paper's notation, as in Table 1, §4 and Appendix A, and its parts into a `ModelConfig`.
 
     Args:
-      name: `[EReg(] SM[(t)] [+LN|+RN] [+G|+R|+LR(slope)] [+WNorm(X)|+SNorm(X)] [+ScFFN|+ScFuFFN] [+part]… [^k] [)]`.
+      name: `[EReg(] SM[(t)]|PSM(p) [+LN|+RN|+FN|+DyT] [+G|+R|+LR(slope)] [+WNorm(X)|+SNorm(X)|+SReparam(X)]
+        [+ScFFN|+ScFuFFN|+BiFFN] [+part]… [^k] [)]`.
       **overrides: any field of `ModelConfig`; they win over the notation.
     Raises:
       UserError (a ValueError): names the piece that is wrong and the nearest valid spelling.

@@ -14,21 +14,24 @@ from jax_entropy.architecture import ModelConfig
 from jax_entropy.model import Transformer
 
 # What tables of private execution add up and a picture has one color for.
-GROUPS = SOFTMAX, NORM, ACTIVATION, ATTENTION, FFN, VOCABULARY = (
-    "softmax", "LayerNorm", "GELU, ReLU", "attention, linear", "feed-forward, linear", "embedding, vocabulary",
+GROUPS = SOFTMAX, NORM, ACTIVATION, PRODUCT, ATTENTION, FFN, VOCABULARY = (
+    "softmax", "LayerNorm", "GELU, ReLU", "bilinear product", "attention, linear", "feed-forward, linear",
+    "embedding, vocabulary",
 )  # fmt: skip
 
 
 class Kind(NamedTuple):
     """A kind of operation: its printed name, its group in reports, and the value of a config's field that asks for it.
 
-    field: "norm" or "activation", pieces of the notation; "": every model has it, or other fields decide.
+    field: "norm", "activation" or "ffn", pieces of the notation; "": every model has it, or other fields decide.
+    linear: no nonlinearity, though it has a name; an optimised export folds it away.
     """
 
     name: str
     group: str
     field: str = ""
     value: str = ""
+    linear: bool = False
 
 
 # In the order of a forward pass. A new nonlinearity is a row here, beside its function and its private stage.
@@ -36,11 +39,16 @@ KINDS = (
     Kind("embedding", VOCABULARY),
     Kind("LayerNorm", NORM, "norm", "layer"),
     Kind("RMSNorm", NORM, "norm", "rms"),
+    Kind("frozen norm", NORM, "norm", "frozen", linear=True),
+    Kind("DyT", NORM, "norm", "tanh"),
     Kind("projections", ATTENTION),
     Kind("rotation", ATTENTION),
+    Kind("QK-norm", NORM),
     Kind("temperature", ATTENTION),
     Kind("scores", ATTENTION),
+    Kind("soft cap", SOFTMAX),
     Kind("softmax", SOFTMAX),
+    Kind("power softmax", SOFTMAX),
     Kind("mix", ATTENTION),
     Kind("output projection", ATTENTION),
     Kind("feed-forward", FFN),
@@ -48,12 +56,15 @@ KINDS = (
     Kind("GELU (tanh)", ACTIVATION, "activation", "gelu_tanh"),
     Kind("ReLU", ACTIVATION, "activation", "relu"),
     Kind("leaky ReLU", ACTIVATION, "activation", "leaky_relu"),
+    Kind("bilinear product", PRODUCT, "ffn", "bilinear"),
     Kind("residual", FFN),
     Kind("vocabulary", VOCABULARY),
     Kind("next token", VOCABULARY),
 )
+_LINEAR = {kind.name for kind in KINDS if kind.linear}
 NORMS = {kind.value: kind.name for kind in KINDS if kind.field == "norm"}
 ACTIVATIONS = {kind.value: kind.name for kind in KINDS if kind.field == "activation"}
+PRODUCTS = {kind.value: kind.name for kind in KINDS if kind.field == "ffn"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +115,18 @@ def census(config: ModelConfig) -> Census:
     """Counts the operations of a forward pass over `config.context_length` tokens."""
     T, D, F, L, N = config.context_length, config.model_dim, config.hidden_dim, config.num_layers, config.num_heads
     with_ffn = L - config.ffn_free_layers
-    matrices = D * D if config.ffn == "fused" else 2 * D * F
-    operations = [Operation("softmax", L * N, T, T)]
+    matrices = {"full": 2 * D * F, "fused": D * D, "bilinear": 3 * D * F}[config.ffn]
+    operations = [Operation("power softmax" if config.power else "softmax", L * N, T, T)]
+    if config.logit_cap:
+        operations.append(Operation("soft cap", L * N, T, T))
+    if config.qk_norm:
+        operations.append(Operation("QK-norm", 2 * L * N, T, config.head_dim))
     if config.norm != "none":
         operations.append(Operation(NORMS[config.norm], L + with_ffn, T, D))
     if config.activation != "identity" and with_ffn:
         operations.append(Operation(ACTIVATIONS[config.activation], with_ffn, T, F))
+    if config.ffn in PRODUCTS and with_ffn:
+        operations.append(Operation(PRODUCTS[config.ffn], with_ffn, T, F))
     final = [] if config.final_norm == "none" else [Operation(NORMS[config.final_norm], 1, T, D)]
     return Census(
         config=config,
@@ -118,8 +135,8 @@ def census(config: ModelConfig) -> Census:
         # Two multiply-adds turn a number of q and k.
         attention_flops=L * (8 * T * D**2 + 3 * T**2 * D + 6 * config.conv_width * T * D + 8 * config.rotary * T * D),
         parameters=_count_parameters(config),
-        operations=tuple(operations),
-        final_operations=tuple(final),
+        operations=tuple(operation for operation in operations if operation.name not in _LINEAR),
+        final_operations=tuple(operation for operation in final if operation.name not in _LINEAR),
     )
 
 

@@ -75,7 +75,21 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{field.name}={value} {bound.words}")
     for name in PATHS:
         local_path(flat[name], f"config.{name}")
-    model_config(config, 1 if config.model.vocab_size is None else config.model.vocab_size)
+    model = model_config(config, 1 if config.model.vocab_size is None else config.model.vocab_size)
+    if config.anneal.activation and architecture(config.architecture).activation != "identity":
+        raise UserError(
+            f"config.anneal.activation={config.anneal.activation!r} is to be taken out, and {config.architecture} keeps "
+            "an activation; name an architecture without one"
+        )
+    if 0 < config.anneal.end <= config.anneal.begin:
+        raise UserError(
+            f"config.anneal.end={config.anneal.end} must come after config.anneal.begin={config.anneal.begin}"
+        )
+    if config.optimizer.qk_clip and model.reparametrization in ("spectral", "sigma") and "Q" in model.reparametrized:
+        raise UserError(
+            f"config.optimizer.qk_clip={config.optimizer.qk_clip} scales queries and keys, which the spectral "
+            f"normalisation of {model} undoes; leave one of them out"
+        )
 
 
 def changes(stored: ConfigDict, config: ConfigDict, *, imported: bool = False, complete: bool = False) -> list[str]:

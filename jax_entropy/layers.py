@@ -15,21 +15,27 @@ from flax import linen as nn
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats, attention
+from jax_entropy.attention.transformed import capped, power
 from jax_entropy.parts import Convolution, rotate
 from jax_entropy.sharding import constrain
 
 _TEMPERATURE_FLOOR = 1e-4
 _POWER_ITERATIONS_AT_START = 15  # as torch's spectral_norm
+_RATE_MEMORY = 0.99  # of a frozen norm's mean rate, a step
 
 
 class Linear(nn.Module):
-    """y = x·W + b; W [*in, *out] may be given by weight or spectral normalisation (Table 5)."""
+    """y = x·W + b; W [*in, *out] may be given by weight or spectral normalisation (Table 5), or by σReparam.
+
+    σReparam (arXiv 2303.06296) is spectral normalisation times a learned scalar.
+    """
 
     out_shape: tuple[int, ...]
     init_std: float
     in_axes: int = 1
     split_inputs: bool = False  # over `tensor`; otherwise outputs are
     use_bias: bool = False
+    bias_init: float = 0.0
     reparametrization: str = "none"
     dtype: str = "float32"
 
@@ -42,15 +48,17 @@ class Linear(nn.Module):
         gain = vectors = None
         if self.reparametrization == "weight":
             gain = self.param("gain", lambda _: jnp.linalg.norm(matrix, axis=0).reshape(self.out_shape))
-        elif self.reparametrization == "spectral":
+        elif self.reparametrization in ("spectral", "sigma"):
             vectors = self._singular_vectors(matrix)
+        if self.reparametrization == "sigma":
+            gain = self.param("gamma", nn.initializers.ones, (), jnp.float32)
         matrix = effective_matrix(matrix, gain, vectors)
         # Rows are flattened: with two batch axes XLA's CPU backend computes the kernel's gradient far more slowly.
         matrix = constrain(matrix.astype(self.dtype), *(("tensor", None) if self.split_inputs else (None, "tensor")))
         y = x.reshape(-1, matrix.shape[0]) @ matrix
         y = y.reshape(*batch_shape, *self.out_shape)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.out_shape, jnp.float32)
+            bias = self.param("bias", nn.initializers.constant(self.bias_init), self.out_shape, jnp.float32)
             y = y + jnp.expand_dims(bias.astype(self.dtype), range(len(batch_shape)))
         return y
 
@@ -77,13 +85,16 @@ def effective_matrix(matrix: Any, gain: Any, vectors: tuple[Any, Any] | None) ->
 
     Args:
       matrix: the kernel, [in, out].
-      gain: of weight normalisation, one for each output.
-      vectors: of spectral normalisation, the left and right singular vector.
+      gain: of weight normalisation, one for each output; of σReparam a scalar.
+      vectors: of spectral normalisation and σReparam, the left and right singular vector.
     """
+    if vectors is not None:
+        matrix = matrix / (vectors[0] @ matrix @ vectors[1])
+        return matrix if gain is None else matrix * gain
     if gain is not None:
         norm = matrix.__array_namespace__().linalg.norm(matrix, axis=0)
         return matrix * (gain.reshape(-1) / norm)[None]
-    return matrix if vectors is None else matrix / (vectors[0] @ matrix @ vectors[1])
+    return matrix
 
 
 def _unit(vector: jax.Array) -> jax.Array:
@@ -94,9 +105,9 @@ def _linear(config: ModelConfig, role: str, out_shape: tuple[int, ...], **kwargs
     """The linear layer of one role (Q, K, V, O or FFN) under the config's biases and reparametrisation."""
     chosen = role in re.findall("FFN|[QKVO]", config.reparametrized)
     kwargs.setdefault("init_std", config.init_std)
+    kwargs.setdefault("use_bias", config.bias == "all" or (config.bias == "qk" and role in "QK"))
     return Linear(
         out_shape,
-        use_bias=config.bias == "all" or (config.bias == "qk" and role in "QK"),
         reparametrization=config.reparametrization if chosen else "none",
         dtype=config.dtype,
         **kwargs,
@@ -151,6 +162,10 @@ class Attention(nn.Module):
             q_BxTxNxH = Convolution(config.conv_width, name="query_convolution")(q_BxTxNxH, position)
             k_BxSxNxH = Convolution(config.conv_width, name="key_convolution")(k_BxSxNxH, position)
             v_BxSxNxH = Convolution(config.conv_width, name="value_convolution")(v_BxSxNxH, position)
+        if config.qk_norm:
+            q_BxTxNxH, k_BxSxNxH = (_of_size_1(x, config) for x in (q_BxTxNxH, k_BxSxNxH))
+            gain_N = self.param("qk_gain", nn.initializers.ones, (config.num_heads,), jnp.float32)
+            q_BxTxNxH = q_BxTxNxH * gain_N.astype(config.dtype)[None, None, :, None]
         if config.value_residual:
             # in layer 0 the mixture of v with itself
             first_BxTxNxH = jnp.where(layer == 0, v_BxSxNxH, stream.first_value_BxTxNxH)
@@ -173,7 +188,7 @@ class Attention(nn.Module):
             v_BxSxNxH = self._remember("value", v_BxSxNxH, position)
         out_BxTxNxH, stats = attention(
             q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT,
-            position=position if cached else None, implementation=config.attention,
+            position=position if cached else None, transform=self._transform(), implementation=config.attention,
         )  # fmt: skip
         out = _linear(config, "O", (D,), in_axes=2, split_inputs=True, init_std=_residual_std(config), name="out")
         return out(out_BxTxNxH), stream, Watched(stats, threshold_N, temperature_NxT)
@@ -183,6 +198,15 @@ class Attention(nn.Module):
         all_BxSxNxH = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new_BxTxNxH, position, 1)
         self.put_variable("cache", name, all_BxSxNxH)
         return all_BxSxNxH
+
+    def _transform(self) -> Callable[[jax.Array], jax.Array] | None:
+        """What the logits pass through on their way into the softmax."""
+        config = self.config
+        if config.power:  # where it begins, (1 + s/p)^p is close to e^s
+            initializer = nn.initializers.constant(float(config.power))
+            shift_N = self.param("shift", initializer, (config.num_heads,), jnp.float32)
+            return functools.partial(power, shift_N=positive(shift_N), exponent=config.power)
+        return functools.partial(capped, cap=float(config.logit_cap)) if config.logit_cap else None
 
     def _temperature(self) -> jax.Array:
         """The divisor t of App. A, positive whatever the optimiser does to its parameter."""
@@ -197,11 +221,23 @@ def temperature(parameter: jax.Array, config: ModelConfig) -> jax.Array:
     """The temperature that a parameter stands for: "direct" t ≈ |p| bounded away from 0, "log" t = exp(p)."""
     if config.temperature_parameter == "log":
         return jnp.exp(parameter)
+    return positive(parameter)
+
+
+def positive(parameter: jax.Array) -> jax.Array:
+    """|p|, bounded away from 0."""
     return jnp.sqrt(jnp.square(parameter) + _TEMPERATURE_FLOOR**2)
 
 
+def _of_size_1(x_BxTxNxH: jax.Array, config: ModelConfig) -> jax.Array:
+    """Each head's vector with a mean square of 1, computed in float32."""
+    wide = x_BxTxNxH.astype(jnp.promote_types(x_BxTxNxH.dtype, jnp.float32))
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_epsilon)
+    return (wide * factor).astype(config.dtype)
+
+
 class FeedForward(nn.Module):
-    """d→F→d with an activation, or one fused d→d matrix (§4)."""
+    """d→F→d with an activation, one fused d→d matrix (§4), or bilinear: (x·W₁ ⊙ (x·W₂ + b))·W₃, b = 1 at first."""
 
     config: ModelConfig
 
@@ -213,9 +249,20 @@ class FeedForward(nn.Module):
         hidden_BxTxF = _linear(config, "FFN", (config.hidden_dim,), name="up")(x_BxTxD)
         if config.slope == "layer" and config.activation == "leaky_relu":
             slope = self.param("negative_slope", nn.initializers.constant(config.negative_slope), (), jnp.float32)
-        hidden_BxTxF = _activate(hidden_BxTxF, config, slope)
+        if config.ffn == "bilinear":
+            # where the other branch is 1, the layer starts as a linear one
+            gate = _linear(config, "FFN", (config.hidden_dim,), use_bias=True, bias_init=1.0, name="gate")
+            hidden_BxTxF = hidden_BxTxF * gate(x_BxTxD)
+        hidden_BxTxF = self._annealed(hidden_BxTxF, _activate(hidden_BxTxF, config, slope))
         down = _linear(config, "FFN", (D,), split_inputs=True, init_std=_residual_std(config), name="down")
         return down(hidden_BxTxF)
+
+    def _annealed(self, x: jax.Array, activated: jax.Array) -> jax.Array:
+        """In a run that takes the activation out: its negative side gets a slope that rises from 0 to 1."""
+        if not self.has_variable("annealing", "amount"):
+            return activated
+        amount = self.get_variable("annealing", "amount").astype(x.dtype)
+        return amount * x + (1 - amount) * activated
 
 
 def _activate(x: jax.Array, config: ModelConfig, slope: jax.Array | None) -> jax.Array:
@@ -238,9 +285,53 @@ def normalise(kind: str, config: ModelConfig, name: str) -> Callable[[jax.Array]
     """The normalisation layer of a kind, statistics in float32; the identity for "none"."""
     if kind == "none":
         return lambda x: x
+    if kind in ("frozen", "tanh"):
+        return (FrozenNorm if kind == "frozen" else DynamicTanh)(config, name=name)
     # E[x²] − E[x]² would lose the variance of a stream whose mean is large
     layer = functools.partial(nn.LayerNorm, use_fast_variance=False) if kind == "layer" else nn.RMSNorm
     return layer(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
+
+
+class FrozenNorm(nn.Module):
+    """LayerNorm without its row statistics: (x − mean)·scale + bias, a linear map that the next matrix takes in.
+
+    With the collection `annealing` it is on its way there: 1/deviation of a row, of which an `amount` is already `rate`,
+    the mean of all rows seen so far.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        config, D = self.config, x_BxTxD.shape[-1:]
+        scale_D = self.param("scale", nn.initializers.ones, D, jnp.float32)
+        bias_D = self.param("bias", nn.initializers.zeros, D, jnp.float32)
+        x_BxTxD = x_BxTxD.astype(jnp.promote_types(x_BxTxD.dtype, jnp.float32))
+        x_BxTxD = x_BxTxD - jnp.mean(x_BxTxD, axis=-1, keepdims=True)
+        if self.has_variable("annealing", "amount"):
+            rate_BxTx1 = jax.lax.rsqrt(jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True) + config.norm_epsilon)
+            amount, rate = self.get_variable("annealing", "amount"), self.get_variable("annealing", "rate")
+            if self.is_mutable_collection("annealing"):
+                mean = jax.lax.stop_gradient(jnp.mean(rate_BxTx1))
+                followed = jnp.where(rate == 0, mean, _RATE_MEMORY * rate + (1 - _RATE_MEMORY) * mean)
+                rate = jnp.where(amount < 1, followed, rate)
+                self.put_variable("annealing", "rate", rate)
+            x_BxTxD = x_BxTxD * ((1 - amount) * rate_BxTx1 + amount * rate)
+        return (x_BxTxD * scale_D[None, None] + bias_D[None, None]).astype(config.dtype)
+
+
+class DynamicTanh(nn.Module):
+    """tanh(α·x)·scale + bias in place of a norm, α learned (DyT, arXiv 2503.10622)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        alpha = self.param("alpha", nn.initializers.constant(0.5), (), jnp.float32)
+        scale_D = self.param("scale", nn.initializers.ones, x_BxTxD.shape[-1:], jnp.float32)
+        bias_D = self.param("bias", nn.initializers.zeros, x_BxTxD.shape[-1:], jnp.float32)
+        y_BxTxD = jnp.tanh(alpha * x_BxTxD.astype(jnp.promote_types(x_BxTxD.dtype, jnp.float32)))
+        return (y_BxTxD * scale_D[None, None] + bias_D[None, None]).astype(self.config.dtype)
 
 
 class Block(nn.Module):

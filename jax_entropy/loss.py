@@ -24,12 +24,16 @@ _WHOLE, _ROWS = PartitionSpec(), PartitionSpec(BATCH)
 
 
 class LossParts(NamedTuple):
-    """Parts of the loss: cross_entropy (nats/token), penalty (nats², not yet times λ), Aux, other collections."""
+    """Parts of the loss: cross_entropy (nats/token), penalty (nats², not yet times λ), Aux, other collections.
+
+    divergence: from a teacher, nats/token; None without one.
+    """
 
     cross_entropy: jax.Array
     penalty: jax.Array
     aux: Aux
     collections: dict[str, Any]
+    divergence: jax.Array | None = None
 
 
 def loss_fn(
@@ -42,6 +46,9 @@ def loss_fn(
     reduction: str = "row_sum",
     shape: str = "deadzone",
     collections: dict[str, Any] | None = None,
+    teacher: dict[str, Any] | None = None,
+    distillation: float = 0.0,
+    distillation_temperature: float = 1.0,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, LossParts]:
     """`L_CE + λ·L_ent` (Algorithm 1), for `jax.value_and_grad(..., has_aux=True)`.
@@ -52,6 +59,9 @@ def loss_fn(
       penalty_weight: λ; a number, or the value of an Optax schedule at this step. Without EReg there is no penalty.
       tolerance, reduction, shape: see `entropy_penalty`.
       collections: other collections of the model (`spectral`); updated ones come back in `LossParts`.
+      teacher: variables of the same model to learn from.
+      distillation: share of the cross-entropy that the divergence from the teacher takes the place of.
+      distillation_temperature: see `teacher_divergence`.
       dropout_key: switches the embedding dropout on.
     Returns:
       (loss in nats per token, LossParts).
@@ -65,13 +75,45 @@ def loss_fn(
         rngs={} if dropout_key is None else {"dropout": dropout_key},
     )
     loss = cross = cross_entropy(hidden_BxTxD, head_VxD, tokens_BxT1[:, 1:])
-    penalty = jnp.zeros(())
+    penalty, divergence = jnp.zeros(()), None
+    if teacher is not None:
+        theirs_BxTxD, their_head_VxD, _ = model.apply(teacher, tokens_BxT1[:, :-1], method="hidden")
+        divergence = teacher_divergence(
+            hidden_BxTxD, head_VxD, theirs_BxTxD, their_head_VxD, temperature=distillation_temperature
+        )
+        loss = (1 - distillation) * cross + distillation * divergence
     if aux.threshold is not None:
         penalty = entropy_penalty(
             aux.stats.entropy, aux.threshold, tolerance=tolerance, reduction=reduction, shape=shape
         )
-        loss = cross + penalty_weight * penalty
-    return loss, LossParts(cross, penalty, aux, updated)
+        loss = loss + penalty_weight * penalty
+    return loss, LossParts(cross, penalty, aux, updated, divergence)
+
+
+def teacher_divergence(
+    hidden_BxTxD: jax.Array,
+    head_VxD: jax.Array,
+    theirs_BxTxD: jax.Array,
+    their_head_VxD: jax.Array,
+    *,
+    temperature: float,
+) -> jax.Array:
+    """τ²·KL(teacher ‖ model) of the distributions at temperature τ, in nats per token; both are chunked like the loss.
+
+    The teacher is not differentiated. τ² keeps the size of the gradient (arXiv 1503.02531).
+    """
+
+    @jax.checkpoint
+    def chunk_sum(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        ours, theirs = (
+            jax.nn.log_softmax(logits(hidden, head) / temperature)
+            for hidden, head in zip(chunk, (head_VxD, jax.lax.stop_gradient(their_head_VxD)), strict=True)
+        )
+        return jnp.sum(jnp.exp(theirs) * (theirs - ours))
+
+    count = hidden_BxTxD.shape[0] * hidden_BxTxD.shape[1]
+    chunks = _split(hidden_BxTxD, jax.lax.stop_gradient(theirs_BxTxD), head_VxD.shape[0])
+    return temperature**2 * jnp.sum(jax.lax.map(chunk_sum, chunks)) / count
 
 
 def token_losses(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
@@ -124,10 +166,10 @@ def _chunk_losses(hidden_BxTxD, head_VxD, targets_BxT) -> jax.Array:
 
 def _split(hidden_BxTxD, targets_BxT, vocab_size) -> tuple[jax.Array, jax.Array]:
     """Cuts along T into the fewest equal chunks that stay small; [C, B, T/C, …]."""
-    B, T = targets_BxT.shape
+    B, T = targets_BxT.shape[:2]
     most = _CHUNK_ELEMENTS.get(platform(), _CHUNK_ELEMENTS_ELSEWHERE)
     count = next(c for c in range(1, T + 1) if T % c == 0 and (B * T // c * vocab_size <= most or c == T))
     return (
         rearrange(hidden_BxTxD, "B (C T) D -> C B T D", C=count),
-        rearrange(targets_BxT, "B (C T) -> C B T", C=count),
+        rearrange(targets_BxT, "B (C T) ... -> C B T ...", C=count),
     )

@@ -18,7 +18,7 @@ _GROUPS = (
     ("embedding", r"embedding$|head$"),
     ("temperature", r"temperature$"),
     ("threshold", r"threshold$"),
-    ("scale", r"alpha$|beta$|negative_slope$|value_mix$"),
+    ("scale", r"alpha$|beta$|gamma$|negative_slope$|value_mix$|shift$|qk_gain$"),
     ("norm", r"norm\d?/|final_norm/"),
     ("attention", r"attention/"),
     ("feed_forward", r"ffn/"),

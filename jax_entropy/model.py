@@ -29,7 +29,7 @@ class Transformer(nn.Module):
     """A decoder-only language model.
 
     Variables: `params`, and `spectral` (power-iteration vectors) where layers are spectrally normalised; pass
-    `mutable=["spectral"]` in training. An rng named "dropout" switches the embedding dropout on. With `empty_cache` as
+    `mutable=["spectral"]` in training; likewise `annealing` in a run that takes nonlinearities out (annealing.py). An rng named "dropout" switches the embedding dropout on. With `empty_cache` as
     the collection `cache`, and that mutable, `decode` reads a text piece by piece.
     """
 
@@ -99,7 +99,7 @@ def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:
     block = nn.remat(Block, prevent_cse=False) if config.remat else Block
     return nn.scan(
         block,
-        variable_axes={"params": 0, "spectral": 0, "cache": 0},
+        variable_axes={"params": 0, "spectral": 0, "annealing": 0, "cache": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=length,

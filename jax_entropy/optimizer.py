@@ -1,8 +1,12 @@
-"""The paper's optimiser (§6 settings) as an Optax chain: clipping, AdamW with a decay mask, warm-up and decay."""
+"""The paper's optimiser (§6 settings) as an Optax chain: clipping, AdamW with a decay mask, warm-up and decay.
+
+QK-clip comes after the update, and is no part of the chain: it looks at logits, not at gradients.
+"""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -53,3 +57,34 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
             mask=decay_mask,
         ),
     )
+
+
+def qk_clip(params: Any, max_logit_LxN: jax.Array, limit: float) -> tuple[Any, jax.Array]:
+    """QK-clip (MuonClip, arXiv 2507.20534): W_q and W_k of a head whose logits passed a limit, each times √(limit/max).
+
+    Args:
+      params: of the model, after the optimiser's update.
+      max_logit_LxN: largest logit of each head in this step's batch, divided by temperatures as the softmax sees it.
+      limit: τ.
+    Returns:
+      The parameters, and what each head's logits were multiplied by [L, N]: 1 where they were below the limit.
+    """
+    factor_LxN = limit / jnp.maximum(max_logit_LxN, limit)
+    clipped, first = dict(params), 0
+    for stack in ("blocks", "blocks_without_ffn"):
+        if stack in params:
+            attention = params[stack]["attention"]
+            last = first + attention["query"]["kernel"].shape[0]
+            root_LxN = jnp.sqrt(factor_LxN[first:last])
+            scaled = {side: _scale_heads(attention[side], root_LxN) for side in ("query", "key")}
+            clipped[stack], first = params[stack] | {"attention": attention | scaled}, last
+    return clipped, factor_LxN
+
+
+def _scale_heads(linear: dict[str, jax.Array], factor_LxN: jax.Array) -> dict[str, jax.Array]:
+    """A layer to the heads whose outputs are multiplied by a factor; weight normalisation keeps it in the gain."""
+    names = ("gain" if "gain" in linear else "kernel", "bias")
+    scaled = {name: linear[name] for name in names if name in linear}
+    return linear | {
+        name: x * jnp.expand_dims(factor_LxN, (*range(1, x.ndim - 2), x.ndim - 1)) for name, x in scaled.items()
+    }

@@ -11,10 +11,11 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from jax_entropy.annealing import advanced, beginning, is_annealed
 from jax_entropy.loss import LossParts, loss_fn
 from jax_entropy.metrics import entropy_metrics, gradient_norms
 from jax_entropy.model import Transformer
-from jax_entropy.optimizer import learning_rate_schedule, make_optimizer
+from jax_entropy.optimizer import learning_rate_schedule, make_optimizer, qk_clip
 from jax_entropy.seeds import random_key
 from jax_entropy.sharding import BATCH, batch_sharding, constrain, tree_sharding
 
@@ -24,23 +25,33 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # optimiser steps done
     params: Any
-    collections: Any  # Flax collections beside the parameters: {} or {"spectral": …}
+    collections: Any  # Flax collections beside the parameters: {} or {"spectral": …, "annealing": …, "teacher": …}
     opt_state: Any
     key: jax.Array
 
     @property
     def variables(self) -> dict[str, Any]:
         """What `Transformer.apply` takes."""
-        return {"params": self.params, **self.collections}
+        return {"params": self.params} | {name: of for name, of in self.collections.items() if name != "teacher"}
 
 
 def init_state(config: ConfigDict, model: Transformer) -> TrainState:
     """The state before the first step, a function of config.seed alone."""
     init_key, key = jax.random.split(random_key(config.seed))
-    collections = dict(model.init(init_key, jnp.zeros((1, 1), jnp.int32)))
-    params = collections.pop("params")
+    variables = dict(model.init(init_key, jnp.zeros((1, 1), jnp.int32)))
+    params, collections = variables["params"], beside(config, model, variables)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     return TrainState(jnp.zeros((), jnp.int32), params, collections, optimizer.init(params), jax.random.key_data(key))
+
+
+def beside(config: ConfigDict, model: Transformer, variables: dict[str, Any]) -> dict[str, Any]:
+    """The collections beside the parameters of a run that begins with a model's variables."""
+    collections = {name: tree for name, tree in variables.items() if name != "params"}
+    if config.anneal.distillation:  # what it begins with is its teacher
+        collections["teacher"] = jax.tree.map(jnp.array, variables)  # a copy: the state's own is donated
+    if is_annealed(config, model.config):
+        collections["annealing"] = beginning(config, model.config)
+    return collections
 
 
 def abstract_state(config: ConfigDict, model: Transformer, mesh: Mesh | None = None) -> TrainState:
@@ -62,13 +73,14 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
     """Returns `train_step(state, tokens [A·B, T+1], watch) -> (state, metrics)`; A batches accumulate in one update.
 
     `metrics` holds loss, cross_entropy, penalty, gradient_norm and the non-finite counts [L]; with `watch` (static)
-    also everything in metrics.py, and the learning rate.
+    also everything in metrics.py, the learning rate, and with QK-clip the logits it saw and its factors [L, N].
     """
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     learning_rate = learning_rate_schedule(config.optimizer, config.train.num_steps)
     weight_of, penalty, accumulate = penalty_schedule(config), config.penalty, config.optimizer.accumulate
+    annealed = is_annealed(config, model.config)
 
-    def gradients_of(params, collections, tokens_BxT1, key, step) -> tuple[Any, jax.Array, LossParts]:
+    def gradients_of(params, collections, teacher, tokens_BxT1, key, step) -> tuple[Any, jax.Array, LossParts]:
         (loss, parts), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
             params,
             constrain(tokens_BxT1, BATCH, None),
@@ -78,18 +90,21 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
             reduction=penalty.reduction,
             shape=penalty.shape,
             collections=collections,
+            teacher=teacher,
+            distillation=config.anneal.distillation,
+            distillation_temperature=config.anneal.distillation_temperature,
             dropout_key=key if model.config.embedding_dropout else None,
         )
         return gradients, loss, parts
 
-    def accumulated(state: TrainState, tokens, key):
+    def accumulated(state: TrainState, collections, teacher, tokens, key):
         """Mean gradients over A batches; their statistics are joined along the batch axis."""
 
         def one(carry, batch):
             index, tokens_BxT1 = batch
             total, collections = carry
             gradients, loss, parts = gradients_of(
-                state.params, collections, tokens_BxT1, jax.random.fold_in(key, index), state.step
+                state.params, collections, teacher, tokens_BxT1, jax.random.fold_in(key, index), state.step
             )
             total = jax.tree.map(lambda sum_, g: sum_ + g / accumulate, total, gradients)
             return (total, parts.collections), (loss, parts._replace(collections=None))
@@ -97,19 +112,25 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
         batches = rearrange(tokens, "(B A) T -> A B T", A=accumulate)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         (gradients, collections), (losses, parts) = jax.lax.scan(
-            one, (zeros, state.collections), (jnp.arange(accumulate), batches)
+            one, (zeros, collections), (jnp.arange(accumulate), batches)
         )
         stats = jax.tree.map(lambda s: rearrange(s, "A L B N T -> L (B A) N T"), parts.aux.stats)
         aux = jax.tree.map(lambda of_batches: of_batches[0], parts.aux)._replace(stats=stats)
-        means = jnp.mean(losses), LossParts(jnp.mean(parts.cross_entropy), jnp.mean(parts.penalty), aux, collections)
-        return gradients, *means
+        means = jax.tree.map(jnp.mean, (parts.cross_entropy, parts.penalty, parts.divergence))
+        return gradients, jnp.mean(losses), LossParts(means[0], means[1], aux, collections, means[2])
 
     def train_step(state: TrainState, tokens, watch: bool) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        kept, collections, teacher = {}, dict(state.collections), None
+        if "teacher" in collections:
+            kept["teacher"] = collections.pop("teacher")
+            teacher = kept["teacher"] | ({"annealing": beginning(config, model.config)} if annealed else {})
+        if annealed:
+            collections["annealing"] = advanced(collections["annealing"], config, model.config, state.step)
         if accumulate == 1:
-            gradients, loss, parts = gradients_of(state.params, state.collections, tokens, key, state.step)
+            gradients, loss, parts = gradients_of(state.params, collections, teacher, tokens, key, state.step)
         else:
-            gradients, loss, parts = accumulated(state, tokens, key)
+            gradients, loss, parts = accumulated(state, collections, teacher, tokens, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = dict(
             loss=loss,
@@ -118,12 +139,19 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
             gradient_norm=optax.global_norm(gradients),
             not_finite=jnp.sum(~jnp.isfinite(parts.aux.stats.logsumexp), axis=(1, 2, 3)),
         )
+        if parts.divergence is not None:
+            metrics["divergence"] = parts.divergence
         if watch:
             metrics |= entropy_metrics(parts.aux)
             metrics["gradient_norms"] = gradient_norms(gradients)
             metrics["learning_rate"] = learning_rate(state.step)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, parts.collections, opt_state, state.key), metrics
+        if limit := config.optimizer.qk_clip:
+            max_logit_LxN = jnp.max(parts.aux.stats.max_logit, axis=(1, 3))
+            params, factor_LxN = qk_clip(params, max_logit_LxN, limit)
+            if watch:
+                metrics |= dict(head_max_logit=max_logit_LxN, qk_clip=factor_LxN)
+        return TrainState(state.step + 1, params, parts.collections | kept, opt_state, state.key), metrics
 
     return train_step
 

@@ -14,6 +14,7 @@ TARGETS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")
 PLAIN = (
     "SM+LN+G", "SM+LN+R", "SM+LN", "SM+G", "SM+R", "SM", "SM+RN+G", "SM+LR(0.01)", "SM+LR(layer)", "SM+LR(global)",
     "SM+ScFFN", "SM+ScFuFFN", "SM(t)+ScFuFFN", *(f"SM+{kind}Norm({X})" for kind in "WS" for X in TARGETS),
+    "SM+FN+G", "SM+DyT+SReparam(QKV+FFN)+BiFFN", "PSM(4)+ScFuFFN+QKN", "SM(t)+LN+RoPE+Cap(30)",
 )  # fmt: skip
 NOTATIONS = (*PLAIN, *(f"EReg({name})" for name in PLAIN), *(f"{name}^6" for name in PLAIN))
 NOTATIONS += (
@@ -70,16 +71,20 @@ def test_overrides_win_over_the_notation():
 @st.composite
 def written_fields(draw):
     """Any combination of fields that the notation writes."""
-    fused = draw(st.booleans())
+    ffn, power = draw(st.sampled_from(["full", "fused", "bilinear"])), draw(st.sampled_from([0, 2, 6]))
+    activations = ["identity", "gelu", "relu", "leaky_relu"] if ffn == "full" else ["identity"]
     fields = dict(
-        ffn="fused" if fused else "full",
-        scaled=fused or draw(st.booleans()),
-        activation="identity" if fused else draw(st.sampled_from(["identity", "gelu", "relu", "leaky_relu"])),
-        norm=draw(st.sampled_from(["none", "layer", "rms"])),
-        learnable_temperature=draw(st.booleans()),
+        ffn=ffn,
+        scaled=ffn == "fused" or (ffn == "full" and draw(st.booleans())),
+        activation=draw(st.sampled_from(activations)),
+        norm=draw(st.sampled_from(["none", "layer", "rms", "frozen", "tanh"])),
+        power=power,
+        learnable_temperature=not power and draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        logit_cap=0 if power else draw(st.sampled_from([0, 30])),
         entropy_regularizer=draw(st.booleans()),
         ffn_free_layers=draw(st.integers(0, 12)),
-        reparametrization=draw(st.sampled_from(["none", "weight", "spectral"])),
+        reparametrization=draw(st.sampled_from(["none", "weight", "spectral", "sigma"])),
     )
     fields |= dict(conv_width=draw(st.sampled_from([0, 2, 4])), rotary=draw(st.booleans()))
     fields |= dict(value_residual=draw(st.booleans()))
@@ -234,6 +239,15 @@ def test_a_fused_feed_forward_is_square():
     with pytest.raises(UserError, match="ffn_dim=100 must be 768"):
         architecture("SM+ScFuFFN", ffn_dim=100)
     assert architecture("SM+ScFuFFN", ffn_dim=768).hidden_dim == 768
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("PSM(3)", r"the power of PSM\(3\) must be even"), ("PSM(18)", "from 2 to 16"), ("PSM(2)+Cap(30)", "PSM.2. has none"),
+    ("SM+G+BiFFN", "in the place of activation='gelu'"),
+])  # fmt: skip
+def test_what_cannot_go_together_is_a_sentence(name, message):
+    with pytest.raises(UserError, match=message):
+        architecture(name)
 
 
 def test_a_config_is_frozen_and_hashable():

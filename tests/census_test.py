@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from jax_entropy.architecture import _CHOICES, EXAMPLES, architecture
-from jax_entropy.census import ACTIVATIONS, GROUPS, KINDS, NORMS, census
+from jax_entropy.census import ACTIVATIONS, GROUPS, KINDS, NORMS, PRODUCTS, census
 from jax_entropy.commands.census import print_census, print_costs
 from jax_entropy.commands.main import main
 from jax_entropy.config import default_config
@@ -68,6 +68,9 @@ def test_table_3_literally():
         ("SM(t)+ScFuFFN", {}),
         ("EReg(SM+LN+G^6)", {"LayerNorm": "18×R^{128×768}", "GELU": "6×R^{128×3072}"}),
         ("SM+LN+G^12", {"LayerNorm": "12×R^{128×768}"}),
+        ("SM+FN+SReparam(QK)", {}),
+        ("SM+DyT+BiFFN^2", {"DyT": "22×R^{128×768}", "bilinear product": "10×R^{128×1536}"}),
+        ("SM+QKN+Cap(30)", {"soft cap": "144×R^{128×128}", "QK-norm": "288×R^{128×64}"}),
     ],
 )
 def test_other_architectures(name, expected):
@@ -146,6 +149,7 @@ def test_the_table_of_kinds_has_every_nonlinearity_of_the_notation_once():
     assert len({*names}) == len(names) and {kind.group for kind in KINDS} == {*GROUPS}
     assert {"none", *NORMS} == {*_CHOICES["norm"]} == {*_CHOICES["final_norm"]}
     assert {"identity", *ACTIVATIONS} == {*_CHOICES["activation"]}
+    assert {"full", "fused", *PRODUCTS} == {*_CHOICES["ffn"]}
 
 
 def test_the_vocabulary_is_that_of_the_tokenizer_that_a_config_names(tmp_path, capsys):

@@ -51,6 +51,9 @@ def attend(config, params, vectors, x, shared):
         q, k, v = (convolve(params[f"{name}_convolution"]["taps"], x) for name, x in zip(names, (q, k, v), strict=True))
     if config.value_residual:
         v = v + params["value_mix"] * (shared.setdefault("first value", v) - v)
+    if config.qk_norm:
+        q, k = (x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) for x in (q, k))
+        q = q * params["qk_gain"][:, None]
     if config.rotary:
         q, k = rotate(config, q), rotate(config, k)
     scores = np.einsum("BTNH,BSNH->BNTS", q, k) / math.sqrt(config.head_dim)
@@ -60,8 +63,14 @@ def attend(config, params, vectors, x, shared):
         scores = scores / t[None, :, :, None]
     visible = np.tril(np.ones((T, T), bool))
     largest = np.where(visible, scores, -np.inf).max(-1)
-    weights = np.where(visible, np.exp(scores - largest[..., None]), 0)
-    logsumexp = np.log(weights.sum(-1)) + largest
+    if config.logit_cap:
+        scores = config.logit_cap * np.tanh(scores / config.logit_cap)
+    if config.power:
+        shift = np.sqrt(params["shift"] ** 2 + 1e-8)[:, None, None]
+        scores = np.log((1 + scores / shift) ** config.power)
+    seen = np.where(visible, scores, -np.inf).max(-1)
+    weights = np.where(visible, np.exp(np.where(visible, scores, 0) - seen[..., None]), 0)
+    logsumexp = np.log(weights.sum(-1)) + seen
     weights = weights / weights.sum(-1, keepdims=True)
     entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(-1)
     out = np.einsum("BNTS,BSNH->BTNH", weights, v)
@@ -89,6 +98,9 @@ def rotate(config, x):
 def feed_forward(config, params, vectors, x, slope):
     if config.ffn == "fused":
         return linear(params["fused"], vectors.get("fused"), x)
+    if config.ffn == "bilinear":
+        x = linear(params["up"], vectors.get("up"), x) * linear(params["gate"], vectors.get("gate"), x)
+        return linear(params["down"], vectors.get("down"), x)
     x = linear(params["up"], vectors.get("up"), x)
     slope = params.get("negative_slope", config.negative_slope if slope is None else slope)
     activations = {
@@ -108,7 +120,7 @@ def linear(params, vectors, x, in_axes=1):
         matrix = params["gain"].ravel() * matrix / np.sqrt((matrix**2).sum(0))
     if vectors:
         left, right = vectors["singular_vectors"]
-        matrix = matrix / (left @ matrix @ right)
+        matrix = matrix / (left @ matrix @ right) * params.get("gamma", 1)
     y = x.reshape(*x.shape[: x.ndim - in_axes], -1) @ matrix
     return y.reshape(*y.shape[:-1], *kernel.shape[in_axes:]) + params.get("bias", 0)
 
@@ -118,7 +130,11 @@ def normalise(config, kind, params, x):
         return x
     if kind == "rms":
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * params["scale"]
+    if kind == "tanh":
+        return np.tanh(params["alpha"] * x) * params["scale"] + params["bias"]
     centered = x - x.mean(-1, keepdims=True)
+    if kind == "frozen":
+        return centered * params["scale"] + params["bias"]
     deviation = np.sqrt((centered**2).mean(-1, keepdims=True) + config.norm_epsilon)
     return centered / deviation * params["scale"] + params["bias"]
 

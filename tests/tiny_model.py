@@ -20,10 +20,11 @@ ARCHITECTURES = (
     *(f"SM+{kind}Norm({target})" for kind in "WS" for target in TARGETS),
     "SM+ScFFN", "SM+ScFuFFN", "SM+ScFuFFN^1", "SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN)", "EReg(SM(t)+ScFuFFN^1)",
     "EReg(SM(t)+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN^1)", "EReg(SM+RN+LR(layer)+WNorm(QKVO+FFN)+ScFFN^2)",
-    "EReg(SM(t)+ScFuFFN+Conv4+RoPE+VRes^1)",
+    "EReg(SM(t)+ScFuFFN+Conv4+RoPE+VRes^1)", "SM+FN+G+SReparam(QK+FFN)", "EReg(PSM(6)+DyT+BiFFN+Conv4^1)",
+    "SM(t)+LN+BiFFN+QKN+RoPE+Cap(5)",
 )  # fmt: skip
 # A few of them that go through every line of the model.
-VARIED = ("SM+LN+G", "SM+WNorm(QKVO+FFN)", "EReg(SM(t)+ScFuFFN^1)", *ARCHITECTURES[-3:])
+VARIED = ("SM+LN+G", "SM+WNorm(QKVO+FFN)", "EReg(SM(t)+ScFuFFN^1)", *ARCHITECTURES[-6:-3])
 
 
 def _quick_to_compile() -> dict[str, Any]:
@@ -100,7 +101,8 @@ def scattered(config: ModelConfig) -> dict[str, Any]:
     rng = np.random.default_rng(1)
 
     def one(path, leaf):
-        center = 1.0 if path[-1] in ("scale", "alpha", "beta", "gain", "temperature", "value_mix") else 0.0
+        centered = ("scale", "alpha", "beta", "gamma", "gain", "qk_gain", "temperature", "value_mix")
+        center = 1.0 if path[-1] in centered else 4.0 if path[-1] == "shift" else 0.0
         return center + 0.25 * rng.standard_normal(leaf.shape)
 
     params = {path: one(path, leaf) for path, leaf in flatten_dict(shapes(config)["params"]).items()}

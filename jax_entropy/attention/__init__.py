@@ -77,6 +77,7 @@ def attention(
     temperature_NxT: jax.Array | None = None,
     *,
     position: int | jax.Array | None = None,
+    transform: Callable[[jax.Array], jax.Array] | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, AttentionStats]:
     """Computes softmax(q_i·k_j / (t_i·√H))·v_j and the entropy of every row of weights (paper §2, App. A).
@@ -90,6 +91,8 @@ def attention(
       temperature_NxT: positive divisor t of the scaled logits by head and query position; None is 1.
       position: key at which the first query stands, traced or not, as in a cache of fixed size; keys behind a query may
         hold anything finite. None: S − T, the queries are the last T of the keys.
+      transform: of the logits [B, N, T, S] on their way into the softmax, as in transformed.py; only "dense" and "auto"
+        take one, and then no T×T array is kept either. max_logit stays that of the logits before it.
       implementation: "dense" keeps every weight; "blockwise" none of them, nor do the kernels "gpu" and
         "hopper"; all but dense in reverse mode only (no jvp, no second derivative). "auto": the fastest, see `choose`.
     Returns:
@@ -99,7 +102,14 @@ def attention(
     """
     _check(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT, position)
     (_, T, N, H), S = q_BxTxNxH.shape, k_BxSxNxH.shape[1]
-    attend = _implementation(implementation, q_BxTxNxH, S, position is None).function
+    if transform is None:
+        attend = _implementation(implementation, q_BxTxNxH, S, position is None).function
+    elif implementation in ("auto", "dense"):
+        attend = functools.partial(importlib.import_module(f"{__name__}.transformed").attend, transform=transform)
+    else:
+        raise UserError(
+            f"attention {implementation!r} computes the softmax of plain logits; PSM and Cap work with 'auto' or 'dense'"
+        )
     dtype = jnp.result_type(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, jnp.float32)
     scale_NxT = jnp.full((N, T), H**-0.5, dtype)
     if temperature_NxT is not None:

@@ -3,6 +3,8 @@
 The reference that the other implementations are held to.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -12,12 +14,20 @@ MASKED = -1e20
 
 
 def attend(
-    q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array, position: int | jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k)."""
+    q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array, position: int | jax.Array,
+    transform: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k).
+
+    transform: of the logits [B, N, T, S] on their way into the softmax; max logit is the largest before it.
+    """
     T, S = q_BxTxNxH.shape[1], k_BxSxNxH.shape[1]
     visible_TxS = jnp.arange(S)[None] <= jnp.arange(T)[:, None] + position
     s_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q_BxTxNxH, k_BxSxNxH, preferred_element_type=scale_NxT.dtype)
+    if transform is not None:
+        logits_BxNxTxS = s_BxNxTxS * scale_NxT[None, :, :, None]
+        largest_BxNxT = jnp.max(jnp.where(visible_TxS[None, None], logits_BxNxTxS, MASKED), axis=-1)
+        s_BxNxTxS, scale_NxT = transform(logits_BxNxTxS), jnp.ones_like(scale_NxT)
     s_BxNxTxS = jnp.where(visible_TxS[None, None], s_BxNxTxS, MASKED)
     max_BxNxT = jax.lax.stop_gradient(jnp.max(s_BxNxTxS, axis=-1))
     # Scaled after the maximum is taken off: what is exactly 0 then stays so, and no entropy falls below 0.
@@ -28,4 +38,6 @@ def attend(
     entropy_BxNxT = jnp.log(z_BxNxT) - jnp.sum(e_BxNxTxS * x_BxNxTxS, axis=-1) / z_BxNxT
     p_BxNxTxS = (e_BxNxTxS / z_BxNxT[..., None]).astype(v_BxSxNxH.dtype)
     out_BxTxNxH = jnp.einsum("BNTS,BSNH->BTNH", p_BxNxTxS, v_BxSxNxH, preferred_element_type=scale_NxT.dtype)
-    return out_BxTxNxH.astype(q_BxTxNxH.dtype), entropy_BxNxT, max_BxNxT + jnp.log(z_BxNxT), max_BxNxT
+    lse_BxNxT = max_BxNxT + jnp.log(z_BxNxT)
+    largest_BxNxT = max_BxNxT if transform is None else largest_BxNxT
+    return out_BxTxNxH.astype(q_BxTxNxH.dtype), entropy_BxNxT, lse_BxNxT, largest_BxNxT

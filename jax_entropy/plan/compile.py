@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jax_entropy.annealing import trained_model
 from jax_entropy.census import census
 from jax_entropy.chips import Chip
-from jax_entropy.config import check, model_config
+from jax_entropy.config import check
 from jax_entropy.data.tokenizer import vocabulary
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
@@ -81,7 +82,7 @@ def plan(config: ConfigDict, topology: str) -> Plan:
     check(config)
     chip, devices = devices_of(topology)
     mesh = config_mesh(config, devices)
-    model = Transformer(model_config(config, vocabulary(config)))
+    model = Transformer(trained_model(config, vocabulary(config)))
     state = abstract_state(config, model, mesh)
     state_sharding, tokens_sharding = jax.tree.map(lambda leaf: leaf.sharding, state), batch_sharding(mesh)
     sequences = config.train.batch_size * config.optimizer.accumulate
@@ -160,7 +161,7 @@ def _meshes(config: ConfigDict, devices: Sequence[jax.Device]) -> Iterator[tuple
             trial.mesh.update(data=-1, fsdp=fsdp, tensor=tensor)
             try:
                 mesh = config_mesh(trial, devices)
-                model = Transformer(model_config(trial, vocabulary(trial)))
+                model = Transformer(trained_model(trial, vocabulary(trial)))
                 abstract_state(trial, model, mesh)
                 found.append(tuple(mesh.shape.values()))
             except UserError as error:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from jax_entropy.annealing import settled, trained_model
 from jax_entropy.config import model_config
 from jax_entropy.data import Tokenizer, load_tokenizer
 from jax_entropy.errors import UserError
@@ -43,9 +44,10 @@ def load_run(workdir: str | os.PathLike, notify: Callable[[str], None] = print, 
     if not workdir.tokenizer.exists():
         raise UserError(f"{workdir.path} has no tokenizer.json; the run stopped before it trained")
     tokenizer = load_tokenizer(workdir.tokenizer)
-    model = Transformer(model_config(config, tokenizer.vocab_size))
-    state, step, meta = load_state(workdir, config, model, notify, best=best)
-    return Run(workdir, config, model, state.variables, tokenizer, step, meta.get("corpus"))
+    trained, end = trained_model(config, tokenizer.vocab_size), model_config(config, tokenizer.vocab_size)
+    state, step, meta = load_state(workdir, config, Transformer(trained), notify, best=best)
+    model, variables = settled(end, trained, state.variables)
+    return Run(workdir, config, Transformer(model), variables, tokenizer, step, meta.get("corpus"))
 
 
 def own_tokens(workdir: Workdir, config: ConfigDict) -> ConfigDict:

@@ -17,7 +17,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.optimizer import learning_rate_schedule
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
-from jax_entropy.state import TrainState, abstract_state, init_state
+from jax_entropy.state import TrainState, abstract_state, beside, init_state
 from jax_entropy.training.warm_start import Source, take_over
 
 
@@ -114,10 +114,9 @@ def _warm_start(setup: Setup, source: Source) -> Start:
         value = np.asarray(value)
         return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
 
-    params, collections = variables.pop("params"), variables
-    abstract = setup.abstract_state
+    abstract, collections = setup.abstract_state, beside(setup.config, setup.model, variables)
     state = setup.new_state()._replace(
-        params=jax.tree.map(place, params, abstract.params),
+        params=jax.tree.map(place, variables["params"], abstract.params),
         collections=jax.tree.map(place, collections, abstract.collections),
     )
     setup.checkpointer.save(0, state, None, dict(config=setup.config.to_dict(), corpus=None, guard=None))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_entropy import data
+from jax_entropy.annealing import settled, trained_model
 from jax_entropy.config import check, model_config
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
@@ -71,6 +72,10 @@ def train(
     if jax.process_index() > 0:
         notify = _say_nothing
     config, source = open_source(config, workdir, start_from, notify)
+    if config.anneal.distillation and not (source or Origin.read(workdir)):
+        raise UserError(
+            f"config.anneal.distillation={config.anneal.distillation} needs a model to learn from: start from one"
+        )
     if workdir.imported() and not config.data.tokenizer:  # an imported model reads text in its own tokens
         config = config.copy_and_resolve_references()
         config.data.tokenizer = workdir.tokenizer.name
@@ -100,10 +105,10 @@ def _train(
     profile: int,
 ) -> Result:
     # traced, not run: what cannot work is found before the corpus is prepared
-    rehearsal = Transformer(model_config(config, config.model.vocab_size or 1))
+    rehearsal = Transformer(trained_model(config, config.model.vocab_size or 1))
     abstract_state(config, rehearsal)
     corpus = _corpus(config, workdir, notify)
-    model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
+    model = Transformer(trained_model(config, corpus.tokenizer.vocab_size))
     notify(f"{config.architecture}: {_describe(config, model, corpus, mesh)}")
 
     iterator = _iterator(config, corpus)
@@ -120,7 +125,8 @@ def _train(
     variables = end.state.variables
     if jax.process_count() > 1:
         variables = multihost_utils.process_allgather(variables, tiled=True)
-    return Result(end.step, start.step, end.complete, model, variables, corpus, end.evaluation)
+    model, variables = settled(model_config(config, corpus.tokenizer.vocab_size), model.config, variables)
+    return Result(end.step, start.step, end.complete, Transformer(model), variables, corpus, end.evaluation)
 
 
 def _corpus(config: ConfigDict, workdir: Workdir, notify: Callable[[str], None]) -> data.Corpus:

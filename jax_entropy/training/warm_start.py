@@ -16,7 +16,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from jax_entropy.annealing import is_annealed
 from jax_entropy.architecture import ModelConfig
+from jax_entropy.config import default_config, model_config
 from jax_entropy.data import Tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.convert import folder_config, is_folder, read_folder
@@ -95,7 +97,11 @@ def source_config(path: str | os.PathLike) -> ConfigDict:
       UserError: it is neither.
     """
     path = local_path(path, "start_from")
-    return folder_config(path) if is_folder(path) else Workdir(path).read_config()
+    if is_folder(path):
+        return folder_config(path)
+    config = Workdir(path).read_config()
+    config.anneal = default_config(config.architecture).anneal  # what was taken out is gone
+    return config
 
 
 def open_source(
@@ -122,10 +128,31 @@ def open_source(
         if source.tokenizer is None and not config.data.tokenizer:
             raise UserError(f"{name} has no tokenizer; name its own as config.data.tokenizer")
         tokenizer = workdir.tokenizer.name
+    config = config.copy_and_resolve_references()
     if not config.data.tokenizer:  # the source's tokens are the run's, or its embedding means nothing
-        config = config.copy_and_resolve_references()
         config.data.tokenizer = tokenizer
+    if config.anneal.activation is None and config.anneal.end:
+        config.anneal.activation = (
+            _lost_activation(config, source) if source else workdir.read_config().anneal.activation
+        )
+    if (
+        source
+        and "frozen" in (source.model.norm, source.model.final_norm)
+        and is_annealed(config, _model(config, source))
+    ):
+        raise UserError(f"{name}, {source.model}, has no row statistics left; start from it with config.anneal.end=0")
     return config, source
+
+
+def _model(config: ConfigDict, source: Source) -> ModelConfig:
+    return model_config(config, config.model.vocab_size or source.model.vocab_size)
+
+
+def _lost_activation(config: ConfigDict, source: Source) -> str | None:
+    """The activation that the source has and the run's architecture has not, though it has room for it."""
+    model = _model(config, source)
+    room = model.activation == "identity" and model.ffn == "full"
+    return source.model.activation if room and source.model.activation != "identity" else None
 
 
 def _load(name: str, notify: Callable[[str], None]) -> Source:
@@ -134,6 +161,10 @@ def _load(name: str, notify: Callable[[str], None]) -> Source:
         model, variables, tokenizer = read_folder(path, notify)
     elif Workdir(path).exists():
         run = load_run(path, notify)
+        if "annealing" in run.variables:
+            raise UserError(
+                f"{name} is on its way to {run.config.architecture}; let it train to config.anneal.end first"
+            )
         model, variables, tokenizer = run.model.config, run.variables, run.tokenizer
     else:
         raise UserError(f"{name} is neither the workdir of a run nor a Hugging Face folder: it has no config.json")

@@ -29,6 +29,7 @@ def paper_cost(config: ModelConfig) -> PaperCost:
       UserError: what its tables do not cover: other sizes than D=768 with 12 heads, other norms or activations.
     """
     covered = config.norm in ("none", "layer") and config.activation in ("identity", "gelu", "gelu_tanh", "relu")
+    covered &= config.ffn != "bilinear" and not (config.power or config.qk_norm or config.logit_cap)
     if (config.model_dim, config.num_heads) != (768, 12) or not covered:
         raise UserError(
             f"the paper's tables are for model_dim=768 and num_heads=12 with LayerNorm, GELU or ReLU, not for {config} "

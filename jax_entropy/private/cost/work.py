@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.census import ACTIVATIONS, NORMS
+from jax_entropy.census import ACTIVATIONS, NORMS, PRODUCTS
 from jax_entropy.private.program.attention import tile_edge
 
 
@@ -36,7 +36,7 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
         num_tokens, config.model_dim, config.num_heads, config.head_dim, config.hidden_dim, config.vocab_size,
     )  # fmt: skip
     L, ffn = config.num_layers, config.num_layers - config.ffn_free_layers
-    linear = config.activation == "identity"
+    linear = config.activation == "identity" and config.ffn != "bilinear"
     one_matrix = config.ffn == "fused" or (linear and not plain)
     b = T if plain else tile_edge(T)
     n = T // b
@@ -48,32 +48,54 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
     projections = ((T, taps * D, D),) * 3 if plain else ((T, taps * D, 3 * D),)
     divided = dict(squared=(N * T * T,), multiplied=N * T * T) if tempered and plain else {}
     matrices = ((T, D, D),) if one_matrix else ((T, D, F), (T, F, D))
+    if config.ffn == "bilinear":
+        matrices = ((T, D, F), (T, D, F), (T, F, D)) if plain else ((T, D, 2 * F), (T, F, D))
     found = {
         "embedding": Work(1, ((T, V, D),)),
         "projections": Work(L, projections, waits=(len(projections),)),
         "scores": Work(L, ((T, H, T),) * N, False, (N * T * T,) if plain else (), **divided, waits=(1, N)),
-        "softmax": Work(
+        "mix": Work(L, ((T, T, H),) * N, False, multiplied=0 if plain else T * D, waits=(1, N)),
+        "output projection": Work(L, ((T, D, D),)),
+        "vocabulary": Work(1, ((T, D, V),)),
+    }
+    if config.power:
+        squarings = config.power.bit_length() - 2 + config.power.bit_count()  # and products, as many
+        found["power softmax"] = Work(
+            L, elements=(squarings * seen, N * T), squared=(squarings * seen, N * T),
+            multiplied=seen if plain else 0, waits=(1, squarings),
+        )  # fmt: skip
+    else:
+        found["softmax"] = Work(
             L,
             elements=(seen, N * compared, N * T),
             squared=(seen, N * T),
             multiplied=seen if plain else 0,
             waits=(1, halvings),
-        ),
-        "mix": Work(L, ((T, T, H),) * N, False, multiplied=0 if plain else T * D, waits=(1, N)),
-        "output projection": Work(L, ((T, D, D),)),
-        "vocabulary": Work(1, ((T, D, V),)),
-    }
+        )
+    if config.logit_cap:
+        size = N * T * T
+        found["soft cap"] = Work(L, elements=(size,), squared=(size,), multiplied=size)
+    if config.qk_norm:
+        found["QK-norm"] = Work(L, elements=(2 * T * D, 2 * T * N), multiplied=2 * T * D, scaled=T * N)
     if ffn:
         found["feed-forward"] = Work(ffn, matrices, waits=(len(matrices),))
         found["residual"] = Work(ffn, elements=(T * D,), scaled=T * D)
     for norm, kind in NORMS.items():
         if norms := (L + ffn) * (config.norm == norm) + (config.final_norm == norm):
             found[kind] = Work(norms, elements=(T * D, T), multiplied=T * D, scaled=T * D if plain else 0)
+            if norm == "tanh":
+                found[kind] = Work(norms, elements=(T * D,), squared=(T * D,), multiplied=T * D, scaled=T * D)
+            if norm == "frozen":
+                found[kind] = Work(norms, elements=(T * D,), scaled=T * D)
+                if not plain:
+                    del found[kind]
     if config.rotary:
         found["rotation"] = Work(L, elements=(2 * T * D,))
     if tempered and not plain:
         found["temperature"] = Work(L, elements=(T * D,), scaled=T * D)
-    if not linear and ffn:
+    if config.ffn in PRODUCTS and ffn:
+        found[PRODUCTS[config.ffn]] = Work(ffn, elements=(T * F,), multiplied=T * F)
+    if config.activation != "identity" and ffn:
         size, kind = T * F, ACTIVATIONS[config.activation]
         found[kind] = Work(ffn, elements=(size,), squared=(size,), multiplied=size, scaled=size)
     return found

@@ -58,20 +58,24 @@ def attention(blueprint: Blueprint, layer: int, num_tokens: int) -> list[Stage]:
     return [
         *_tempered(blueprint, layer, rows),
         Stage("scores", layer, scores, (q, k, *divided), ("scores",)),
-        *_softmax(blueprint, layer, functools.partial(_causal_exponentials, blueprint.rewrites.packed)),
+        *_softmax(blueprint, layer, functools.partial(_causal_weights, blueprint)),
         _mix(blueprint, layer, v, "NTS,SNH->TNH"),
     ]
 
 
 def _softmax(blueprint: Blueprint, layer: int, exponentials: Callable, *extra: str) -> list[Stage]:
     """scores → weights, or unnormalised ones and the reciprocals of their sums."""
+    config = blueprint.config
+    cap = lambda scores_NxTxS: config.logit_cap * jnp.tanh(scores_NxTxS / config.logit_cap)  # noqa: E731
+    capped = [Stage("soft cap", layer, cap, ("scores",), ("scores",))] if config.logit_cap else []
 
     def function(*arrays: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
         weights, total = exponentials(*arrays)
         return (weights, 1 / total) if blueprint.rewrites.denominator else weights / total[..., None]
 
     outputs = ("weights", "reciprocal") if blueprint.rewrites.denominator else ("weights",)
-    return [Stage("softmax", layer, function, ("scores", *extra), outputs)]
+    kind = "power softmax" if config.power else "softmax"
+    return [*capped, Stage(kind, layer, function, ("scores", *extra), outputs)]
 
 
 def _mix(blueprint: Blueprint, layer: int, values: str, equation: str) -> Stage:
@@ -85,13 +89,24 @@ def _mix(blueprint: Blueprint, layer: int, values: str, equation: str) -> Stage:
     return Stage("mix", layer, function, ("weights", values, *reciprocal), ("mixed",))
 
 
-def _causal_exponentials(packed: bool, scores_NxTxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(score − row maximum) under the causal mask [N, T, T], and its row sums [N, T].
+def _power(scores: jax.Array, exponent: int) -> jax.Array:
+    """(1 + score)^p of power softmax by squarings; the scores are divided by the shift already."""
+    square, product = 1 + scores, None
+    while exponent:
+        if exponent % 2:
+            product = square if product is None else product * square
+        if exponent := exponent // 2:
+            square = jnp.square(square)
+    return product
+
+
+def _causal_weights(blueprint: Blueprint, scores_NxTxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(score − row maximum), or a power, under the causal mask [N, T, T], and its row sums [N, T].
 
     Masked scores are replaced by their row's diagonal one, so that the exponential never sees a large negative number.
     """
     N, T, _ = scores_NxTxT.shape
-    tile = tile_edge(T) if packed else T
+    tile = tile_edge(T) if blueprint.rewrites.packed else T
     n = T // tile
     seen = jnp.tril(jnp.ones((tile, tile)))[None, None]
     tiles = [(i, j) for i in range(n) for j in range(i + 1)]
@@ -101,15 +116,19 @@ def _causal_exponentials(packed: bool, scores_NxTxT: jax.Array) -> tuple[jax.Arr
     diagonal_NxIxQx1 = (on_NxIxQxK * jnp.eye(tile)[None, None]).sum(-1, keepdims=True)
     on_NxIxQxK = on_NxIxQxK * seen + diagonal_NxIxQx1 * (1 - seen)
     stack_NxPxQxK = jnp.stack([on_NxIxQxK[:, i] if i == j else cut(i, j) for i, j in tiles], axis=1)
-    largest_NxPxQ = stack_NxPxQxK.max(-1)
-    # rows of the triangle are filled up with their last tile, so that one maximum serves them all
-    rows_NxIxJxQ = jnp.stack(
-        [jnp.stack([largest_NxPxQ[:, index[i, min(i, j)]] for j in range(n)], axis=1) for i in range(n)], axis=1
-    )
-    row_NxIxQ = rows_NxIxJxQ.max(2)
-    below_NxPxQ = jnp.stack([row_NxIxQ[:, i] for i, _ in tiles], axis=1)
+    if blueprint.config.power:
+        e_NxPxQxK = _power(stack_NxPxQxK, blueprint.config.power)
+    else:
+        largest_NxPxQ = stack_NxPxQxK.max(-1)
+        # rows of the triangle are filled up with their last tile, so that one maximum serves them all
+        rows_NxIxJxQ = jnp.stack(
+            [jnp.stack([largest_NxPxQ[:, index[i, min(i, j)]] for j in range(n)], axis=1) for i in range(n)], axis=1
+        )
+        row_NxIxQ = rows_NxIxJxQ.max(2)
+        below_NxPxQ = jnp.stack([row_NxIxQ[:, i] for i, _ in tiles], axis=1)
+        e_NxPxQxK = jnp.exp(stack_NxPxQxK - below_NxPxQ[..., None])
     visible_1xPxQxK = jnp.stack([seen[0, 0] if i == j else jnp.ones((tile, tile)) for i, j in tiles])[None]
-    e_NxPxQxK = jnp.exp(stack_NxPxQxK - below_NxPxQ[..., None]) * visible_1xPxQxK
+    e_NxPxQxK = e_NxPxQxK * visible_1xPxQxK
     sums_NxPxQ = e_NxPxQxK.sum(-1)
     total_NxT = jnp.concatenate([sum(sums_NxPxQ[:, index[i, j]] for j in range(i + 1)) for i in range(n)], axis=-1)
     empty = jnp.zeros((N, tile, tile))
@@ -144,7 +163,11 @@ def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
         seen_1x1xS = (jnp.arange(blueprint.config.context_length) <= position).astype(jnp.float32)[None, None]
         own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, position, 1, axis=2)
         scores_Nx1xS = scores_Nx1xS * seen_1x1xS + own_Nx1x1 * (1 - seen_1x1xS)
-        e_Nx1xS = jnp.exp(scores_Nx1xS - scores_Nx1xS.max(-1, keepdims=True)) * seen_1x1xS
+        if blueprint.config.power:
+            e_Nx1xS = _power(scores_Nx1xS, blueprint.config.power)
+        else:
+            e_Nx1xS = jnp.exp(scores_Nx1xS - scores_Nx1xS.max(-1, keepdims=True))
+        e_Nx1xS = e_Nx1xS * seen_1x1xS
         return e_Nx1xS, e_Nx1xS.sum(-1)
 
     def write(cache_SxNxH: jax.Array, new_1xNxH: jax.Array, position: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ class Rewrites:
     temperature: 1/(t·√H) multiplies the queries, 1/√H disappears in their kernel; off, scores are divided.
     folded: scales and biases of norms, α, β and biases disappear in the matrices beside them.
     merged: two matrices with nothing between them are one.
-    qkv: queries, keys and values are one product.
+    qkv: queries, keys and values are one product, and so are the branches of a bilinear feed-forward.
     erf: GELU as x/2·(1 + erf(x/√2)); off, through erfc.
     one_dot: a single query meets the keys of all heads in one product, and so do its weights the values; off, in N.
     cached: weights are opened once, masked, and not at each use (SEMI2K; the others gain nothing).
@@ -52,6 +52,11 @@ NO_REWRITES = Rewrites(**dict.fromkeys(REWRITES, False))
 # As the model is written, where GELU is in its erf form. The client makes one-hot rows even so: a secret index of a
 # real vocabulary is out of the question.
 PLAIN = dataclasses.replace(NO_REWRITES, one_hot=True, erf=True)
+
+
+# Numbers of a norm: what is added under its root, what DyT multiplies by, and of a LayerNorm that is being frozen the
+# share of its row statistics that is left and the constant that stands for the rest.
+_OF_NORM = ("epsilon", "alpha", "left", "rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +88,9 @@ class Blueprint:
         """Those of the names that weights have."""
         return tuple(name for name in names if name in self.weights)
 
-    @property
-    def one_matrix(self) -> bool:
-        """Whether the feed-forward is a single matrix."""
-        return any(name.endswith(".fused.kernel") for name in self.weights)
+    def one_matrix(self, layer: int) -> bool:
+        """Whether a layer's feed-forward is a single matrix."""
+        return f"{layer}.fused.kernel" in self.weights
 
     def token_type(self, num_tokens: int) -> jax.ShapeDtypeStruct:
         """What tokens enter as: one-hot rows [T, V], or indices [T]."""
@@ -109,15 +113,16 @@ def _weight_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dic
         return {f"{name}.kernel": (inputs, outputs), f"{name}.bias": (outputs,)}
 
     def norm(name: str) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.scale": (D,), f"{name}.bias": (D,), f"{name}.epsilon": (1,)}
+        return {f"{name}.scale": (D,), f"{name}.bias": (D,)} | {f"{name}.{one}": (1,) for one in _OF_NORM}
 
     model = dict(embedding=(V, D), positions=(S, D)) | linear("head", D, V) | norm("final_norm")
     layer = norm("norm1") | norm("norm2") | linear("up", D, F) | linear("down", F, D)
+    layer |= linear("gate", D, F) | linear("branches", D, 2 * F)
     for name in ("out", "fused"):
         layer |= linear(name, D, D)
     for name, outputs in dict(q=D, k=D, v=D, qkv=3 * D).items():
         layer |= linear(name, D * (config.conv_width or 1), outputs)
         if config.conv_width:
             layer[f"{name}.bias"] = (config.conv_width, outputs)
-    layer |= dict.fromkeys(("temperature", "inverse_temperature"), (N, S))
-    return model, layer | dict.fromkeys(("alpha", "beta", "slope", "value_mix"), (1,))
+    layer |= dict.fromkeys(("temperature", "inverse_temperature"), (N, S)) | dict(qk_gain=(N,))
+    return model, layer | dict.fromkeys(("alpha", "beta", "slope", "amount", "value_mix"), (1,))

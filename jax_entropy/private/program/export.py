@@ -4,6 +4,7 @@ The exported program equals the model in float32 arithmetic for every architectu
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.layers import effective_matrix, temperature
+from jax_entropy.layers import effective_matrix, positive, temperature
 from jax_entropy.private.program.blueprint import Blueprint, Rewrites
 
 _FOLDABLE = 16.0  # products of β beyond this, or below its inverse, would cost precision in fixed point
@@ -41,11 +42,13 @@ def export(config: ModelConfig, variables: Any, rewrites: Rewrites = Rewrites())
     if config.learned_positions:
         weights["positions"] = np.asarray(params["position_embedding"], np.float64)
     if config.final_norm != "none":
-        weights |= {f"final_norm.{k}": np.asarray(v, np.float64) for k, v in params["final_norm"].items()}
+        weights |= _norm("final_norm", params["final_norm"], variables.get("annealing", {}).get("final_norm"))
     for layer in layers:
         _values(layer, rewrites)
         _heads(layer, config, rewrites)
-        if rewrites.merged and config.activation == "identity" and "up.kernel" in layer:
+        linear = config.activation == "identity" or layer.get("amount") == 1
+        if rewrites.merged and linear and config.ffn == "full" and "up.kernel" in layer:
+            layer.pop("amount", None)
             _merge(layer)
     if rewrites.folded:
         _fold(config, layers, weights)
@@ -53,7 +56,9 @@ def export(config: ModelConfig, variables: Any, rewrites: Rewrites = Rewrites())
         for name in "qkv" if config.conv_width else "":
             _convolve(layer, name)
         if rewrites.qkv:
-            _join(layer)
+            _join(layer, "qkv", "qkv")
+            if "gate.kernel" in layer:
+                _join(layer, ("up", "gate"), "branches")
         weights |= {f"{number}.{name}": value for name, value in layer.items()}
     weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
     return Export(Blueprint(config, rewrites, {name: value.shape for name, value in weights.items()}), weights)
@@ -71,24 +76,27 @@ def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndar
         for path, pair in flatten_dict(dict(variables.get("spectral", {}).get(stack, {}))).items()
     }
     names = {"attention/query": "q", "attention/key": "k", "attention/value": "v", "attention/out": "out"}
-    names |= {f"ffn/{name}": name for name in ("up", "down", "fused")}
+    names |= {f"ffn/{name}": name for name in ("up", "gate", "down", "fused")}
     block = {}
     for path, name in names.items():
         if f"{path}/kernel" in params:
             kernel = params[f"{path}/kernel"]
             inputs = config.model_dim if name != "down" else config.hidden_dim
             block[f"{name}.kernel"] = effective_matrix(
-                kernel.reshape(inputs, -1), params.get(f"{path}/gain"), vectors.get(path)
+                kernel.reshape(inputs, -1), params.get(f"{path}/gain", params.get(f"{path}/gamma")), vectors.get(path)
             )
         if f"{path}/bias" in params:
             block[f"{name}.bias"] = params[f"{path}/bias"].reshape(-1)
         if f"{path}_convolution/taps" in params:
             taps_KxNxH = params[f"{path}_convolution/taps"]
             block[f"{name}.taps"] = taps_KxNxH.reshape(len(taps_KxNxH), -1)
+    annealing = read(variables.get("annealing", {}).get(stack, {}))
     for name in ("norm1", "norm2"):
-        block |= {
-            f"{name}.{part}": params[f"{name}/{part}"] for part in ("scale", "bias") if f"{name}/{part}" in params
-        }
+        parts = {part: params[f"{name}/{part}"] for part in ("scale", "bias", "alpha") if f"{name}/{part}" in params}
+        on_the_way = {part: annealing[f"{name}/{part}"] for part in ("amount", "rate") if f"{name}/{part}" in annealing}
+        block |= _norm(name, parts, on_the_way)
+    if annealing.get("ffn/amount"):
+        block["amount"] = annealing["ffn/amount"].reshape(1)
     block |= {name: params[name].reshape(1) for name in ("alpha", "beta") if name in params}
     if config.activation == "leaky_relu" and stack == "blocks" and config.slope != "fixed":
         slope = params["ffn/negative_slope"] if config.slope == "layer" else variables["params"]["negative_slope"]
@@ -97,6 +105,10 @@ def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndar
         block["temperature"] = np.asarray(
             temperature(jnp.asarray(params["attention/temperature"], jnp.float32), config), np.float64
         )
+    if config.power:
+        block["shift"] = np.asarray(positive(jnp.asarray(params["attention/shift"], jnp.float32)), np.float64)
+    if config.qk_norm:
+        block["qk_gain"] = params["attention/qk_gain"]
     if config.value_residual and layer > 0:
         block["value_mix"] = params["attention/value_mix"].reshape(1)
     return block
@@ -125,17 +137,32 @@ def _values(layer: dict[str, np.ndarray], rewrites: Rewrites) -> None:
         layer["out.kernel"] = layer["out.kernel"] * share
 
 
+def _norm(name: str, params: Any, annealing: Any = None) -> dict[str, np.ndarray]:
+    """A norm's parameters by short names; of a LayerNorm that is being frozen, the share of statistics that is left."""
+    found = {part: np.asarray(value, np.float64) for part, value in params.items()}
+    if "alpha" in found:
+        found["alpha"] = found["alpha"].reshape(1)
+    if annealing:
+        amount, rate = (np.asarray(annealing[part], np.float64).reshape(1) for part in ("amount", "rate"))
+        found |= dict(scale=found["scale"] * rate) if amount == 1 else dict(left=1 - amount, rate=amount * rate)
+    return {f"{name}.{part}": value for part, value in found.items()}
+
+
 def _heads(layer: dict[str, np.ndarray], config: ModelConfig, rewrites: Rewrites) -> None:
-    """1/(t·√H) into the queries: into their kernel what is the same for all positions, beside it what is not."""
-    if not rewrites.temperature:
-        return
-    root = np.sqrt(config.head_dim)
-    if "temperature" in layer:
-        layer["inverse_temperature"] = 1 / (layer.pop("temperature") * root)
-        return
-    layer["q.kernel"] = layer["q.kernel"] / root
-    if "q.bias" in layer:
-        layer["q.bias"] = layer["q.bias"] / root
+    """1/(t·√H) into the queries: into their kernel what is the same for all positions, beside it what is not.
+
+    So is the shift of power softmax, 1/c; where queries are normalised, it all goes into the scalar behind that.
+    """
+    factor_N, root = 1 / layer.pop("shift", np.ones(config.num_heads)), np.sqrt(config.head_dim)
+    if rewrites.temperature:
+        if "temperature" in layer:
+            layer["inverse_temperature"] = 1 / (layer.pop("temperature") * root)
+        else:
+            factor_N = factor_N / root
+    if "qk_gain" in layer:
+        layer["qk_gain"] = layer["qk_gain"] * factor_N
+    else:
+        _scale(layer, "q", np.repeat(factor_N, config.head_dim))
 
 
 def _merge(layer: dict[str, np.ndarray]) -> None:
@@ -162,19 +189,20 @@ def _fold(config: ModelConfig, layers: list[dict[str, np.ndarray]], model: dict[
     foldable = bool(np.all((np.abs(products) <= _FOLDABLE) & (np.abs(products) >= 1 / _FOLDABLE)))
     added = [name for name in ("embedding", "positions") if name in model]
     size = float(np.sqrt(sum(np.mean(model[name] ** 2) for name in added))) or 1.0
-    scale = start = size if config.norm != "none" else 1.0
+    scale = start = size if config.norm in ("layer", "rms", "tanh") else 1.0
     for name in added:
         model[name] = model[name] / start
     secret_epsilon = foldable and any("beta" in layer for layer in layers)
     for layer in layers:
         _fold_reading(layer, config, "norm1", ("q", "k", "v"), scale, secret_epsilon)
-        if "k.bias" in layer and not (config.conv_width or config.rotary):  # where it is the same for all keys
+        moved = config.conv_width or config.rotary or config.qk_norm or config.power or config.logit_cap
+        if "k.bias" in layer and not moved:  # where it adds the same to the logits of all keys
             del layer["k.bias"]  # the softmax does not notice
         if "v.bias" in layer and not (config.conv_width or config.value_residual):  # the same for all values
             bias = layer.pop("v.bias")  # weights of attention sum to 1
             layer["out.bias"] = layer.get("out.bias", 0) + bias @ layer["out.kernel"]
         _scale(layer, "out", 1 / scale)
-        readers = [name for name in ("up", "fused") if f"{name}.kernel" in layer]
+        readers = [name for name in ("up", "gate", "fused") if f"{name}.kernel" in layer]
         if not readers:
             continue
         _fold_reading(layer, config, "norm2", readers, scale, secret_epsilon)
@@ -187,7 +215,8 @@ def _fold(config: ModelConfig, layers: list[dict[str, np.ndarray]], model: dict[
     _fold_reading(model, config, "final_norm", ("head",), scale, secret_epsilon)
 
 
-def _scale(weights: dict[str, np.ndarray], name: str, factor: float) -> None:
+def _scale(weights: dict[str, np.ndarray], name: str, factor: float | np.ndarray) -> None:
+    """A matrix's outputs times a factor, or one each."""
     for part in ("kernel", "bias"):
         if f"{name}.{part}" in weights:
             weights[f"{name}.{part}"] = weights[f"{name}.{part}"] * factor
@@ -202,20 +231,26 @@ def _fold_reading(
         for reader in readers:
             weights[f"{reader}.kernel"] = weights[f"{reader}.kernel"] * scale
         return
-    gain, bias = weights.pop(f"{norm}.scale") * np.sign(scale), weights.pop(f"{norm}.bias", None)
+    linear = kind == "frozen" and f"{norm}.left" not in weights
+    sign = {"tanh": 1.0}.get(kind, scale if linear else np.sign(scale))
+    gain, bias = weights.pop(f"{norm}.scale") * sign, weights.pop(f"{norm}.bias", None)
     for reader in readers:
         kernel = weights[f"{reader}.kernel"]
         if bias is not None:
             weights[f"{reader}.bias"] = weights.get(f"{reader}.bias", 0) + bias @ kernel
-        weights[f"{reader}.kernel"] = gain[:, None] * kernel
-    # the norm of a smaller stream has a larger epsilon
-    if scale != 1:
+        kernel = gain[:, None] * kernel
+        weights[f"{reader}.kernel"] = kernel - kernel.mean(0) if linear else kernel  # which takes the mean off
+    if kind == "tanh":
+        weights[f"{norm}.alpha"] = weights[f"{norm}.alpha"] * scale
+    elif scale != 1 and not linear:  # the norm of a smaller stream has a larger epsilon
         weights[f"{norm}.epsilon"] = np.array([config.norm_epsilon / scale**2])
+        if kind == "frozen":
+            weights[f"{norm}.rate"] = weights[f"{norm}.rate"] * abs(scale)
 
 
-def _join(layer: dict[str, np.ndarray]) -> None:
-    """Queries, keys and values as one matrix."""
-    biases = [layer.pop(f"{name}.bias", None) for name in "qkv"]
-    layer["qkv.kernel"] = np.concatenate([layer.pop(f"{name}.kernel") for name in "qkv"], axis=1)
+def _join(layer: dict[str, np.ndarray], names: Sequence[str], joined: str) -> None:
+    """Matrices that read the same as one."""
+    biases = [layer.pop(f"{name}.bias", None) for name in names]
+    layer[f"{joined}.kernel"] = np.concatenate([layer.pop(f"{name}.kernel") for name in names], axis=1)
     if found := [bias for bias in biases if bias is not None]:
-        layer["qkv.bias"] = np.concatenate([np.zeros_like(found[0]) if b is None else b for b in biases], axis=-1)
+        layer[f"{joined}.bias"] = np.concatenate([np.zeros_like(found[0]) if b is None else b for b in biases], axis=-1)

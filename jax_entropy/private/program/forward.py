@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_entropy.census import ACTIVATIONS, NORMS
+from jax_entropy.census import ACTIVATIONS, NORMS, PRODUCTS
 from jax_entropy.private.program.attention import attention, cached_attention
 from jax_entropy.private.program.blueprint import Blueprint
 from jax_entropy.private.program.export import Export
@@ -77,20 +77,29 @@ def _norm(blueprint: Blueprint, field: str, layer: int | None, name: str) -> tup
     kind = getattr(blueprint.config, field)
     if kind == "none":
         return [], "x"
-    scale, bias, epsilon = (f"{name}.{part}" for part in ("scale", "bias", "epsilon"))
-    found = blueprint.present(scale, bias, epsilon)
+    parts = ("scale", "bias", "epsilon", "alpha", "left", "rate")
+    found = tuple(part for part in parts if blueprint.present(f"{name}.{part}"))
+    if kind == "frozen" and not {"scale", "left"} & {*found}:
+        return [], "x"  # folded into what reads it
 
     def function(x_TxD: jax.Array, *weights: jax.Array) -> jax.Array:
-        weights = dict(zip(found, weights, strict=True))
-        if kind == "layer":
+        given = {part: weight.reshape(1, -1) for part, weight in zip(found, weights, strict=True)}
+        if kind in ("layer", "frozen"):
             x_TxD = x_TxD - x_TxD.mean(-1, keepdims=True)
-        added = weights[epsilon].reshape(1, 1) if epsilon in weights else blueprint.config.norm_epsilon
-        y_TxD = x_TxD * jax.lax.rsqrt(jnp.square(x_TxD).mean(-1, keepdims=True) + added)
-        if scale in weights:
-            y_TxD = y_TxD * weights[scale][None]
-        return y_TxD + weights[bias][None] if bias in weights else y_TxD
+        if kind == "tanh":
+            y_TxD = jnp.tanh(x_TxD * given["alpha"])
+        elif kind == "frozen" and "left" not in given:
+            y_TxD = x_TxD
+        else:
+            added = given.get("epsilon", blueprint.config.norm_epsilon)
+            factor_Tx1 = jax.lax.rsqrt(jnp.square(x_TxD).mean(-1, keepdims=True) + added)
+            y_TxD = x_TxD * (factor_Tx1 * given["left"] + given["rate"] if "left" in given else factor_Tx1)
+        if "scale" in given:
+            y_TxD = y_TxD * given["scale"]
+        return y_TxD + given["bias"] if "bias" in given else y_TxD
 
-    return [Stage(NORMS[kind], layer, function, ("x", *found), ("y",))], "y"
+    found_names = tuple(f"{name}.{part}" for part in found)
+    return [Stage(NORMS[kind], layer, function, ("x", *found_names), ("y",))], "y"
 
 
 def _block(blueprint: Blueprint, layer: int, num_tokens: int | None, keep: bool = False) -> list[Stage]:
@@ -108,8 +117,11 @@ def _block(blueprint: Blueprint, layer: int, num_tokens: int | None, keep: bool 
         return stages
     norm, read = _norm(blueprint, "norm", layer, f"{layer}.norm2")
     stages += norm
-    if blueprint.one_matrix:
+    if blueprint.one_matrix(layer):
         stages.append(linear(blueprint, "feed-forward", layer, f"{layer}.fused", read, "y"))
+    elif blueprint.config.ffn == "bilinear":
+        stages += _bilinear(blueprint, layer, read)
+        stages.append(linear(blueprint, "feed-forward", layer, f"{layer}.down", "h", "y"))
     else:
         stages.append(linear(blueprint, "feed-forward", layer, f"{layer}.up", read, "h"))
         stages += _activation(blueprint, layer)
@@ -125,11 +137,35 @@ def _block(blueprint: Blueprint, layer: int, num_tokens: int | None, keep: bool 
     return stages
 
 
+def _bilinear(blueprint: Blueprint, layer: int, read: str) -> list[Stage]:
+    """Both branches, in one product where they are joined, and what they are multiplied to."""
+    kind, branches = PRODUCTS[blueprint.config.ffn], ("h", "gate")
+    if blueprint.present(f"{layer}.branches.kernel"):
+        split = lambda y: tuple(jnp.split(y, 2, axis=-1))  # noqa: E731
+        stages = [
+            linear(blueprint, "feed-forward", layer, f"{layer}.branches", read, "branches"),
+            Stage("branches", layer, split, ("branches",), branches),
+        ]
+    else:
+        stages = [
+            linear(blueprint, "feed-forward", layer, f"{layer}.{name}", read, branch)
+            for name, branch in zip(("up", "gate"), branches, strict=True)
+        ]
+    return [*stages, Stage(kind, layer, jnp.multiply, branches, ("h",))]
+
+
 def _activation(blueprint: Blueprint, layer: int) -> list[Stage]:
     activation = blueprint.config.activation
     if activation == "identity":
         return []
-    slope = blueprint.present(f"{layer}.slope")
+    slope, amount = blueprint.present(f"{layer}.slope"), blueprint.present(f"{layer}.amount")
+
+    def annealed(h_TxF: jax.Array, *constants: jax.Array) -> jax.Array:
+        """As a run has it that takes the activation out."""
+        y_TxF = function(h_TxF, *constants[: len(slope)])
+        for amount in constants[len(slope) :]:
+            y_TxF = y_TxF + (h_TxF - y_TxF) * amount.reshape(1, 1)
+        return y_TxF
 
     def function(h_TxF: jax.Array, *slope: jax.Array) -> jax.Array:
         match activation:
@@ -147,7 +183,7 @@ def _activation(blueprint: Blueprint, layer: int) -> list[Stage]:
                 return positive + factor * (h_TxF - positive)
         raise NotImplementedError(f"activation={activation!r} has no stage")
 
-    return [Stage(ACTIVATIONS[activation], layer, function, ("h", *slope), ("h",))]
+    return [Stage(ACTIVATIONS[activation], layer, annealed, ("h", *slope, *amount), ("h",))]
 
 
 def _head(blueprint: Blueprint) -> list[Stage]:

@@ -46,9 +46,23 @@ def projections(blueprint: Blueprint, layer: int, read: str, num_tokens: int | N
     stages.append(Stage("heads", layer, split, tuple(products.values()), names))
     if config.value_residual:
         stages.append(_value_residual(blueprint, layer))
+    if config.qk_norm:
+        stages.append(_qk_norm(blueprint, layer))
     if config.rotary:
         stages.append(_rotation(blueprint, layer, num_tokens))
     return stages
+
+
+def _qk_norm(blueprint: Blueprint, layer: int) -> Stage:
+    """Queries and keys of size 1, in one root for both; queries times their scalar."""
+
+    def function(q_TxNxH: jax.Array, k_TxNxH: jax.Array, gain_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean_2xTxN = jnp.square(jnp.stack([q_TxNxH, k_TxNxH])).mean(-1)
+        factor_2xTxN = jax.lax.rsqrt(mean_2xTxN + blueprint.config.norm_epsilon)
+        return q_TxNxH * (factor_2xTxN[0] * gain_N[None])[..., None], k_TxNxH * factor_2xTxN[1][..., None]
+
+    names = (f"{layer}.q", f"{layer}.k")
+    return Stage("QK-norm", layer, function, (*names, f"{layer}.qk_gain"), names)
 
 
 def _near(blueprint: Blueprint, layer: int, read: str, num_tokens: int | None, keep: bool) -> Stage:

@@ -69,7 +69,7 @@ class PrivateModel:
             if self.engine.has_opened:
                 raise RuntimeError("an engine with opened weights holds one model; reset it first")
             self.engine.has_opened = True
-            multiplied = tuple(name for name in names if not name.endswith((".bias", ".epsilon", "positions")))
+            multiplied = tuple(name for name in names if not name.endswith((".bias", ".epsilon", ".rate", "positions")))
             cached = Stage("weights, once", None, lambda *arrays: tuple(map(_cached, arrays)), multiplied, multiplied)
             self.run("open weights", [cached], multiplied, 0)
 

@@ -1,8 +1,8 @@
 """From a trained model to one with fewer nonlinearities: what a run takes out little by little while it trains.
 
-On the way, the collection `annealing` says how far each layer has come: its activation gets a slope on the negative side
-that rises from 0 to 1, and its LayerNorm, as a frozen norm, a constant in place of each row's deviation. At the end both
-are linear, and `settled` leaves a plain model of the config's architecture.
+On the way, the collection `annealing` says how far each layer has come: its activation gets a slope on the negative
+side that rises from 0 to 1, and its LayerNorm, as a frozen norm, a constant in place of each row's deviation. At the
+end both are linear, and `settled` leaves a plain model of the config's architecture.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def beginning(config: ConfigDict, model: ModelConfig) -> dict[str, Any]:
 
 
 def advanced(tree: dict[str, Any], config: ConfigDict, model: ModelConfig, step: jax.Array) -> dict[str, Any]:
-    """The collection with its amounts as they are in the step after `step` steps; the final norm comes after layer L."""
+    """The collection with its amounts as they are in the step after `step` steps; the final norm is deepest."""
     options, count = config.anneal, model.num_layers + 1
     begin, end = (share * config.train.num_steps for share in (options.begin, options.end))
     done = jnp.clip((step + 1 - begin) / max(end - begin, 1), 0, 1)

@@ -78,8 +78,8 @@ def check(config: ConfigDict) -> None:
     model = model_config(config, 1 if config.model.vocab_size is None else config.model.vocab_size)
     if config.anneal.activation and architecture(config.architecture).activation != "identity":
         raise UserError(
-            f"config.anneal.activation={config.anneal.activation!r} is to be taken out, and {config.architecture} keeps "
-            "an activation; name an architecture without one"
+            f"config.anneal.activation={config.anneal.activation!r} is to be taken out, and {config.architecture} "
+            "keeps an activation; name an architecture without one"
         )
     if 0 < config.anneal.end <= config.anneal.begin:
         raise UserError(

@@ -295,8 +295,8 @@ def normalise(kind: str, config: ModelConfig, name: str) -> Callable[[jax.Array]
 class FrozenNorm(nn.Module):
     """LayerNorm without its row statistics: (x − mean)·scale + bias, a linear map that the next matrix takes in.
 
-    With the collection `annealing` it is on its way there: 1/deviation of a row, of which an `amount` is already `rate`,
-    the mean of all rows seen so far.
+    With the collection `annealing` it is on its way there: x is multiplied by 1/deviation of its row, of which an
+    `amount` is already `rate`, the mean of all rows seen so far.
     """
 
     config: ModelConfig

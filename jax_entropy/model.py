@@ -29,8 +29,9 @@ class Transformer(nn.Module):
     """A decoder-only language model.
 
     Variables: `params`, and `spectral` (power-iteration vectors) where layers are spectrally normalised; pass
-    `mutable=["spectral"]` in training; likewise `annealing` in a run that takes nonlinearities out (annealing.py). An rng named "dropout" switches the embedding dropout on. With `empty_cache` as
-    the collection `cache`, and that mutable, `decode` reads a text piece by piece.
+    `mutable=["spectral"]` in training; likewise `annealing` in a run that takes nonlinearities out (annealing.py). An
+    rng named "dropout" switches the embedding dropout on. With `empty_cache` as the collection `cache`, and that
+    mutable, `decode` reads a text piece by piece.
     """
 
     config: ModelConfig

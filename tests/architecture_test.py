@@ -242,7 +242,8 @@ def test_a_fused_feed_forward_is_square():
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("PSM(3)", r"the power of PSM\(3\) must be even"), ("PSM(18)", "from 2 to 16"), ("PSM(2)+Cap(30)", "PSM.2. has none"),
+    ("PSM(3)", r"the power of PSM\(3\) must be even"), ("PSM(18)", "from 2 to 16"),
+    ("PSM(2)+Cap(30)", "PSM.2. has none"),
     ("SM+G+BiFFN", "in the place of activation='gelu'"),
 ])  # fmt: skip
 def test_what_cannot_go_together_is_a_sentence(name, message):

@@ -131,7 +131,7 @@ def test_qk_clip_brings_the_largest_logit_of_a_head_back_to_its_limit(architectu
         lambda params: jnp.max(model.apply({"params": params}, tokens[:, :-1])[1].stats.max_logit, axis=(1, 3))
     )
     before = logits(state.params)
-    limit = float(np.median(before))
+    limit = float(np.mean(before[0]))  # between the heads of the first layer
     fields = {"optimizer.qk_clip": limit, "optimizer.learning_rate": 1e-12, "optimizer.accumulate": 2}
     new, metrics = step_of(run_config(architecture, **fields))(state, tokens, True)
     np.testing.assert_allclose(metrics["head_max_logit"], before, rtol=1e-5)
@@ -139,7 +139,7 @@ def test_qk_clip_brings_the_largest_logit_of_a_head_back_to_its_limit(architectu
     # the layers above read what those below now say, so only the first layer's logits are exactly at the limit
     np.testing.assert_allclose(logits(new.params)[0], np.minimum(before, limit)[0], rtol=1e-4)
     unclipped = np.asarray(metrics["qk_clip"]) == 1
-    assert 0 < unclipped.sum() < unclipped.size and np.asarray(metrics["qk_clip"])[0].min() < 1
+    assert unclipped[0].sum() == 1
     for name in ("query", "key"):
         moved = [np.asarray(p["blocks"]["attention"][name]["kernel"])[0] for p in (state.params, new.params)]
         still = np.abs(moved[0] - moved[1]).max(axis=(0, 2)) < 1e-6

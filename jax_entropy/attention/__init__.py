@@ -108,7 +108,7 @@ def attention(
         attend = functools.partial(importlib.import_module(f"{__name__}.transformed").attend, transform=transform)
     else:
         raise UserError(
-            f"attention {implementation!r} computes the softmax of plain logits; PSM and Cap work with 'auto' or 'dense'"
+            f"attention {implementation!r} is for the softmax of plain logits; PSM and Cap work with 'auto' or 'dense'"
         )
     dtype = jnp.result_type(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, jnp.float32)
     scale_NxT = jnp.full((N, T), H**-0.5, dtype)

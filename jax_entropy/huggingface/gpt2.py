@@ -49,7 +49,8 @@ GPT2 = Family(
     fields=dict(norm="layer", final_norm="layer", bias="all"),
     fixed_fields=dict(
         norm="layer", final_norm="layer", ffn="full", scaled=False, ffn_free_layers=0,
-        reparametrization="none", learnable_temperature=False, power=0, qk_norm=False, logit_cap=0, entropy_regularizer=False, tied_head=True,
+        reparametrization="none", learnable_temperature=False, power=0, qk_norm=False,
+        logit_cap=0, entropy_regularizer=False, tied_head=True,
         embedding_scale=1.0,
     ),
     tensors={

@@ -67,6 +67,7 @@ IMPLEMENTATIONS = {
     "blockwise": Implementation("blockwise"),
     "gpu": Implementation("gpu", ("gpu",)),
     "hopper": Implementation("hopper", ("gpu",), ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")),
+    "tpu": Implementation("tpu", ("tpu",)),
 }
 
 
@@ -93,8 +94,8 @@ def attention(
         hold anything finite. None: S − T, the queries are the last T of the keys.
       transform: of the logits [B, N, T, S] on their way into the softmax, as in transformed.py; only "dense" and "auto"
         take one, and then no T×T array is kept either. max_logit stays that of the logits before it.
-      implementation: "dense" keeps every weight; "blockwise" none of them, nor do the kernels "gpu" and
-        "hopper"; all but dense in reverse mode only (no jvp, no second derivative). "auto": the fastest, see `choose`.
+      implementation: "dense" keeps every weight; "blockwise" none of them, nor do the kernels "gpu", "hopper" and
+        "tpu"; all but dense in reverse mode only (no jvp, no second derivative). "auto": the fastest, see `choose`.
     Returns:
       out [B, T, N, H] in the type of q, and AttentionStats.
     Raises:
@@ -125,12 +126,15 @@ def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool =
 
     On CPU, measured (docs/benchmarks/attention.md): up to 64 × 64 logits a head dense and blockwise take the same time
     and dense compiles faster; beyond, blockwise takes less time, forward and backward, in float32 and bfloat16.
-    On GPUs, by the assembler's report (docs/benchmarks/kernels.md): hopper for what it takes, else gpu.
+    On GPUs, by the assembler's report (docs/benchmarks/kernels.md): hopper for what it takes, else gpu. On TPUs, not
+    measured: tpu where there are queries enough for its lanes.
     """
     (_, T, _, H), half = q.shape, q.dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and H <= 128 and (half or q.dtype == jnp.float32):
         for_hopper = half and at_end and H in (32, 64, 96, 128) and _assembler_is_sound()
         return "hopper" if for_hopper and IMPLEMENTATIONS["hopper"].runs_on(platform, device_kind) else "gpu"
+    if platform == "tpu" and H <= 128 and q.dtype in (jnp.bfloat16, jnp.float32):
+        return "tpu" if T >= 128 else "dense"
     return "dense" if T * S <= 64 * 64 else "blockwise"
 
 

@@ -15,10 +15,6 @@ from jax_entropy.errors import UserError
 TILE = tpu.Blocks(128, 128, 256)
 ONE, TWO = tpu.Kernels(TILE, TILE, None), tpu.Kernels(TILE, TILE, TILE)  # backward kernels
 interpreted = functools.partial(tpu.attend, interpret=True)
-# a kernel takes a second to compile for a CPU: what is special about it, not what the other implementations show already
-INTERPRETED = (
-    "earlier keys", "cold and hot rows", "logits of 1e10", "temperatures of 1e-9", "a cache with anything behind",
-)  # fmt: skip
 
 
 def operator(q, k, v, t, position, kernels=ONE):
@@ -27,18 +23,20 @@ def operator(q, k, v, t, position, kernels=ONE):
     return out, AttentionStats(*stats)
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_the_cases_that_all_implementations_share(name):
-    (case,) = (case for case in CASES if case.name == name)
-    found = errors(case, operator)
+def case(name):
+    return next(case for case in CASES if case.name == name)
+
+
+def test_logits_of_any_size_are_right():
+    """The largest is taken off before the scale; 1e10 is more than the GPU kernels hold."""
+    found = errors(case("logits of 1e10"), operator)
     assert found.pop("bit-equal")
-    assert max(found.values()) <= case.rtol, found
+    assert max(found.values()) <= 1e-5, found
 
 
 def test_bfloat16_costs_its_own_rounding_only():
     """Outputs and gradients to a few of its 2⁻⁹, statistics as in float32."""
-    (case,) = (case for case in CASES if case.name == "earlier keys")
-    found = errors(case, operator, jnp.bfloat16)
+    found = errors(case("earlier keys"), operator, jnp.bfloat16)
     assert max(found[name] for name in ("entropy", "logsumexp", "max_logit")) <= 1e-5
     assert max(found[name] for name in ("out", "dq", "dk", "dv", "dtemperature")) <= 4 * 2**-9
 
@@ -57,17 +55,15 @@ def all_of(attend, q, k, v, scale, position):
 @pytest.mark.parametrize(
     ("heads", "width", "T", "S", "position", "kernels"),
     [
-        (2, 64, 600, 700, 100, ONE),  # three windows of both sides
-        (2, 64, 600, 700, 100, TWO),
-        (3, 48, 130, 130, 0, ONE),  # a head that is not there, and lanes that are not
-        (1, 128, 130, 300, 40, TWO),  # keys that no query sees
-        (8, 16, 20, 20, 0, ONE),
+        (2, 64, 300, 400, 40, ONE),  # windows of both sides, and keys that no query sees
+        (3, 48, 130, 130, 0, TWO),  # lanes that are no head's, and a head that is not there
     ],
 )
 def test_values_and_gradients_are_those_of_the_definition(heads, width, T, S, position, kernels):
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, n, heads, width)), jnp.float32) for n in (T, S, S))
-    scale = jnp.asarray(rng.uniform(0.05, 0.5, (heads, T)), jnp.float32)
+    q, k, v = (rng.standard_normal((1, length, heads, width)).astype(np.float32) for length in (T, S, S))
+    k[:, position + T :] = v[:, position + T :] = 1e30
+    scale = rng.uniform(0.05, 0.5, (heads, T)).astype(np.float32)
     found = all_of(functools.partial(interpreted, kernels=kernels), q, k, v, scale, jnp.int32(position))
     expected = all_of(dense.attend, q, k, v, scale, position)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -18,8 +18,8 @@ def _rows(implementation: str) -> list[dict[str, Any]]:
     return json.loads(_FILE.read_text())[implementation]
 
 
-def blocks_for(implementation: str, device_kind: str, dtype: Any, head_dim: int, length: int) -> dict[str, list[int]]:
-    """The tiles of each kernel, forward, dq and dkv, as its file reads them.
+def blocks_for(implementation: str, device_kind: str, dtype: Any, head_dim: int, length: int) -> dict[str, Any]:
+    """The tiles of each kernel, forward, dq and dkv, as its file reads them; None of one that is not used.
 
     Args:
       device_kind: as JAX names the device, "NVIDIA H100 80GB HBM3".

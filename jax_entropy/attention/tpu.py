@@ -174,16 +174,16 @@ def _backward_rule(kernels: Kernels, interpret: bool, residuals: tuple, cotangen
     with_entropy, with_temperature = not isinstance(dentropy, SymbolicZero), has_temperature is not None
     dout, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in (dout, dlse))
     if with_entropy:
-        g = scale * LN2 * dentropy
-        rows = (m, log_l, scale * (dlse - dentropy * entropy) + g * log_l, g)
+        g = scale[None] * LN2 * dentropy
+        rows = (m, log_l, scale[None] * (dlse - dentropy * entropy) + g * log_l, g)
     else:
-        rows = (m, log_l, scale * dlse)
+        rows = (m, log_l, scale[None] * dlse)
     dk, dv, c, *made = _dkv(q, k, v, scale, position, dout, out, rows, with_temperature, kernels, interpret)
     if kernels.dq is None:
         dq, *made = made
     else:
         dq = _dq(q, k, v, scale, position, dout, (m, log_l, c, *rows[3:]), kernels.dq, interpret)
-    dscale = jnp.sum(made[0] * LN2 / scale**2 + dlse * m, axis=0) if with_temperature else None
+    dscale = jnp.sum(made[0] * LN2 / scale[None] ** 2 + dlse * m, axis=0) if with_temperature else None
     return dq, dk, dv, dscale, None
 
 
@@ -383,7 +383,7 @@ class _OverQueries(NamedTuple):
     windows: int
 
     def specs(self, P: int) -> tuple[pl.BlockSpec, ...]:
-        """Of queries, of what the first tile alone reads, keys, rows, scales; windows that see no key are not fetched."""
+        """Of queries, of what the first tile alone reads, keys, rows, scales; no window that sees no key is fetched."""
         _, K, W, windows = self
 
         def seeing(j: jax.Array, w: jax.Array, position_ref: Any) -> jax.Array:

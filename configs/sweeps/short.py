@@ -2,7 +2,7 @@
 
     jax-entropy sweep short
 
-4 layers of width 64 on 0.8 million tokens, two seeds, and one learning rate for all. Smaller than the other sweeps'
+4 layers of width 64 on 0.4 million tokens, two seeds, and one learning rate for all. Smaller than the other sweeps'
 `small`, whose text it reads; the other scales are theirs.
 """
 
@@ -22,7 +22,7 @@ PAPER = {
 LITTLE = dict(
     fields={
         "model.num_layers": 4, "model.num_heads": 2, "model.model_dim": 64, "model.init_std": 0.07,
-        "model.scan_unroll": 1, "train.batch_size": 16, "train.num_steps": 400, "train.evaluate_chunks": 512,
+        "model.scan_unroll": 1, "train.batch_size": 16, "train.num_steps": 200, "train.evaluate_chunks": 256,
     },
     seeds=(1, 2),
     tuning=None,

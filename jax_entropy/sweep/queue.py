@@ -21,6 +21,7 @@ from jax_entropy.training.signals import Signals
 
 _PROCESS = (sys.executable, "-m", "jax_entropy.sweep.process")
 _POLL_SECONDS = 0.2
+_REFUSED = 2  # exit code of what a person has to correct
 
 
 class Place(NamedTuple):
@@ -40,6 +41,8 @@ def places(jobs: int) -> list[Place]:
         raise UserError(f"jobs={jobs} must be at least 1")
     if jobs == 1:
         return [Place()]
+    if os.environ.get("JAX_PLATFORMS") != "cpu" and list(Path("/dev").glob("accel[0-9]*")):
+        raise UserError(f"jobs={jobs} must be 1 here: a process takes all of this machine's TPU chips")
     cores, gpus = sorted(os.sched_getaffinity(0)), _gpus()
     available, what = (gpus, "GPUs") if gpus else (cores, "cores")
     if jobs > len(available):
@@ -56,7 +59,7 @@ def _gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
-    return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
 
 
 def claim(runs: Sequence[Run]) -> None:
@@ -79,11 +82,13 @@ def claim(runs: Sequence[Run]) -> None:
 def train_all(runs: Sequence[Run], where: Sequence[Place], cache: Path, notify: Callable[[str], None]) -> bool:
     """Trains what is not settled yet, one run at each place at a time; False where a signal stopped it.
 
-    A run that fails, but for one that diverged, does not keep the others from running.
+    A run whose process dies does not keep the others from running; one that is refused stops all, which would be, too.
 
     Args:
       cache: folder of compiled programs, which runs of one shape share.
       notify: is told about each run that begins and ends, a line each.
+    Raises:
+      UserError: a run cannot be trained, for another reason than a loss that diverged.
     """
     waiting, count = [run for run in runs if not read_outcome(run.path).settled], len(runs)
     done, free, active, told = count - len(waiting), list(where), [], False
@@ -98,6 +103,8 @@ def train_all(runs: Sequence[Run], where: Sequence[Place], cache: Path, notify: 
                     end = _told(outcome, process.returncode, stopped=signals.wanted)
                     notify(f"[{done}/{count}] {run}: {end}")
                     process.stdin.close()
+                    if outcome.state == "failed" and process.returncode == _REFUSED:
+                        raise UserError(f"{run} cannot be trained: {outcome.reason}; what is done is kept")
                 if signals.wanted:
                     for process, *_ in active:
                         if not process.stdin.closed:  # once: a second signal would be obeyed without saving

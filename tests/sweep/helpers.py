@@ -20,7 +20,7 @@ if fate == "killed":
 if fate == "interrupts":
     os.kill(os.getppid(), signal.SIGINT)
     sys.stdin.read()  # until the sweep lets go of it
-state = {"interrupts": "stopped"}.get(fate, fate)
+state = {"interrupts": "stopped", "refused": "failed"}.get(fate, fate)
 steps, rate, seed = config["train"]["num_steps"], config["optimizer"]["learning_rate"], config["seed"]
 perplexity = 10 + 10 * abs(rate / 3e-3 - 1) + seed / 10
 lines = [
@@ -30,17 +30,18 @@ lines = [
 ]
 with open(folder + "/metrics.jsonl", "w") as file:
     file.writelines(json.dumps(line) + "\\n" for line in lines)
-status = dict(state=state, step=steps, num_steps=steps, reason=fate * (fate in ("diverged", "failed")),
+status = dict(state=state, step=steps, num_steps=steps, reason=fate * (fate in ("diverged", "failed", "refused")),
               time=1.0, pid=1, host="x", started=1.0, seconds=7.0, versions={}, devices="")
 with open(folder + "/status.json", "w") as file:
     json.dump(status, file)
+sys.exit(2 if fate in ("diverged", "refused") else 0)
 """
 
 
 def stub(monkeypatch, tmp_path, fates, draw=lambda rows, protocol, title: None):
     """Puts the process above in the place of training; returns a function that lists what was trained so far.
 
-    fates: complete, diverged, failed, killed or interrupts, by architecture. draw: the frontier, by default nothing.
+    fates: complete, diverged, failed, refused, killed or interrupts, by architecture. draw: the frontier, if any.
     """
     log = tmp_path / "trained"
     (tmp_path / "process.py").write_text(PROCESS)

@@ -84,6 +84,15 @@ def test_a_run_that_fails_keeps_no_other_from_running_and_is_tried_again(fate, t
     assert len(trained()) == 8
 
 
+def test_a_run_that_is_refused_stops_the_sweep_before_others_are(tmp_path, monkeypatch):
+    trained = stub(monkeypatch, tmp_path, {"SM+G": "refused"})
+    with pytest.raises(
+        UserError, match=r"^SM\+G, rate 0.003, seed 1 cannot be trained: refused; what is done is kept$"
+    ):
+        je.sweep(three(tuning=None), tmp_path / "sweep", notify=str)
+    assert len(trained()) == 2
+
+
 def test_a_folder_keeps_to_its_sweep_and_its_text(tmp_path, monkeypatch):
     trained = stub(monkeypatch, tmp_path, {})
     je.sweep(three(tuning=None), tmp_path / "sweep", notify=str)

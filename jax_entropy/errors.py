@@ -4,6 +4,7 @@ The command line turns it into a single sentence and exit code 2; everything els
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -20,6 +21,8 @@ def nearest(name: object, choices: Iterable[object]) -> str:
     choices, name = [str(choice) for choice in choices], str(name)
 
     def similarity(choice: str) -> float:
+        if name.rpartition(".")[2].lower() == "".join(re.findall("(?:^|_)(.)", choice.rpartition(".")[2].lower())):
+            return 1.0  # its initials: lr for learning_rate
         return difflib.SequenceMatcher(None, name.lower(), choice.lower()).ratio()
 
     best = max(choices, key=similarity)

@@ -177,7 +177,13 @@ def test_an_architecture_that_does_not_exist_is_named(architecture):
 
 @pytest.mark.parametrize(
     ("section", "field", "nearest"),
-    [("train", "num_step", "train.num_steps"), ("penalty", "lambda_weight", "penalty.weight"), (None, "sed", "seed")],
+    [
+        ("train", "num_step", "train.num_steps"),
+        ("penalty", "lambda_weight", "penalty.weight"),
+        (None, "sed", "seed"),
+        ("optimizer", "lr", "optimizer.learning_rate"),
+        ("train", "bs", "train.batch_size"),
+    ],  # fmt: skip
 )
 def test_a_field_that_does_not_exist_is_answered_with_the_nearest(section, field, nearest):
     config = default_config(ARCHITECTURE)

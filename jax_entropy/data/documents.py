@@ -160,6 +160,9 @@ class Rows:
                     data, damaged = b"", damaged + 1
                     if damaged == _HOPELESS_ROWS and not readable:
                         break
+                else:
+                    if not data:
+                        self.left_out.add("rows without text", f"{shard.name}, {place}")
                 yield data
         except UserError:
             raise

@@ -234,6 +234,7 @@ def test_rows_without_text_keep_their_place(tmp_path):
     rows = [{"text": "a"}, {"text": None}, {"text": ""}, {"text": "b"}]
     documents = opened(tmp_path, write_shard(tmp_path / "a.parquet", rows), "languini")
     assert texts(documents) == {"0": "a", "1": "", "2": "", "3": "b"}
+    assert str(documents.left_out) == "2 rows without text ('a.parquet, row 2', …)"
 
 
 def test_rows_are_streamed(tmp_path, monkeypatch):
@@ -256,7 +257,8 @@ def test_a_damaged_row_keeps_its_place_and_is_counted_once(tmp_path):
     documents = opened(tmp_path, shard, "languini")
     for _ in range(2):
         assert texts(documents) == {str(i): {0: "a", 9: "c"}.get(i, "") for i in range(10)}
-        assert str(documents.left_out) == "7 rows that cannot be read ('a.jsonl, line 2', …)"
+        damaged = "7 rows that cannot be read ('a.jsonl, line 2', …)"
+        assert str(documents.left_out) == f"{damaged}, 1 rows without text ('a.jsonl, line 10')"
     array = pyarrow.Array.from_buffers(pyarrow.string(), 3, pyarrow.array([b"a", b"\xff", b"b"]).buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": array}), tmp_path / "b.parquet")
     documents = opened(tmp_path, tmp_path / "b.parquet", "languini")

@@ -112,7 +112,7 @@ def nobody():
 
 def test_the_workdir_of_another_user(tmp_path, nobody):
     workdir, config = Workdir(tmp_path / "run"), default_config("SM")
-    for parent in (tmp_path, *tmp_path.parents[:2]):
+    for parent in (tmp_path, *tmp_path.parents[:3]):
         parent.chmod(0o755)
     with workdir.held(config, print):
         with nobody():

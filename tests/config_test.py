@@ -183,7 +183,7 @@ def test_an_architecture_that_does_not_exist_is_named(architecture):
         (None, "sed", "seed"),
         ("optimizer", "lr", "optimizer.learning_rate"),
         ("train", "bs", "train.batch_size"),
-    ],  # fmt: skip
+    ],
 )
 def test_a_field_that_does_not_exist_is_answered_with_the_nearest(section, field, nearest):
     config = default_config(ARCHITECTURE)

@@ -20,7 +20,7 @@ from jax_entropy.entropy import (
 )
 from jax_entropy.errors import UserError
 from tests import GOLDEN
-from tests.tiny_model import assert_gradients, jit
+from tests.tiny_model import assert_gradients
 
 SOME_NATS = st.one_of(st.just(0.0), st.floats(2**-20, 6, width=32))
 REDUCTIONS, SHAPES = ("row_sum", "row_mean", "head_mean"), ("deadzone", "hinge")
@@ -82,10 +82,10 @@ def test_the_published_regulariser(golden, x64):
         dtype = np.float64 if x64 else np.float32
         attentions = golden["attentions"].astype(dtype)
         threshold_LxN = np.tile(golden["thresholds"].astype(dtype), (attentions.shape[0], 1))
-        entropy = jit(row_entropy)(attentions)
+        entropy = jax.jit(row_entropy)(attentions)
         assert entropy.dtype == dtype
         np.testing.assert_allclose(entropy, golden["entropy"], rtol=1e-4, atol=1e-5)
-        loss_and_gradients = jit(jax.value_and_grad(lambda *args: golden_loss(*args, golden), (0, 1)))
+        loss_and_gradients = jax.jit(jax.value_and_grad(lambda *args: golden_loss(*args, golden), (0, 1)))
         loss, (d_attentions, d_threshold) = loss_and_gradients(attentions, threshold_LxN)
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-4)
     np.testing.assert_allclose(np.sum(np.asarray(d_threshold), 0), golden["grad_thresholds"], rtol=1e-3, atol=1e-9)
@@ -104,7 +104,7 @@ def test_row_entropy_in_float64():
         entropy = row_entropy(weights)
         np.testing.assert_allclose(entropy, entropy_by_hand(weights), rtol=1e-14, atol=1e-15)
         assert_gradients(lambda w: row_entropy(w).sum(), np.array([0.35, 0.15, 0.3, 0.2]))
-        gradient = jit(jax.grad(lambda w: row_entropy(w).sum()))(weights)
+        gradient = jax.jit(jax.grad(lambda w: row_entropy(w).sum()))(weights)
         expected = np.where(weights > 0, -np.log(np.where(weights > 0, weights, 1)) - 1, 0)
         np.testing.assert_allclose(gradient, expected, rtol=1e-12)
 
@@ -135,7 +135,7 @@ def test_statistics_are_at_least_float32():
     assert penalty.dtype == jnp.float32
 
 
-@jit
+@jax.jit
 def softmax_entropies(scores):
     weights = jax.nn.softmax(scores)
     return row_entropy(weights), jax.nn.logsumexp(scores, axis=-1) - jnp.sum(weights * scores, axis=-1)
@@ -242,7 +242,7 @@ def test_head_mean_forgives_rows_that_average_out():
     )
 
 
-@functools.partial(jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def one_row(deviation, shape):
     """Penalty of rows whose deviation from θ·E_max is `deviation`, at γ·E_max = 0.25·log 16."""
     entropy = jnp.full((1, 1, 1, 16), 0.5 * math.log(16)) + deviation

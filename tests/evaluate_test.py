@@ -14,18 +14,12 @@ from jax_entropy.runs.load import load_run
 from jax_entropy.sharding import batch_sharding, make_mesh
 from tests import REPOSITORY
 from tests import reference_model as reference
-from tests.tiny_model import VARIED, jit, random_tokens, scattered, tiny
+from tests.tiny_model import VARIED, random_tokens, scattered, tiny
 
 BYTES = np.random.default_rng(5).integers(0, 7, 61).astype(np.int32)
 ROWS = np.asarray(random_tokens(7, 17, seed=3))
 
 evaluate_module = importlib.import_module("jax_entropy.evaluate")  # the package's name is the function
-quickly_compiled = jit(evaluate_module._evaluate_batch.__wrapped__, static_argnums=0)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(evaluate_module, "_evaluate_batch", quickly_compiled)
 
 
 def batches(size, padding=0):
@@ -125,7 +119,7 @@ def test_a_text_of_ones_choice_is_judged_whole(loaded, tmp_path):
     (tmp_path / "text.txt").write_bytes(content.encode())
     result = evaluate_module.evaluate(loaded, text=tmp_path / "text.txt", batch_size=3)
     ids = np.array([loaded.tokenizer.end_of_text, *loaded.tokenizer.encode(content)])
-    forward, nats = jit(lambda tokens: jax.nn.log_softmax(loaded.model.apply(loaded.variables, tokens)[0])), 0.0
+    forward, nats = jax.jit(lambda tokens: jax.nn.log_softmax(loaded.model.apply(loaded.variables, tokens)[0])), 0.0
     for begin in range(0, len(ids) - 1, 32):
         window = ids[begin : begin + 33]
         nats -= np.take_along_axis(np.asarray(forward(window[None, :-1]))[0], window[1:, None], 1).sum(dtype=np.float64)

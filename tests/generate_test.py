@@ -12,16 +12,10 @@ from jax_entropy.errors import UserError
 from jax_entropy.generate import generate
 from jax_entropy.model import Transformer
 from jax_entropy.runs.load import Run
-from tests.tiny_model import VARIED, initial, jit, scattered, tiny
+from tests.tiny_model import VARIED, initial, scattered, tiny
 
 END = 60
 generate_module = importlib.import_module("jax_entropy.generate")  # the package's name is the function
-quickly_compiled = jit(generate_module._continue.__wrapped__, static_argnums=(0, 5, 6, 7))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(generate_module, "_continue", quickly_compiled)
 
 
 class Letters:
@@ -44,7 +38,7 @@ def write(config, prompt="053", variables=None, num_tokens=8, **kwargs):
 
 
 def greedy_by_hand(config, variables, prompt, num_tokens):
-    forward = jit(Transformer(config).apply)
+    forward = jax.jit(Transformer(config).apply)
     ids = Letters().encode(prompt)
     for _ in range(num_tokens):
         padded = jnp.asarray([ids + [0] * (16 - len(ids))])  # causal: what follows is not seen

@@ -13,16 +13,7 @@ from hypothesis import strategies as st
 from jax_entropy.layers import Attention, Block, Linear, Shared, Stream, effective_matrix, normalise, temperature
 from jax_entropy.model import Transformer
 from tests import reference_model as reference
-from tests.tiny_model import (
-    ARCHITECTURES,
-    TARGETS,
-    initial,
-    jit,
-    random_tokens,
-    scattered,
-    shapes,
-    tiny,
-)
+from tests.tiny_model import ARCHITECTURES, TARGETS, initial, random_tokens, scattered, shapes, tiny
 
 WIDTH, HEADS = 12, (3, 4)
 
@@ -61,7 +52,7 @@ def test_weight_normalisation_and_its_gradients_are_torchs(in_axes):
             return jnp.sum(layer.apply({"params": params}, x) * dy)
 
         y = layer.apply({"params": {"kernel": v, "gain": g}}, x)
-        gradient = jit(jax.grad(loss))({"kernel": v, "gain": g})
+        gradient = jax.jit(jax.grad(loss))({"kernel": v, "gain": g})
 
     features = int(np.prod(options["out_shape"]))
     v, g = v.reshape(-1, features), g.ravel()
@@ -96,7 +87,7 @@ def test_spectral_normalisation_converges_to_the_largest_singular_value(in_axes)
     layer, variables, x, _ = spectral_layer(in_axes)
     kernel = np.asarray(variables["params"]["kernel"], np.float64).reshape(12, 12)
     largest = np.linalg.svd(kernel)[1][0]
-    apply = jit(lambda variables, x: layer.apply(variables, x, mutable=["spectral"]))
+    apply = jax.jit(lambda variables, x: layer.apply(variables, x, mutable=["spectral"]))
     errors = []
     for _ in range(60):
         y, updated = apply(variables, jnp.asarray(x, jnp.float32))
@@ -133,7 +124,7 @@ def test_the_gradient_holds_the_singular_vectors_fixed(mutable):
             y, updated = result if mutable else (result, variables)
             return jnp.sum(y * dy), updated["spectral"]["singular_vectors"]
 
-        (_, vectors), gradient = jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+        (_, vectors), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     u, v = map(np.asarray, vectors)
     matrix = variables["params"]["kernel"].reshape(12, 12)
     dw = x.reshape(-1, 12).T @ dy.reshape(-1, 12)
@@ -157,10 +148,10 @@ def test_evaluation_neither_updates_nor_needs_to_update_the_singular_vectors():
     config = tiny("SM+SNorm(QKVO+FFN)")
     variables, tokens = scattered(config), random_tokens(2, 8)
     model = Transformer(config)
-    evaluate = jit(model.apply)
+    evaluate = jax.jit(model.apply)
     first, again = evaluate(variables, tokens)[0], evaluate(variables, tokens)[0]
     np.testing.assert_array_equal(first, again)
-    (trained, _), updated = jit(lambda v, t: model.apply(v, t, mutable=["spectral"]))(variables, tokens)
+    (trained, _), updated = jax.jit(lambda v, t: model.apply(v, t, mutable=["spectral"]))(variables, tokens)
     assert not np.allclose(trained, first, rtol=1e-3)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), variables["spectral"], updated["spectral"])
     assert all(jax.tree.leaves(changed))
@@ -251,7 +242,7 @@ def test_the_scaled_feed_forward_is_equation_8(name):
     config = tiny(name)
     params = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), scattered(config)["params"]["blocks"])
     x = normal(2, 8, 16)
-    (output, _), _ = jit(lambda params, x: Block(config, True).apply({"params": params}, Stream(x), 0, Shared()))(
+    (output, _), _ = jax.jit(lambda params, x: Block(config, True).apply({"params": params}, Stream(x), 0, Shared()))(
         *jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
     )
     attended, _ = reference.attend(
@@ -269,7 +260,7 @@ def test_the_scaled_feed_forward_is_equation_8(name):
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
 
 
-@functools.partial(jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def temperature_of(parameter, kind):
     return temperature(parameter, tiny("SM(t)", temperature_parameter=kind))
 
@@ -294,7 +285,7 @@ def test_a_logarithmic_temperature_is_the_exponential_of_its_parameter(parameter
 @pytest.mark.parametrize("kind", ["direct", "log"])
 def test_the_temperatures_gradient_is_finite_everywhere(kind):
     parameter = jnp.asarray([-1.0, -1e-5, 0.0, 1e-5, 0.01, 1.0])
-    gradient = jit(jax.grad(lambda p: temperature(p, tiny("SM(t)", temperature_parameter=kind)).sum()))(parameter)
+    gradient = jax.jit(jax.grad(lambda p: temperature(p, tiny("SM(t)", temperature_parameter=kind)).sum()))(parameter)
     assert np.all(np.isfinite(gradient))
     expected = np.exp(parameter) if kind == "log" else np.asarray(parameter) / np.sqrt(np.square(parameter) + 1e-8)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4)
@@ -315,7 +306,7 @@ def test_a_temperature_acts_on_its_head_and_query_position_alone(parameter):
     attention = Attention(config)
     variables = jax.tree.map(lambda leaf: leaf[0], scattered(config)["params"]["blocks"]["attention"])
 
-    @jit
+    @jax.jit
     def entropy(temperatures):
         return attention.apply({"params": variables | {"temperature": temperatures}}, x, Stream(x), 0, Shared())[
             2
@@ -334,7 +325,7 @@ def test_a_higher_temperature_diffuses():
     x, attention = jnp.asarray(normal(2, 16, 16), jnp.float32), Attention(config)
     variables = jax.tree.map(lambda leaf: leaf[0], scattered(config)["params"]["blocks"]["attention"])
 
-    @jit
+    @jax.jit
     def mean_entropy(t):
         params = variables | {"temperature": jnp.full((2, 16), t)}
         return attention.apply({"params": params}, x, Stream(x), 0, Shared())[2].stats.entropy.mean()

@@ -18,7 +18,7 @@ from jax_entropy.sharding import batch_sharding, make_mesh, path_name
 from jax_entropy.state import penalty_schedule
 from tests import reference_model as reference
 from tests.entropy_test import penalty_by_hand
-from tests.tiny_model import ARCHITECTURES, jit, random_tokens, scattered, tiny
+from tests.tiny_model import ARCHITECTURES, random_tokens, scattered, tiny
 
 B, D, V = 3, 8, 29
 
@@ -46,9 +46,9 @@ def chunk_elements(request, monkeypatch):
 def test_cross_entropy_in_chunks_is_optaxs(T, dtype, rtol, chunk_elements):
     with jax.enable_x64(dtype == "float64"):
         hidden, head, targets = problem(T, dtype)
-        value, gradients = jit(jax.value_and_grad(cross_entropy, (0, 1)))(hidden, head, targets)
-        alone = jit(lambda *args: cross_entropy(*args))(hidden, head, targets)
-        expected, expected_gradients = jit(jax.value_and_grad(plain_cross_entropy, (0, 1)))(hidden, head, targets)
+        value, gradients = jax.jit(jax.value_and_grad(cross_entropy, (0, 1)))(hidden, head, targets)
+        alone = jax.jit(lambda *args: cross_entropy(*args))(hidden, head, targets)
+        expected, expected_gradients = jax.jit(jax.value_and_grad(plain_cross_entropy, (0, 1)))(hidden, head, targets)
     assert value.dtype == alone.dtype == head.dtype
     np.testing.assert_allclose(value, expected, rtol=min(rtol, 1e-5))
     np.testing.assert_allclose(alone, expected, rtol=min(rtol, 1e-5))
@@ -62,14 +62,14 @@ def test_cross_entropy_in_chunks_is_optaxs(T, dtype, rtol, chunk_elements):
 def test_double_precision_elsewhere_does_not_change_the_types(dtype):
     with jax.enable_x64(True):
         hidden, head, targets = problem(12, dtype)
-        value, gradients = jit(jax.value_and_grad(cross_entropy, (0, 1)))(hidden, head, targets)
+        value, gradients = jax.jit(jax.value_and_grad(cross_entropy, (0, 1)))(hidden, head, targets)
     assert (value.dtype, gradients[0].dtype, gradients[1].dtype) == (jnp.float32, hidden.dtype, jnp.float32)
 
 
 def test_a_cotangent_scales_the_gradients():
     hidden, head, targets = problem(12, "float32")
-    value, gradients = jit(jax.value_and_grad(cross_entropy, (0, 1)))(hidden, head, targets)
-    cubed = jit(jax.grad(lambda *args: cross_entropy(*args, targets) ** 3, (0, 1)))(hidden, head)
+    value, gradients = jax.jit(jax.value_and_grad(cross_entropy, (0, 1)))(hidden, head, targets)
+    cubed = jax.jit(jax.grad(lambda *args: cross_entropy(*args, targets) ** 3, (0, 1)))(hidden, head)
     for one, two in zip(gradients, cubed, strict=True):
         np.testing.assert_allclose(two, 3 * value**2 * one, rtol=1e-4, atol=1e-6)
 
@@ -79,7 +79,7 @@ def test_losses_of_tokens_are_in_their_order(chunk_elements):
     logits = np.einsum("BTD,VD->BTV", hidden, head).astype(np.float64)
     picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     expected = np.log(np.exp(logits).sum(-1)) - picked
-    losses = jit(lambda *args: token_losses(*args))(hidden, head, targets)
+    losses = jax.jit(lambda *args: token_losses(*args))(hidden, head, targets)
     assert losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
 
@@ -101,7 +101,7 @@ def test_devices_sum_their_gradients_once(shape, monkeypatch):
     hidden = rng.standard_normal((size, T, width)).astype(np.float32)
     head = rng.standard_normal((vocab_size, width)).astype(np.float32)
     targets = rng.integers(0, vocab_size, (size, T)).astype(np.int32)
-    expected = jit(jax.value_and_grad(plain_cross_entropy, (0, 1)))(hidden, head, targets)
+    expected = jax.jit(jax.value_and_grad(plain_cross_entropy, (0, 1)))(hidden, head, targets)
 
     mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
@@ -130,7 +130,7 @@ def test_devices_sum_their_gradients_once(shape, monkeypatch):
 
 def test_logits_of_any_size_give_a_finite_loss():
     hidden, head, targets = problem(12, "float32")
-    value, (d_hidden, d_head) = jit(jax.value_and_grad(cross_entropy, (0, 1)))(hidden * 1e4, head, targets)
+    value, (d_hidden, d_head) = jax.jit(jax.value_and_grad(cross_entropy, (0, 1)))(hidden * 1e4, head, targets)
     assert np.isfinite(value) and np.all(np.isfinite(d_hidden)) and np.all(np.isfinite(d_head))
 
 
@@ -166,7 +166,7 @@ def loss_and_gradients(config):
             **OPTIONS,
         )
 
-    return jit(jax.value_and_grad(function, has_aux=True))(params)
+    return jax.jit(jax.value_and_grad(function, has_aux=True))(params)
 
 
 class _Frozen:
@@ -219,7 +219,7 @@ def test_the_penaltys_gradient_reaches_queries_keys_temperatures_and_thresholds(
         _, parts = loss_fn(params, tokens, model=Transformer(config), tolerance=0.02, reduction=reduction, shape=shape)
         return parts.penalty
 
-    gradients = jit(jax.grad(penalty))(variables["params"])
+    gradients = jax.jit(jax.grad(penalty))(variables["params"])
     attention = gradients["blocks"]["attention"]
     t, positions = attention["temperature"], gradients["position_embedding"]
     reached = [attention[name]["kernel"] for name in ("query", "key")]
@@ -232,7 +232,7 @@ def test_the_penaltys_gradient_reaches_queries_keys_temperatures_and_thresholds(
 @pytest.mark.parametrize("name", ["SM+LN+G", "SM(t)+ScFuFFN"])
 def test_without_thresholds_there_is_no_penalty(name):
     config = tiny(name)
-    loss, parts = jit(lambda p: loss_fn(p, random_tokens(2, 9), model=Transformer(config), penalty_weight=1e9))(
+    loss, parts = jax.jit(lambda p: loss_fn(p, random_tokens(2, 9), model=Transformer(config), penalty_weight=1e9))(
         scattered(config)["params"]
     )
     assert parts.penalty == 0 and loss == parts.cross_entropy and parts.aux.threshold is None
@@ -241,7 +241,7 @@ def test_without_thresholds_there_is_no_penalty(name):
 def test_the_weight_may_follow_a_schedule():
     config = tiny("EReg(SM(t)+ScFuFFN)")
 
-    @jit
+    @jax.jit
     def run(step):
         weight = optax.linear_schedule(0.0, 1.0, 10)(step)
         return loss_fn(
@@ -257,7 +257,7 @@ def test_spectral_vectors_come_back_updated():
     config = tiny("SM+SNorm(QK)")
     collections = {**scattered(config)}
     params = collections.pop("params")
-    run = jit(lambda c: loss_fn(params, random_tokens(2, 9), model=Transformer(config), collections=c))
+    run = jax.jit(lambda c: loss_fn(params, random_tokens(2, 9), model=Transformer(config), collections=c))
     _, parts = run(collections)
     assert jax.tree.structure(parts.collections) == jax.tree.structure(collections)
     pairs = zip(jax.tree.leaves(parts.collections), jax.tree.leaves(collections), strict=True)
@@ -266,7 +266,7 @@ def test_spectral_vectors_come_back_updated():
 
 def test_dropout_needs_its_key():
     config = tiny("SM+LN+G", embedding_dropout=0.5)
-    run = jit(
+    run = jax.jit(
         lambda key: loss_fn(
             scattered(config)["params"], random_tokens(2, 9), model=Transformer(config), dropout_key=key
         )[0]

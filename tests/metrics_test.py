@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jax_entropy.attention import AttentionStats
 from jax_entropy.metrics import entropy_metrics, gradient_norms
 from jax_entropy.model import Aux
-from tests.tiny_model import ARCHITECTURES, changed, jit, scattered, tiny
+from tests.tiny_model import ARCHITECTURES, changed, scattered, tiny
 
 L, B, N, T = 3, 4, 2, 16
 
@@ -100,7 +100,7 @@ def test_gradient_norms_are_of_groups_that_part_the_parameters():
         squares = {}
         for path, leaf in flatten_dict(gradients).items():
             squares[group_of(path)] = squares.get(group_of(path), 0) + np.square(np.asarray(leaf, np.float64)).sum()
-        norms = jax.device_get(jit(gradient_norms)(gradients))
+        norms = jax.device_get(jax.jit(gradient_norms)(gradients))
         assert norms.keys() == squares.keys(), name
         for group, square in squares.items():
             assert norms[group] == pytest.approx(math.sqrt(square), rel=1e-5), (name, group)
@@ -113,5 +113,5 @@ def test_gradient_norms_of_a_gradient_that_is_not_a_number_say_where():
     gradients = scattered(tiny("SM+LN+G"))["params"]
     path = "blocks/attention/query/kernel"
     gradients = changed(gradients, path, lambda kernel: kernel.at[1, 0, 0, 0].set(jnp.nan))
-    norms = jit(gradient_norms)(gradients)
+    norms = jax.jit(gradient_norms)(gradients)
     assert [group for group, norm in norms.items() if np.isnan(norm)] == ["attention"]

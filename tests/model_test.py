@@ -12,16 +12,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer, empty_cache
 from tests import reference_model as reference
-from tests.tiny_model import (
-    ARCHITECTURES,
-    VARIED,
-    initial,
-    jit,
-    random_tokens,
-    scattered,
-    shapes,
-    tiny,
-)
+from tests.tiny_model import ARCHITECTURES, VARIED, initial, random_tokens, scattered, shapes, tiny
 
 T = 12  # shorter than the context of 16
 
@@ -29,7 +20,7 @@ T = 12  # shorter than the context of 16
 @functools.cache
 def forward(config):
     """(logits, aux) of the scattered model on two rows of T tokens."""
-    return jit(Transformer(config).apply)(scattered(config), random_tokens(2, T))
+    return jax.jit(Transformer(config).apply)(scattered(config), random_tokens(2, T))
 
 
 def assert_is_the_reference(config, rtol=1e-4):
@@ -96,7 +87,7 @@ def test_reading_with_a_cache_is_reading_at_once(name):
     config = tiny(name)
     variables, tokens = scattered(config), random_tokens(2, T)
 
-    @jit
+    @jax.jit
     def read(variables):
         """Seven tokens, then one, then four."""
         cache, parts, position = empty_cache(config, 2), [], 0
@@ -119,7 +110,7 @@ def test_a_cache_may_be_read_at_a_position_known_only_later(name):
     config = tiny(name)
     variables, tokens = scattered(config), random_tokens(2, T)
 
-    @jit
+    @jax.jit
     def read(variables):
         def step(carry, token_B):
             cache, position = carry
@@ -135,7 +126,7 @@ def test_a_cache_may_be_read_at_a_position_known_only_later(name):
 def test_what_lies_behind_in_a_cache_is_not_seen():
     config = tiny("SM+LN+G")
     variables, tokens = scattered(config), random_tokens(2, T)
-    read = jit(lambda cache: decode(config, variables, tokens, cache, 0)[:2])
+    read = jax.jit(lambda cache: decode(config, variables, tokens, cache, 0)[:2])
     clean = empty_cache(config, 2)
     dirty = jax.tree.map(lambda leaf: leaf + 1e3, clean)
     jax.tree.map(np.testing.assert_array_equal, read(clean), read(dirty))
@@ -149,7 +140,7 @@ def test_no_position_depends_on_a_later_one(name):
     config_untied = tiny(name, tied_head=False)
     model, variables = Transformer(config_untied), scattered(config_untied)
 
-    @jit
+    @jax.jit
     @jax.grad
     def gradient(table):
         params = variables["params"] | {"token_embedding": table}
@@ -183,7 +174,7 @@ def loss_and_gradients(config):
     collections = {**scattered(config)}
     params = collections.pop("params")
     function = functools.partial(loss_fn, model=Transformer(config), penalty_weight=0.1, reduction="row_mean")
-    (loss, parts), gradients = jit(jax.value_and_grad(function, has_aux=True))(
+    (loss, parts), gradients = jax.jit(jax.value_and_grad(function, has_aux=True))(
         params, random_tokens(2, T + 1), collections=collections
     )
     return loss, gradients, parts.collections
@@ -227,8 +218,8 @@ def test_an_attention_that_does_not_exist_is_named_before_anything_is_compiled()
 
 def test_logits_do_not_depend_on_the_tokens_that_follow():
     config = tiny("EReg(SM(t)+ScFuFFN)")
-    logits, aux = jit(Transformer(config).apply)(scattered(config), random_tokens(2, 16))
-    short, aux_short = jit(Transformer(config).apply)(scattered(config), random_tokens(2, 16)[:, :9])
+    logits, aux = jax.jit(Transformer(config).apply)(scattered(config), random_tokens(2, 16))
+    short, aux_short = jax.jit(Transformer(config).apply)(scattered(config), random_tokens(2, 16)[:, :9])
     np.testing.assert_allclose(logits[:, :9], short, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(aux.stats.entropy[..., :9], aux_short.stats.entropy, rtol=1e-4, atol=1e-5)
 
@@ -240,7 +231,7 @@ def test_dropout_acts_with_an_rng_and_keeps_the_mean():
         "token_embedding": jnp.eye(16), "position_embedding": jnp.ones((16, 16)),
     }  # fmt: skip
     model, tokens = Transformer(config), jnp.zeros((200, 16), jnp.int32)
-    hidden = jit(lambda rngs: model.apply({"params": params}, tokens, method="hidden", rngs=rngs)[0])
+    hidden = jax.jit(lambda rngs: model.apply({"params": params}, tokens, method="hidden", rngs=rngs)[0])
     fed = np.asarray(hidden({}))
     np.testing.assert_array_equal(fed, np.broadcast_to(1 + np.eye(16)[0], fed.shape))
     dropped = np.asarray(hidden({"dropout": jax.random.key(3)}))
@@ -253,7 +244,7 @@ def test_dropout_acts_with_an_rng_and_keeps_the_mean():
 
 def test_without_dropout_an_rng_changes_nothing():
     config = tiny("SM+LN+G")
-    run = jit(lambda rngs: Transformer(config).apply(scattered(config), random_tokens(2, T), rngs=rngs)[0])
+    run = jax.jit(lambda rngs: Transformer(config).apply(scattered(config), random_tokens(2, T), rngs=rngs)[0])
     np.testing.assert_array_equal(run({}), run({"dropout": jax.random.key(0)}))
 
 
@@ -267,7 +258,7 @@ def test_every_variant_trains(name, dtype):
     text = np.tile(np.random.default_rng(0).permutation(61), 3)
     tokens = jnp.asarray(np.stack([text[start : start + 17] for start in range(0, 64, 8)]))
 
-    @jit
+    @jax.jit
     def train(variables):
         collections = {**variables}
         params = collections.pop("params")

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from jax_entropy.config import default_config
 from jax_entropy.errors import UserError
 from jax_entropy.optimizer import decay_mask, learning_rate_schedule, make_optimizer
-from tests.tiny_model import ARCHITECTURES, jit, shapes, tiny
+from tests.tiny_model import ARCHITECTURES, shapes, tiny
 
 
 def options(**fields):
@@ -104,7 +104,7 @@ def test_adamw_by_hand():
     rng = np.random.default_rng(0)
     p = rng.standard_normal(5)
     params, m, v = {"kernel": jnp.asarray(p, jnp.float32)}, np.zeros(5), np.zeros(5)
-    state, update = optimizer.init(params), jit(optimizer.update)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for step in range(6):
         g = rng.standard_normal(5)
         updates, state = update({"kernel": jnp.asarray(g, jnp.float32)}, state, params)

@@ -27,7 +27,7 @@ from jax_entropy.sharding import (
     tree_sharding,
 )  # fmt: skip
 from jax_entropy.state import init_state, make_train_step
-from tests.tiny_model import ARCHITECTURES, jit, run_config
+from tests.tiny_model import ARCHITECTURES, run_config
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2))
 TRAINED = ("EReg(SM(t)+ScFuFFN^1)", "EReg(SM+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN)")
@@ -203,7 +203,7 @@ def initialised(architecture, shape):
     sharding = tree_sharding(abstract_state(config), mesh)
     with jax.set_mesh(mesh):
         init = functools.partial(init_state, config, Transformer(model_config(config, 64)))
-        return jit(init, out_shardings=sharding)(), sharding
+        return jax.jit(init, out_shardings=sharding)(), sharding
 
 
 @functools.cache
@@ -214,7 +214,7 @@ def trained(architecture, shape):
     model = Transformer(model_config(config, 64))
     state, sharding = initialised(architecture, shape)
     with jax.set_mesh(mesh):
-        step = jit(
+        step = jax.jit(
             make_train_step(config, model),
             static_argnums=2,
             in_shardings=(sharding, batch_sharding(mesh)),
@@ -287,7 +287,7 @@ def test_nothing_is_gathered_whole_to_be_laid_out_anew(capfd):
     table = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("tensor", "fsdp")))
     tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=batch_sharding(mesh))
     out = NamedSharding(mesh, PartitionSpec(BATCH))
-    jit(lambda table, tokens: jnp.take(table, tokens, axis=0), out_shardings=out).lower(table, tokens).compile()
+    jax.jit(lambda table, tokens: jnp.take(table, tokens, axis=0), out_shardings=out).lower(table, tokens).compile()
     speaks = "nvoluntary full rematerialization" in capfd.readouterr().err
     trained.__wrapped__(TRAINED[0], (2, 2, 2))
     assert "nvoluntary full rematerialization" not in capfd.readouterr().err

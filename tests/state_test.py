@@ -15,7 +15,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.optimizer import make_optimizer
 from jax_entropy.seeds import random_key
 from jax_entropy.state import init_state, make_train_step
-from tests.tiny_model import changed, jit, random_tokens, run_config
+from tests.tiny_model import changed, random_tokens, run_config
 
 EREG, SPECTRAL = "EReg(SM(t)+ScFuFFN^1)", "EReg(SM+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN)"
 
@@ -27,11 +27,11 @@ def model_of(config):
 @functools.cache
 def start(architecture=EREG, seed=1337):
     config = run_config(architecture, seed=seed)
-    return jit(functools.partial(init_state, config, model_of(config)))()
+    return jax.jit(functools.partial(init_state, config, model_of(config)))()
 
 
 def step_of(config):
-    return jit(make_train_step(config, model_of(config)), static_argnums=2)
+    return jax.jit(make_train_step(config, model_of(config)), static_argnums=2)
 
 
 def assert_close(one, two, rtol=1e-5, atol=1e-6):
@@ -72,7 +72,7 @@ def test_spectral_vectors_are_iterated_once_a_batch():
     model = model_of(config)
     collections = start(SPECTRAL).collections
     for state in (once, twice):
-        run = jit(lambda c: loss_fn(start(SPECTRAL).params, tokens, model=model, collections=c)[1].collections)
+        run = jax.jit(lambda c: loss_fn(start(SPECTRAL).params, tokens, model=model, collections=c)[1].collections)
         collections = run(collections)
         assert_close(state.collections, collections, atol=1e-5)
 
@@ -82,7 +82,7 @@ def test_a_step_is_the_optimisers_update_by_the_losss_gradient(architecture):
     config, tokens, state = run_config(architecture), random_tokens(4, 17), start(architecture)
     new, metrics = step_of(config)(state, tokens, False)
 
-    @jit
+    @jax.jit
     def by_hand(state):
         loss = functools.partial(
             loss_fn, model=model_of(config), penalty_weight=0.3, reduction="row_mean", tolerance=0.05,
@@ -187,7 +187,7 @@ def test_layers_that_are_not_finite_are_counted():
 
 def test_a_state_is_a_function_of_the_seed():
     config = run_config(EREG)
-    again = jit(functools.partial(init_state, config, model_of(config)))()
+    again = jax.jit(functools.partial(init_state, config, model_of(config)))()
     other = start(seed=7)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.all(a == b)), again, start()))
     assert not np.array_equal(other.params["token_embedding"], again.params["token_embedding"])

@@ -27,23 +27,10 @@ ARCHITECTURES = (
 VARIED = ("SM+LN+G", "SM+WNorm(QKVO+FFN)", "EReg(SM(t)+ScFuFFN^1)", *ARCHITECTURES[-6:-3])
 
 
-def _quick_to_compile() -> dict[str, Any]:
-    """Models this small are compiled for longer than they run; the second option is gone from later versions of XLA."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:
-        del options["xla_cpu_use_fusion_emitters"]
-    return options
-
-
-jit = functools.partial(jax.jit, compiler_options=_quick_to_compile())
-
-
 def assert_gradients(function, *arguments, step: float = 1e-6, rtol: float = 1e-6) -> None:
     """The gradients' products with random directions are central differences; for float64 arguments."""
-    rng, value = np.random.default_rng(0), jit(function)
-    gradients = jit(jax.grad(function, tuple(range(len(arguments)))))(*arguments)
+    rng, value = np.random.default_rng(0), jax.jit(function)
+    gradients = jax.jit(jax.grad(function, tuple(range(len(arguments)))))(*arguments)
     for i, gradient in enumerate(gradients):
         along = jax.tree.map(lambda leaf: rng.standard_normal(np.shape(leaf)), arguments[i])
 
@@ -92,7 +79,7 @@ def shapes(config: ModelConfig) -> dict[str, Any]:
 @functools.cache
 def initial(config: ModelConfig) -> dict[str, Any]:
     """The variables that a run starts from."""
-    return dict(jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    return dict(jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
 
 
 @functools.cache

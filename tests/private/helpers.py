@@ -22,7 +22,7 @@ from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.state import init_state
 from tests import REPOSITORY
-from tests.tiny_model import jit, random_tokens, run_config, scattered
+from tests.tiny_model import random_tokens, run_config, scattered
 
 
 def private_model(engine: Engine, config, variables=None, rewrites: Rewrites = Rewrites()) -> PrivateModel:
@@ -33,7 +33,7 @@ def private_model(engine: Engine, config, variables=None, rewrites: Rewrites = R
 @functools.cache
 def plain_logits(config, num_tokens: int = 16) -> np.ndarray:
     """What the plain model, compiled once, says of `random_tokens`."""
-    return np.asarray(jit(Transformer(config).apply)(scattered(config), random_tokens(1, num_tokens))[0][0])
+    return np.asarray(jax.jit(Transformer(config).apply)(scattered(config), random_tokens(1, num_tokens))[0][0])
 
 
 @functools.cache

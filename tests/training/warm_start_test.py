@@ -21,7 +21,7 @@ from jax_entropy.training.train import train
 from jax_entropy.training.warm_start import Origin, Source, source_config, take_over
 from tests import REPOSITORY
 from tests.run_helpers import lines
-from tests.tiny_model import VARIED, jit, random_tokens, scattered, tiny
+from tests.tiny_model import VARIED, random_tokens, scattered, tiny
 
 TOKENS = random_tokens(3, 16)
 
@@ -32,7 +32,7 @@ def taken_over(old, new, *, same_tokens=True):
 
 
 def logits(config, variables, tokens=TOKENS):
-    return jit(lambda variables: Transformer(config).apply(variables, tokens)[0])(variables)
+    return jax.jit(lambda variables: Transformer(config).apply(variables, tokens)[0])(variables)
 
 
 def same(variables, old):

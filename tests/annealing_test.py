@@ -26,7 +26,7 @@ from jax_entropy.training.train import train
 from tests import reference_model as reference
 from tests.private.helpers import make_workdir
 from tests.run_helpers import lines
-from tests.tiny_model import jit, random_tokens, run_config, scattered, tiny
+from tests.tiny_model import random_tokens, run_config, scattered, tiny
 
 TOKENS = random_tokens(2, 12)
 
@@ -53,7 +53,7 @@ def at(amount, rate=0.7, **fields):
 
 @functools.cache
 def logits_of(model):
-    return jit(lambda variables: Transformer(model).apply(variables, TOKENS)[0])
+    return jax.jit(lambda variables: Transformer(model).apply(variables, TOKENS)[0])
 
 
 def test_it_begins_as_the_model_that_it_starts_from():
@@ -170,7 +170,7 @@ def test_distillation_takes_the_place_of_a_share_of_the_cross_entropy():
         {"params": jax.tree.map(lambda x: 1.1 * x, scattered(config)["params"])},
     )
     loss = functools.partial(loss_fn, model=Transformer(config), teacher=teacher, distillation=0.3)
-    value, parts = jit(loss)(params, random_tokens(2, 13))
+    value, parts = jax.jit(loss)(params, random_tokens(2, 13))
     assert parts.divergence > 0
     np.testing.assert_allclose(value, 0.7 * parts.cross_entropy + 0.3 * parts.divergence, rtol=1e-6)
 

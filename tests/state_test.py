@@ -127,7 +127,7 @@ def test_qk_clip_brings_the_largest_logit_of_a_head_back_to_its_limit(architectu
     """Temperatures, biases and gains included; where the update itself is next to nothing."""
     tokens, state, model = random_tokens(4, 17), start(architecture), model_of(run_config(architecture))
     state = state._replace(params=jax.tree.map(lambda x: 1.5 * x + 0.01, state.params))
-    logits = jit(
+    logits = jax.jit(
         lambda params: jnp.max(model.apply({"params": params}, tokens[:, :-1])[1].stats.max_logit, axis=(1, 3))
     )
     before = logits(state.params)

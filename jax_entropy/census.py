@@ -4,6 +4,7 @@ Counted as in Tables 3, 4, 7 and 8 of the paper, and what these leave out (the f
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -140,6 +141,7 @@ def census(config: ModelConfig) -> Census:
     )
 
 
+@functools.cache
 def _count_parameters(config: ModelConfig) -> int:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]

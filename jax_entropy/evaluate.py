@@ -18,20 +18,34 @@ from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
 from jax_entropy.paths import local_path
 from jax_entropy.runs.load import Run, load_run, own_tokens
+from jax_entropy.runs.reading import TOKENS, Reading
 from jax_entropy.sharding import constrain
 
 _ELSEWHERE = ("directory", "num_threads", "prefetch", "tokenizer")  # where and how a corpus lies, not what it is
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate_batch(model: Transformer, variables: Any, tokens_BxT1, weight_B, bytes_V) -> tuple[jax.Array, ...]:
-    """Per sequence: weight, loss in nats, bytes predicted [B], head entropy [B, L, N]; the same on every process."""
+def _evaluate_batch(
+    model: Transformer, variables: Any, tokens_BxT1, weight_B, bytes_V
+) -> tuple[tuple[jax.Array, ...], Reading]:
+    """Per sequence: weight, loss in nats, bytes predicted [B], head entropy [B, L, N]; and how the first were read.
+
+    The same on every process.
+    """
     hidden_BxTxD, head_VxD, aux = model.apply(variables, tokens_BxT1[:, :-1], method="hidden")
-    loss_B = jnp.sum(token_losses(hidden_BxTxD, head_VxD, tokens_BxT1[:, 1:]), axis=1)
+    loss_BxT = token_losses(hidden_BxTxD, head_VxD, tokens_BxT1[:, 1:])
+    loss_B = jnp.sum(loss_BxT, axis=1)
     bytes_B = jnp.sum(bytes_V[tokens_BxT1[:, 1:]], axis=1)
     entropy_BxLxN = jnp.moveaxis(jnp.mean(aux.stats.entropy, axis=-1), 1, 0)
     per_sequence = weight_B, loss_B, bytes_B, entropy_BxLxN
-    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), per_sequence)
+    R, T = max(1, TOKENS // loss_BxT.shape[1]), min(TOKENS, loss_BxT.shape[1])
+    reading = Reading(
+        tokens=tokens_BxT1[:R, : T + 1],
+        loss=loss_BxT[:R, :T],
+        entropy=jnp.moveaxis(aux.stats.entropy[:, :R, :, :T], 1, 2),
+        temperature=aux.temperature,
+    )
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), (per_sequence, reading))
 
 
 def evaluate_batches(
@@ -39,6 +53,7 @@ def evaluate_batches(
     variables: Any,
     batches: Iterable[tuple[Any, Any]],
     byte_lengths: np.ndarray,
+    read: Callable[[Reading], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluates `model` on every sequence once.
 
@@ -46,6 +61,7 @@ def evaluate_batches(
       batches: pairs of tokens [B, T+1] and weights [B], sharded or not, of any B and T; weight 0 marks rows that only
         fill a batch.
       byte_lengths: bytes that each token of the vocabulary stands for, [V].
+      read: is given how the first few hundred tokens were read.
     Returns:
       validation_loss (nats/token), validation_perplexity, bits_per_byte, head_entropy (nats) [L, N], tokens (count),
       context_length (tokens, of the longest).
@@ -54,7 +70,11 @@ def evaluate_batches(
     context_length = 0
     byte_lengths = jnp.asarray(byte_lengths)
     for tokens_BxT1, weight_B in batches:
-        sums = jax.device_get(_evaluate_batch(model, variables, tokens_BxT1, weight_B, byte_lengths))
+        sums, reading = _evaluate_batch(model, variables, tokens_BxT1, weight_B, byte_lengths)
+        if read:
+            read(jax.device_get(reading))
+            read = None
+        sums = jax.device_get(sums)
         weight_B, loss_B, bytes_B, entropy_BxLxN = (np.asarray(x, np.float64) for x in sums)
         # float64 and one sum per sequence: the figure does not depend on how sequences are batched
         loss += float(loss_B @ weight_B)

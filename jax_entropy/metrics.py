@@ -40,6 +40,7 @@ def entropy_metrics(aux: Aux) -> dict[str, jax.Array]:
         collapse=bands[0],
         overload=bands[3],
         max_logit=jnp.max(aux.stats.max_logit, axis=(1, 2, 3)),
+        head_max_logit=jnp.max(aux.stats.max_logit, axis=(1, 3)),
         nan_count=jnp.sum(jnp.isnan(aux.stats.entropy), axis=(1, 2, 3)),
         inf_count=jnp.sum(jnp.isinf(aux.stats.logsumexp), axis=(1, 2, 3)),
     )

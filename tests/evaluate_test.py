@@ -31,8 +31,8 @@ def batches(size, padding=0):
         yield np.concatenate([rows, np.full((missing, 17), padding, np.int32)]), weight
 
 
-def run(config, *args, **kwargs):
-    return evaluate_batches(Transformer(config), scattered(config), batches(*args, **kwargs), BYTES)
+def run(config, *args, read=None, **kwargs):
+    return evaluate_batches(Transformer(config), scattered(config), batches(*args, **kwargs), BYTES, read)
 
 
 @pytest.mark.parametrize("name", VARIED)
@@ -42,9 +42,15 @@ def test_the_figures_are_those_of_a_direct_computation(name):
     targets = ROWS[:, 1:]
     picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     largest = logits.max(-1)
-    nats = (np.log(np.exp(logits - largest[..., None]).sum(-1)) + largest - picked).sum()
+    loss = np.log(np.exp(logits - largest[..., None]).sum(-1)) + largest - picked
+    nats = loss.sum()
 
-    result = run(config, 4)
+    readings = []
+    result = run(config, 4, read=readings.append)
+    (reading,) = readings  # of the first batch
+    np.testing.assert_array_equal(reading.tokens, ROWS[:4])
+    np.testing.assert_allclose(reading.loss, loss[:4], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(reading.entropy, np.moveaxis(entropy[:, :4], 1, 2), rtol=1e-3, atol=1e-5)
     assert result["validation_loss"] == pytest.approx(nats / targets.size, rel=1e-5)
     assert result["validation_perplexity"] == pytest.approx(math.exp(nats / targets.size), rel=1e-4)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / BYTES[targets].sum(), rel=1e-5)

@@ -41,6 +41,7 @@ def test_entropy_metrics():
         collapse=quarters(head, head.max())[0],
         overload=quarters(head, head.max())[3],
         max_logit=aux.stats.max_logit.max((1, 2, 3)),
+        head_max_logit=aux.stats.max_logit.max((1, 3)),
         nan_count=np.zeros(L),
         inf_count=np.zeros(L),
         threshold=aux.threshold,

@@ -18,12 +18,14 @@ from jax_entropy.commands.census import census
 from jax_entropy.commands.console import output_failure, prepare_streams, warn
 from jax_entropy.commands.parse import Command
 from jax_entropy.commands.plan import plan
-from jax_entropy.commands.runs import convert, evaluate, generate, report, status
+from jax_entropy.commands.runs import convert, evaluate, generate, report, status, watch
 from jax_entropy.commands.sweep import sweep
 from jax_entropy.commands.train import train
 from jax_entropy.errors import UserError, nearest
 
-COMMANDS = {found.name: found for found in (train, sweep, status, evaluate, generate, report, convert, census, plan)}
+COMMANDS = {
+    found.name: found for found in (train, sweep, status, watch, evaluate, generate, report, convert, census, plan)
+}
 FAMILIES = {
     "private": "A trained model under secure computation.",
     "bench": "Speed and memory of attention, a step, the loader, and monitoring.",

@@ -197,14 +197,14 @@ def _value(flag: Flag, given: Any) -> Any:
 
 
 def _take_words(values: argparse.Namespace, command: Command, words: list[str], flags: Mapping[str, Flag]) -> None:
-    """Words without a flag: names where the command takes some, else the folder of the run."""
+    """Words without a flag: the folder of the run, then names where the command takes some."""
+    if words and "workdir" in flags and "workdir" not in values.given:
+        values.workdir = flags["workdir"].read(words.pop(0))
+        values.given.add("workdir")
     for argument in command.arguments:
         if isinstance(argument, Names):
             setattr(values, argument.name, words)
             return
-    if words and "workdir" in flags and "workdir" not in values.given:
-        values.workdir = flags["workdir"].read(words.pop(0))
-        values.given.add("workdir")
     if words:
         raise UserError(f"the argument {words[0]!r} is not understood; flags are written --name=value")
 

@@ -4,10 +4,10 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from jax_entropy.commands.console import console, say, warn, write_json
-from jax_entropy.commands.parse import BEST, CONFIG, JSON, WORKDIR, Flag, command
+from jax_entropy.commands.console import console, output, say, warn, write_json
+from jax_entropy.commands.parse import BEST, CONFIG, JSON, WORKDIR, Flag, Names, command
 from jax_entropy.errors import UserError
-from jax_entropy.paths import reading
+from jax_entropy.paths import local_path, reading
 
 PROMPT = Flag("prompt", "", "text to go on from")
 PROMPT_FILE = Flag("prompt_file", None, "file that holds the prompt, as it is; - is standard input", kind=Path)
@@ -86,18 +86,61 @@ def generate(values: Namespace) -> None:
 
 @command(
     WORKDIR,
-    Flag("against", None, "folder of another run, drawn beside this one in comparison.png", kind=Path),
-    examples=["report runs/quickstart --against=runs/baseline"],
+    Names("others", "folders of other runs, on the same page"),
+    Flag(
+        "against", None, "folder of another run, the same as a second word; may be repeated", kind=Path, repeated=True
+    ),
+    Flag("figures", "png", "kind of the figures", choices=("png", "svg", "pdf")),
+    Flag(
+        "page",
+        None,
+        "file for the page; else report.html in the folder of the first run",
+        kind=Path,
+        endings=(".html",),
+    ),
+    JSON,
+    Flag("csv", None, "file for the numbers, one a line", kind=Path, endings=(".csv",)),
+    examples=[
+        "report runs/quickstart",
+        "report runs/* --page=all.html",
+        "report runs/quickstart --figures=pdf --json=numbers.json --csv=numbers.csv",
+    ],
 )
 def report(values: Namespace) -> None:
-    """Figures and an HTML page of a run, and of two runs side by side."""
+    """Figures of a run and a page on which all of it moves; of several runs, what differs between them."""
+    _leave_accelerators()
+    from jax_entropy.report import numbers, read_history
     from jax_entropy.report import report as draw
 
-    written = draw(values.workdir, values.against or ())
-    page = written.pop("page")
-    say(f"{len(written)} figures are in {page.parent / 'figures'}, those of this run on one page in {page}")
-    if values.against:
-        say(f"comparison  {written['comparison']}")
+    others = [*values.against, *(local_path(name, "workdir") for name in values.others)]
+    written = draw(values.workdir, others, figures=values.figures, page_file=values.page, csv_file=values.csv)
+    file = output(values.json)
+    for name in ("page", "csv"):
+        if path := written.pop(name, None):
+            say(f"{name:11} {path}", file)
+    say(f"figures     {len(written)} in {next(iter(written.values())).parent}", file)
+    if values.json:
+        write_json(values.json, numbers([read_history(path) for path in (values.workdir, *others)]))
+
+
+@command(
+    WORKDIR,
+    Flag("port", 8008, "on 127.0.0.1; 0: any that is free"),
+    examples=["watch runs/quickstart"],
+)
+def watch(values: Namespace) -> None:
+    """The page of a run in a browser of this machine, while the run trains; Ctrl-C ends it."""
+    _leave_accelerators()
+    from jax_entropy.report import watch as serve
+
+    serve(values.workdir, notify=say, port=values.port)
+
+
+def _leave_accelerators() -> None:
+    """Looking at a run must not take the accelerator that it trains on."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 @command(

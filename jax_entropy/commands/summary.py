@@ -41,8 +41,9 @@ def conclude(config: ConfigDict, path: str, result: Result, command: str, consol
     tokens = min(_SAMPLE_TOKENS, config.model.context_length // 2)
     variables = jax.device_get(result.variables)
     run = Run(workdir, config, result.model, variables, result.corpus.tokenizer, result.step, result.corpus.fingerprint)
-    for seed in range(_SAMPLES):
-        text = generate(run, prompt, num_tokens=tokens, top_k=40, seed=seed)
+    texts = [generate(run, prompt, num_tokens=tokens, top_k=40, seed=seed) for seed in range(_SAMPLES)]
+    workdir.write_samples(result.step, prompt, texts)
+    for seed, text in enumerate(texts):
         console.rule(f"sample {seed + 1}", style="dim")
         console.print(prompt + text, markup=False, highlight=False)
     console.rule(style="dim")

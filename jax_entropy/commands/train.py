@@ -34,12 +34,13 @@ def train(values: Namespace) -> None:
 
     if values.distributed:
         _join(jax, count, index)
-    out = console()
+    out, called = console(), shlex.join(["jax-entropy", "train", *values.arguments])
     result = run(
-        values.config, values.workdir, notify=out.print, profile=values.profile, start_from=getattr(values, "from")
-    )
+        values.config, values.workdir, notify=out.print, profile=values.profile, start_from=getattr(values, "from"),
+        command=called,
+    )  # fmt: skip
     if jax.process_index() == 0:
-        conclude(values.config, values.workdir, result, shlex.join(["jax-entropy", "train", *values.arguments]), out)
+        conclude(values.config, values.workdir, result, called, out)
 
 
 def _place_among_processes() -> tuple[int | None, int | None]:

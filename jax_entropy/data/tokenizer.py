@@ -4,6 +4,7 @@ Trained on the spot by Hugging Face `tokenizers`, or read from an existing `toke
 loses or changes text is refused, and every text that is encoded is held to its bytes.
 """
 
+import codecs
 import hashlib
 import itertools
 import json
@@ -88,6 +89,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Returns the text that each id adds; a character of several tokens belongs to the one that completes it."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return [decoder.decode(self._bytes[i]) if self._bytes[i] else self.decode([i]) for i in map(int, ids)]
 
     def byte_lengths(self) -> np.ndarray:
         """Returns int32 [V], the bytes of UTF-8 that each token stands for; special tokens and unused ids have none."""

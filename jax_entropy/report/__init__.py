@@ -4,45 +4,70 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from jax_entropy.errors import UserError, nearest
 from jax_entropy.paths import writing
 from jax_entropy.report.comparison import comparison
 from jax_entropy.report.figures import ITEMS
 from jax_entropy.report.history import History, read_history
+from jax_entropy.report.numbers import numbers, write_csv
 from jax_entropy.report.page import page
 from jax_entropy.report.terminal import print_head_entropy
+from jax_entropy.report.watch import watch
 
-__all__ = ["History", "comparison", "print_head_entropy", "read_history", "report"]
+__all__ = ["FORMATS", "History", "comparison", "numbers", "print_head_entropy", "read_history", "report", "watch"]
+
+FORMATS = ("png", "svg", "pdf")
 
 
-def report(workdir: str | Path, against: str | Path | Sequence[str | Path] = ()) -> dict[str, Path]:
-    """Draws a run into its workdir: the figures that it has data for, and a page that shows them all.
+def report(
+    workdir: str | Path,
+    against: str | Path | Sequence[str | Path] = (),
+    *,
+    figures: str = "png",
+    page_file: str | Path | None = None,
+    csv_file: str | Path | None = None,
+) -> dict[str, Path]:
+    """Draws a run into its workdir: the figures that it has data for, and a page on which all of it moves.
 
     Args:
       workdir: of a finished run or one still in training.
-      against: workdirs of other runs, drawn beside this one.
+      against: workdirs of other runs, on the same page and drawn beside this one.
+      figures: "png", "svg" or "pdf".
+      page_file: where the page goes; None: `report.html` in the workdir.
+      csv_file: where the numbers of all runs go, one a line, if anywhere; `numbers` returns them.
     Returns:
-      Where everything is, by name: the figures ("loss", "head_entropy", …), "comparison" if there is one, "page".
+      Where everything is, by name: the figures ("loss", "head_entropy", …), "comparison" if there is one, "page",
+      and "csv" if it was asked for.
     Raises:
-      UserError: where `read_history` does, of any of the workdirs, and if this one cannot be written.
+      UserError: where `read_history` does, of any of the workdirs, if a file cannot be written, and for other figures.
     """
+    if figures not in FORMATS:
+        raise UserError(f"figures={figures!r} is not known{nearest(figures, FORMATS)}")
     against = [against] if isinstance(against, (str, Path)) else against
-    history, *others = map(read_history, [workdir, *against])
-    figures = history.workdir.figures
-    drawn = {item: figure for item in ITEMS if (figure := item.draw(history)) is not None}
-    pictures = [(item, _png(figure)) for item, figure in drawn.items()]
-    written = {item.name: _write(figures / f"{item.name}.png", png) for item, png in pictures}
-    if others:
-        written["comparison"] = _write(figures / "comparison.png", _png(comparison([history, *others])))
-    text = page(history, pictures).encode("utf-8", "backslashreplace")
-    written["page"] = _write(history.workdir.report, text)
+    histories = [read_history(path) for path in (workdir, *against)]
+    history = histories[0]
+    drawn = {item.name: figure for item in ITEMS if (figure := item.draw(history)) is not None}
+    if len(histories) > 1:
+        drawn["comparison"] = comparison(histories)
+    folder = history.workdir.figures
+    written = {name: _write(folder / f"{name}.{figures}", _file(drawn[name], figures)) for name in drawn}
+    text = page(histories).encode("utf-8", "backslashreplace")
+    written["page"] = _write(Path(page_file or history.workdir.report), text)
+    if csv_file:
+        write_csv(Path(csv_file), histories)
+        written["csv"] = Path(csv_file)
     return written
 
 
-def _png(figure: Figure) -> bytes:
+def _file(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    # letters stay letters in a paper's PDF, and a figure that is drawn again is the same file
+    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "jax_entropy"}):
+        dated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+        figure.savefig(buffer, format=kind, dpi=150, metadata=dated)
     return buffer.getvalue()
 
 

@@ -18,6 +18,7 @@ from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.paths import reading
 from jax_entropy.runs.metrics import read_metrics
+from jax_entropy.runs.reading import Reading, read_text
 from jax_entropy.runs.workdir import Status, Workdir
 
 
@@ -37,6 +38,8 @@ class History:
     status: Status | None = None
     tokenizer: str = ""  # a digest: the losses of two tokenizers are not of the same tokens
     private: dict[str, Any] | None = None  # what `private profile` measured of it, if it did
+    text: list[Reading] = dataclasses.field(default_factory=list)  # how held-out text was read, by evaluation
+    samples: dict[str, Any] | None = None  # what the trained model wrote: step, prompt, texts
 
     @property
     def architecture(self) -> str:
@@ -105,21 +108,25 @@ def _read(workdir: Workdir) -> History:
             f"workdir {str(workdir.path)!r} has no training line in metrics.jsonl yet; "
             "the first comes after config.train.log_every steps"
         )
+    evaluate = _stack([line for line in lines if line.get("kind") == "evaluate"])
     return History(
         workdir=workdir,
         config=config,
         train=train,
-        evaluate=_stack([line for line in lines if line.get("kind") == "evaluate"]),
+        evaluate=evaluate,
         incidents=read_metrics(workdir.incidents),
         status=workdir.read_status(),
         tokenizer=_digest(workdir.tokenizer),
         private=_read_private(workdir.private),
+        # what was evaluated before the run went back and on another way is of no step of this one
+        text=[reading for reading in read_text(workdir.text) if reading.step in evaluate.get("step", ())],
+        samples=_read_samples(workdir.samples),
     )
 
 
-def printable(text: str) -> str:
-    """What can be drawn and written as UTF-8 of a name that anybody may have chosen."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+def printable(text: str, keep: str = "") -> str:
+    """What can be drawn and written as UTF-8 of a text that anybody may have chosen, but for characters to `keep`."""
+    return "".join(character if character.isprintable() or character in keep else "\ufffd" for character in text)
 
 
 def _digest(path: Path) -> str:
@@ -135,6 +142,15 @@ def _read_private(path: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{str(path)!r} is damaged; measure again with `jax-entropy private profile`") from None
     return measured
+
+
+def _read_samples(path: Path) -> dict[str, Any] | None:
+    """None also where the file is not whole: it is rewritten at the end of training."""
+    try:
+        samples = json.loads(path.read_text("utf-8"))
+        return dict(step=int(samples["step"]), prompt=str(samples["prompt"]), texts=[*map(str, samples["texts"])])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _stack(lines: list[dict]) -> dict[str, np.ndarray]:

@@ -1,25 +1,33 @@
-"""One page a run: its key numbers, its figures and its configuration in a single file that needs nothing else.
+"""One page of one or several runs, in a single file that needs nothing else and asks for nothing.
 
-`page.html` is its frame; every text that is put there is escaped: a name, a path or a value is shown, never obeyed.
+Words are written here, run by run, every one of them escaped: a name, a path or a value is shown, never obeyed. Pictures
+are drawn by the files in `browser/` from the page's block of numbers.
 """
 
-import base64
 import json
 import math
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jax_entropy.census import Census, census
+from jax_entropy.config import from_json, model_config
+from jax_entropy.data import load_tokenizer
 from jax_entropy.entropy import head_bands
-from jax_entropy.report.figures import Item
-from jax_entropy.report.history import History
+from jax_entropy.errors import UserError
+from jax_entropy.report.history import History, printable
+from jax_entropy.report.payload import payload
+from jax_entropy.report.verdict import verdict
 
-_FRAME = string.Template(Path(__file__).with_name("page.html").read_text("utf-8"))
+_BROWSER = Path(__file__).with_name("browser")
+# In the order in which they use each other.
+_SCRIPTS = ("block", "draw", "chart", "grid", "panels", "words", "runs", "page")
+_LEVELS = dict(good="✓ well", look="▲ look", trouble="■ trouble")
 
 
 class Number(NamedTuple):
@@ -30,22 +38,72 @@ class Number(NamedTuple):
     unit: str = ""
 
 
-def page(history: History, pictures: list[tuple[Item, bytes]]) -> str:
+def page(histories: Sequence[History], *, follow: bool = False) -> str:
     """The page as text.
 
     Args:
-      pictures: items of the report and their PNGs, in the order of the page.
+      follow: ask the server that the page came from for news of the run; else the page may ask nobody for anything.
     """
-    return _FRAME.substitute(
-        title=escape(f"{history.architecture} · {history.name}"),
-        heading=escape(history.architecture),
-        subtitle=escape(" · ".join(_sizes(history))),
-        facts="\n".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in _facts(history)),
-        numbers="\n".join(map(_number, _key_numbers(history))),
-        incidents=_incidents(history),
-        figures="\n".join(_figure(item, png) for item, png in pictures),
-        config=escape(json.dumps(history.config, indent=2, ensure_ascii=False)),
+    first = histories[0]
+    title = f"{first.architecture} · {first.name}" + (f" and {len(histories) - 1} more" if len(histories) > 1 else "")
+    return _frame(
+        title=escape(title),
+        follow="yes" if follow else "no",
+        connect="'self'" if follow else "'none'",
+        heads="\n".join(_head(i, history) for i, history in enumerate(histories)),
+        abouts="\n".join(_about(i, history) for i, history in enumerate(histories)),
+        data=payload(histories),
     )
+
+
+def waiting(name: str, reason: str) -> str:
+    """The page of a run that has logged nothing yet; it looks again by itself."""
+    words = f"<header><h1>{escape(printable(name))}</h1><p>{escape(printable(reason))}</p></header>"
+    return _frame(title=escape(printable(name)), follow="yes", connect="'self'", heads=words, abouts="", data="")
+
+
+def _frame(**places: str) -> str:
+    text = {name: (_BROWSER / name).read_text("utf-8") for name in ("page.html", "page.css")}
+    script = "\n".join((_BROWSER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
+    return string.Template(text["page.html"]).substitute(places, style=text["page.css"], script=script)
+
+
+def _head(index: int, history: History) -> str:
+    """What a run is, how it is and its key numbers; of several runs, the page shows one at a time."""
+    found = verdict(history)
+    advice = "".join(f"<li>{_sentence(line)}</li>" for line in found.advice)
+    return f"""<article data-run="{index}"{" hidden" if index else ""}>
+<header>
+<p class="eyebrow">{escape(history.name)}</p>
+<h1>{escape(history.architecture)}</h1>
+<p class="sizes">{escape(" · ".join(_sizes(history)))}</p>
+</header>
+<section class="verdict {found.level}" aria-label="verdict">
+<p><strong>{_LEVELS[found.level]}</strong> {" ".join(map(_sentence, found.seen))}</p>
+{f"<ul>{advice}</ul>" if advice else ""}
+</section>
+<dl class="key">
+{"".join(map(_number, _key_numbers(history)))}
+</dl>
+</article>"""
+
+
+def _about(index: int, history: History) -> str:
+    """What the guard did, samples, where and how the run was made, its census and its configuration."""
+    counted = _counted(history)
+    facts = "".join(f"<dt>{name}</dt><dd>{_fact(name, fact)}</dd>" for name, fact in _facts(history, counted))
+    config = json.dumps(history.config, indent=2, ensure_ascii=False)
+    return f"""<article class="about" data-run="{index}"{" hidden" if index else ""}>
+{_incidents(history)}
+<details open><summary>The run</summary><dl class="facts">{facts}</dl></details>
+{_samples(history)}
+{_census(counted)}
+<details><summary>Configuration</summary><pre>{escape(printable(config, chr(10)))}</pre></details>
+</article>"""
+
+
+def _sentence(text: str) -> str:
+    return escape(printable(text))
 
 
 def _sizes(history: History) -> list[str]:
@@ -54,9 +112,11 @@ def _sizes(history: History) -> list[str]:
     return [history.dataset, *(f"{model[key]} {unit}" for key, unit in units.items() if key in model)]
 
 
-def _facts(history: History) -> Iterator[tuple[str, str]]:
+def _facts(history: History, counted: Census | None) -> Iterator[tuple[str, str]]:
     """Where the run lies, how far it came, when, for how long, on what and with which versions."""
     yield "workdir", str(history.workdir.path)
+    if counted:
+        yield "parameters", f"{counted.parameters:,}"
     status = history.status
     if status is None:
         yield "state", f"step {history.steps_E[-1]:,}"
@@ -68,8 +128,16 @@ def _facts(history: History) -> Iterator[tuple[str, str]]:
         yield "duration", _duration(status.seconds)
     if status.devices:
         yield "devices", status.devices
+    if status.command:
+        yield "command", status.command
     if status.versions:
         yield "versions", ", ".join(f"{name} {version}" for name, version in status.versions.items())
+
+
+def _fact(name: str, fact: str) -> str:
+    if name != "command":
+        return _sentence(fact)
+    return f"<code>{' '.join(f'<span>{_sentence(word)}</span>' for word in fact.split(' '))}</code>"
 
 
 def _duration(seconds: float) -> str:
@@ -86,25 +154,52 @@ def _number(number: Number) -> str:
 def _incidents(history: History) -> str:
     if not history.incidents:
         return ""
-    items = "\n".join(
-        f"<li>step {incident['step']:,}, back to step {incident.get('back_to', 0):,}: "
-        f"{escape(str(incident.get('what', 'no reason is noted')))}</li>"
+    items = "".join(
+        f"<li><b>step {incident['step']:,}, back to step {incident.get('back_to', 0):,}</b> "
+        f"{_sentence(str(incident.get('what', 'no reason is noted')))}</li>"
         for incident in history.incidents
     )
     return (
-        '<section class="incidents">\n<h2>The guard sent training back</h2>\n'
-        "<p>Marked ▼ in the figures; the data that led there is left out.</p>\n"
-        f"<ol>\n{items}\n</ol>\n</section>"
+        "<details open><summary>The guard sent training back</summary>"
+        f"<p>Marked ▼ on every axis of steps; the data that led there is left out.</p><ol>{items}</ol></details>"
     )
 
 
-def _figure(item: Item, png: bytes) -> str:
-    # CSS pixels that give the letters of all figures one size, the widest figure filling the page
-    width = round(0.66 * int.from_bytes(png[16:20], "big"))
+def _samples(history: History) -> str:
+    if not history.samples or not history.samples["texts"]:
+        return ""
+    prompt = escape(printable(history.samples["prompt"], "\n\t"))
+    texts = "".join(
+        f"<pre><b>{prompt}</b>{escape(printable(text, chr(10) + chr(9)))}</pre>" for text in history.samples["texts"]
+    )
+    return f"<details><summary>Samples at step {history.samples['step']:,}</summary>{texts}</details>"
+
+
+def _counted(history: History) -> Census | None:
+    """The census of a run's model; None where its configuration is not whole."""
+    try:
+        config = from_json(json.dumps(history.config))
+        if not config.model.vocab_size:
+            config.model.vocab_size = load_tokenizer(history.workdir.tokenizer).vocab_size
+        return census(model_config(config, config.model.vocab_size))
+    except UserError:
+        return None
+
+
+def _census(counted: Census | None) -> str:
+    if not counted:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(operation.name)}{' (final)' if operation in counted.final_operations else ''}</td>"
+        f"<td>{escape(str(operation))}</td><td>{operation.elements:,}</td></tr>"
+        for operation in (*counted.operations, *counted.final_operations)
+    )
     return (
-        f'<figure><div tabindex="0"><img alt="{item.name.replace("_", " ")}" width="{width}" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></div>'
-        f"<figcaption>{escape(item.caption)}</figcaption></figure>"
+        "<details><summary>Census of a forward pass</summary>"
+        f"<p>{counted.parameters:,} parameters; {counted.forward_flops:,} FLOPs over {counted.config.context_length:,} "
+        "tokens; nonlinear operations, which are what costs under encryption:</p>"
+        f'<div class="scroll"><table><thead><tr><th>operation</th><th>count × matrix</th><th>elements</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></details>"
     )
 
 
@@ -146,8 +241,8 @@ def _entropies(history: History) -> Iterator[Number]:
         entropy = entropy_LxN.mean()
         share = f", {100 * entropy / most:.0f} % of log T" if math.isfinite(entropy / most) else ""
         yield Number(f"mean head entropy, {where}", _text(entropy, ".2f"), f"nats{share}")
-        yield Number(f"collapse, {where}", _text(100 * share_4[0], "z.1f"), "% of heads in the bottom quarter")
-        yield Number(f"overload, {where}", _text(100 * share_4[3], "z.1f"), "% of heads in the top quarter")
+        yield Number(f"collapse, {where}", _text(100 * share_4[0], "z.1f"), "% of heads, bottom quarter of the largest")
+        yield Number(f"overload, {where}", _text(100 * share_4[3], "z.1f"), "% of heads, top quarter of the largest")
 
 
 def _perplexity(loss: float) -> str:

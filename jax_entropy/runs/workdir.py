@@ -14,7 +14,7 @@ import platform
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -47,12 +47,19 @@ class Workdir:
         self.status = self.path / "status.json"
         self.private = self.path / "private.json"
         self.incidents = self.path / "guard.jsonl"
+        self.text = self.path / "text"  # how a piece of the held-out text was read at some evaluations
+        self.samples = self.path / "samples.json"  # what the trained model wrote
         self.origin = self.path / "origin.json"  # of a run that was started from another model
         self._lock = self.path / "lock"
 
     @contextlib.contextmanager
-    def held(self, config: ConfigDict, notify: Callable[[str], None], devices: str = "") -> Iterator[None]:
+    def held(
+        self, config: ConfigDict, notify: Callable[[str], None], devices: str = "", command: str = ""
+    ) -> Iterator[None]:
         """Keeps the folder for this process's run while it trains on `devices`, and notes how that ends.
+
+        Args:
+          command: that the run was asked for with.
 
         Raises:
           UserError: the folder holds another config's run, is in use, or cannot be written.
@@ -72,7 +79,7 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
         with self._locked():
-            self.write_status("starting", *self._progress(config), devices=devices)
+            self.write_status("starting", *self._progress(config), devices=devices, command=command)
             try:
                 yield
             except BaseException as error:
@@ -142,7 +149,9 @@ class Workdir:
         status = self.read_status()
         return (status.step if status else 0), config.train.num_steps
 
-    def write_status(self, state: str, step: int, num_steps: int, reason: str = "", devices: str = "") -> None:
+    def write_status(
+        self, state: str, step: int, num_steps: int, reason: str = "", devices: str = "", command: str = ""
+    ) -> None:
         """Notes where the run is, for `read_status`; each process begins with "starting".
 
         Raises:
@@ -156,6 +165,7 @@ class Workdir:
             seconds=seconds,
             versions=_versions() if state == "starting" or not before else before.versions,
             devices=devices or (before.devices if before else ""),
+            command=(before.command if before else "") or command,
         )  # fmt: skip
         with writing(self.path, "workdir"):
             partial = self.path / "partial"
@@ -185,6 +195,15 @@ class Workdir:
         """
         with writing(self.path, "workdir"), self.incidents.open("a") as file:
             file.write(json.dumps(to_json(incident)) + "\n")
+
+    def write_samples(self, step: int, prompt: str, texts: Sequence[str]) -> None:
+        """Keeps what the model of `step` wrote after a prompt.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        with writing(self.samples, "workdir"):
+            self.samples.write_text(json.dumps(dict(step=step, prompt=prompt, texts=list(texts))))
 
     def claim(self, config: ConfigDict, tokenizer: "Tokenizer | None") -> None:
         """Makes the folder this config's run; from now on no other config may train here."""
@@ -231,6 +250,7 @@ class Status(NamedTuple):
     seconds: float = 0.0  # that processes trained here, all together
     versions: Mapping[str, str] = {}  # of the process that trained last
     devices: str = ""  # of the same, as in "8 × TPU v5 lite"
+    command: str = ""  # that first asked for the run, where it was one
 
 
 _NO_STATUS = Status("", 0, 0, "", 0.0, 0, "")

@@ -189,12 +189,16 @@ class Loop:
     def _evaluate(self, step: int, state: TrainState) -> bool:
         """Evaluates, writes and prints; False if a signal broke it off, and then nothing was written."""
         try:
-            batches = self._validation_batches()
-            evaluation = evaluate_batches(self.setup.model, state.variables, batches, self.byte_lengths)
+            batches, readings = self._validation_batches(), []
+            evaluation = evaluate_batches(
+                self.setup.model, state.variables, batches, self.byte_lengths, read=readings.append
+            )
         except _BrokenOff:
             return False
         if self.writer:
             self.writer.write(step, {"kind": "evaluate", **evaluation})
+            for reading in readings:
+                reading._replace(step=step).save(self.setup.workdir.text, self.config.train.num_steps)
         self.notify(
             f"step {step} · held out: perplexity {evaluation['validation_perplexity']:.2f}, "
             f"{evaluation['bits_per_byte']:.3f} bits per byte"

@@ -50,6 +50,7 @@ def train(
     *,
     profile: int = 0,
     start_from: str | os.PathLike | None = None,
+    command: str = "",
 ) -> Result:
     """Trains the run of `config` in a workdir, or goes on with it.
 
@@ -60,6 +61,7 @@ def train(
         and its tokenizer is the run's unless `config.data.tokenizer` names one.
       notify: is told, one line at a time, how training goes; on process 0 only.
       profile: steps to trace into the workdir's folder `profile`, 0: none.
+      command: what is noted as the command that made the run.
     Raises:
       UserError: for a config, workdir, corpus or checkpoint that cannot work, for a workdir in use, and when the loss
         is no longer one to train on.
@@ -81,7 +83,7 @@ def train(
         config.data.tokenizer = workdir.tokenizer.name
     if jax.process_index() > 0:
         return _train(config, mesh, workdir, source, notify, profile)
-    with workdir.held(config, notify, f"{jax.device_count()} × {jax.devices()[0].device_kind}"):
+    with workdir.held(config, notify, f"{jax.device_count()} × {jax.devices()[0].device_kind}", command):
         if source:  # noted before anything else, so that a run that ends before its first checkpoint begins alike
             Origin(source.name).write(workdir)
             if source.tokenizer and config.data.tokenizer == workdir.tokenizer.name:

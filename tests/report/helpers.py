@@ -79,6 +79,7 @@ def write_run(
             if ereg
             else None,
             max_logit=max_logit_L,
+            head_max_logit=max_logit_L[:, None] * np.linspace(0.5, 1, N),
             nan_count=nan_count_L,
             inf_count=np.zeros(L),
         )

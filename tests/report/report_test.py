@@ -1,6 +1,5 @@
 """A report reads any run, tells what is wrong with a workdir, and writes and prints what was logged."""
 
-import base64
 import io
 import json
 import math
@@ -132,7 +131,7 @@ def test_what_was_measured_privately_is_on_the_page(tmp_path):
     )
     (workdir / "private.json").write_text(json.dumps(measured))
     history = read_history(workdir)
-    assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in page(history, [])
+    assert "2.5 <small>MB, 798 rounds, 32 tokens, semi2k</small>" in page([history])
     assert of_history(history) is None  # of an earlier version, without what the picture shows
     costs = {"softmax": dict(bytes=2e6, rounds=700, seconds=28.4), "projections": dict(bytes=5e5, rounds=98, seconds=4)}
     measured |= dict(costs=costs, network="wan", architecture="SM", export="optimised")
@@ -160,7 +159,6 @@ def test_report_of_any_run_is_whole(tmp_path, case):
         assert png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) < 600_000
         assert 800 <= pixels.shape[1] <= 1600 and 350 <= pixels.shape[0] <= 1600
         assert 0.002 < np.mean(pixels[..., :3].min(axis=2) < 0.9) < 0.9  # neither blank nor black
-        assert base64.b64encode(png).decode() in text
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
@@ -170,7 +168,7 @@ def test_page_tells_the_key_numbers_of_held_out_text_and_of_a_batch_apart(tmp_pa
     lines[-1]["head_entropy"] = [[0.1, 1.0, 2.0, 3.0]] * 4  # held out
     (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     history = read_history(workdir)
-    text = page(history, [])
+    text = page([history])
     assert f"<dt>validation perplexity</dt><dd>{math.exp(history.evaluate['validation_loss'][-1]):.4g}</dd>" in text
     assert f"<dd>{np.median(history.train['tokens_per_second']):,.0f} <small>tokens/s" in text
     assert "4 layers · 4 heads · 256 wide · 128 tokens of context" in text
@@ -187,17 +185,18 @@ def test_page_says_which_run_it_is_and_what_the_guard_did(tmp_path, monkeypatch)
     status = Workdir(workdir)
     for now, state, reason in ((0, "starting", ""), (8000, "training", ""), (8065, "failed", "the disk is full")):
         monkeypatch.setattr("time.time", lambda now=now: 1.7e9 + now)
-        status.write_status(state, 150, 200, reason, devices="8 × TPU v5e")
-    text = page(read_history(workdir), [])
+        status.write_status(state, 150, 200, reason, devices="8 × TPU v5e", command=f"train --at={now}")
+    text = page([read_history(workdir)])
     assert "<title>EReg(SM(t)+ScFuFFN) · first</title>" in text
     for fact in (str(workdir), "failed at step 150 of 200: the disk is full", "15 November 2023, 00:27 UTC",
-                 "2 h 14 min", "8 × TPU v5e", f"jax {jax.__version__}"):  # fmt: skip
+                 "2 h 14 min", "8 × TPU v5e", "<code><span>train</span> <span>--at=0</span></code>", f"jax {jax.__version__}"):  # fmt: skip
         assert f"{fact}</dd>" in text or f"{fact}, " in text, fact
-    assert "<li>step 120, back to step 60: the loss is not finite at step 120</li>" in text
+    assert "<b>step 120, back to step 60</b> the loss is not finite at step 120</li>" in text
+    assert "The guard sent training back once, at step 120." in text and "■ trouble" in text
     (workdir / "guard.jsonl").unlink()
     (workdir / "status.json").unlink()
-    text = page(read_history(workdir), [])
-    assert "guard" not in text and "<dt>state</dt><dd>step 150</dd>" in text
+    text = page([read_history(workdir)])
+    assert "guard sent" not in text and "<dt>state</dt><dd>step 150</dd>" in text
 
 
 def test_names_are_shown_and_never_obeyed(tmp_path):
@@ -213,10 +212,11 @@ def test_names_are_shown_and_never_obeyed(tmp_path):
         json.dumps(dict(setting=dict(protocol=evil), num_tokens=evil, total=dict(warm=dict(bytes=[1], rounds=2))))
     )
     Workdir(workdir).write_status("failed", 70, 100, evil, devices=evil)
+    Workdir(workdir).write_samples(100, evil, [evil])
     written = report(workdir, against=workdir)
     assert written["page"] == workdir / "report.html" and written["comparison"].parent == workdir / "figures"
     text = written["page"].read_text("utf-8")
-    assert "<script" not in text and "alert(1)$title" in text
+    assert text.count("<script") == 2 and "alert(1)$title" in text  # the page's block of numbers, and its own
     assert text.count("&lt;script&gt;alert(&#x27;x&#x27;)") >= 8
     assert text.count("${config}") >= 8  # what stands in a value is not a place of the page's
 

@@ -1,0 +1,147 @@
+"""What the pictures of a page are drawn from: every number of its runs, and what differs between them.
+
+`browser/` reads it. Names and texts go in as JSON inside the block, and come out as text, never as HTML.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_entropy.census import GROUPS, KINDS
+from jax_entropy.config import flatten
+from jax_entropy.data import load_tokenizer
+from jax_entropy.report.block import Block
+from jax_entropy.report.drawing import DEPTH, HEAT_MAP
+from jax_entropy.report.history import History, printable
+from jax_entropy.report.verdict import newest_entropy
+from jax_entropy.runs.workdir import to_json
+
+_POSITIONS = 128  # of temperatures, evenly spread
+_TEXT_NUMBERS = 300_000  # of the text, over all evaluations that are shown
+_OWN = ("seed", "data.directory", "data.num_threads", "data.prefetch")  # differ without another experiment
+
+
+def payload(histories: Sequence[History]) -> str:
+    """All runs as one block of text; their order is that of the page."""
+    numbers = sum(array.size for history in histories for array in history.train.values())
+    block = Block(numbers)
+    tokenizers = sorted({history.tokenizer for history in histories})
+    runs = [_run(history, block) | dict(tokenizer=tokenizers.index(history.tokenizer)) for history in histories]
+    header = dict(
+        runs=runs,
+        colors=dict(heat=_hex(HEAT_MAP), depth=_hex(DEPTH)),
+        differences=_differences(histories),
+        groups=_groups(histories),
+    )
+    return block.text(to_json(header))
+
+
+def _run(history: History, block: Block) -> dict[str, Any]:
+    penalty = history.config.get("penalty") or {}
+    L, N = history.train["head_entropy"].shape[1:]
+    return dict(
+        name=history.name,
+        architecture=history.architecture,
+        layers=L,
+        heads=N,
+        maxima=history.maxima(),
+        tolerance=penalty.get("tolerance") if history.train.get("threshold", np.zeros(0)).ndim == 3 else None,
+        train={name: block.put(array, exact=name == "step") for name, array in history.train.items()},
+        evaluate={name: block.put(array, exact=name == "step") for name, array in history.evaluate.items()},
+        incidents=[
+            dict(step=incident["step"], what=printable(str(incident.get("what", "")))) for incident in history.incidents
+        ],
+        text=_text(history, block),
+        private=_private(history),
+    )
+
+
+def _text(history: History, block: Block) -> dict[str, Any] | None:
+    """Readings of the same tokens, as many of them as the page has room for, the last among them."""
+    readings = [reading for reading in history.text if reading.entropy.shape == history.text[-1].entropy.shape]
+    if not readings:
+        return None
+    last = readings[-1]
+    room = max(1, _TEXT_NUMBERS // last.entropy.size)
+    chosen = sorted({round(i) for i in np.linspace(len(readings) - 1, 0, min(room, len(readings)))})
+    readings = [readings[i] for i in chosen]
+    tokenizer = load_tokenizer(history.workdir.tokenizer)
+    found = dict(
+        step=[reading.step for reading in readings],
+        pieces=[[printable(piece, "\n\t") for piece in tokenizer.pieces(tokens_T)] for tokens_T in last.tokens],
+        loss=block.put(np.stack([reading.loss for reading in readings])),
+        entropy=block.put(np.stack([reading.entropy for reading in readings])),
+    )
+    if last.temperature is not None:
+        T = last.temperature.shape[-1]
+        positions = np.unique(np.linspace(0, T - 1, min(T, _POSITIONS)).astype(int))
+        temperatures = np.stack([reading.temperature[..., positions] for reading in readings])
+        found |= dict(positions=positions, temperature=block.put(temperatures))
+    return found
+
+
+def _private(history: History) -> dict[str, Any] | None:
+    measured = history.private
+    if not measured or "costs" not in measured:
+        return None
+    group = {kind.name: kind.group for kind in KINDS}
+    return dict(
+        costs=[
+            dict(kind=printable(str(kind)), group=GROUPS.index(group[kind]) if kind in group else len(GROUPS), **cost)
+            for kind, cost in measured["costs"].items()
+        ],
+        network=printable(str(measured.get("network", ""))),
+        protocol=printable(str(measured["setting"]["protocol"])),
+        tokens=measured["num_tokens"],
+    )
+
+
+def _differences(histories: Sequence[History]) -> list[dict[str, Any]]:
+    """Fields of the configurations that are not the same in all runs, and how the runs ended."""
+    if len(histories) < 2:
+        return []
+    flat = [flatten(history.config) for history in histories]
+    names = dict.fromkeys(name for one in flat for name in one)
+    rows = [
+        dict(name=printable(name), values=[_cell(one.get(name)) for one in flat])
+        for name in names
+        if name != "data.directory" and len({json.dumps(one.get(name), default=str) for one in flat}) > 1
+    ]
+    for name, of in (
+        ("validation loss [nats/token]", lambda history: _last(history.evaluate, "validation_loss")),
+        ("bits per byte", lambda history: _last(history.evaluate, "bits_per_byte")),
+        ("training cross-entropy [nats/token]", lambda history: _last(history.train, "cross_entropy")),
+        ("mean head entropy [nats]", lambda history: float(newest_entropy(history)[0].mean())),
+        ("steps", lambda history: int(history.steps_E[-1])),
+        ("private MB", lambda history: history.private and max(history.private["total"]["warm"]["bytes"]) / 1e6),
+        ("private rounds", lambda history: history.private and history.private["total"]["warm"]["rounds"]),
+    ):
+        values = [of(history) for history in histories]
+        if any(value is not None for value in values):
+            rows.append(dict(name=name, values=[_cell(value) for value in values], measured=True))
+    return rows
+
+
+def _last(metrics: dict[str, np.ndarray], name: str) -> float | None:
+    return float(metrics[name][-1]) if name in metrics else None
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.5g}" if isinstance(value, float) else printable(str(value))
+
+
+def _groups(histories: Sequence[History]) -> list[list[int]]:
+    """Runs that differ in nothing but their seed and where they read from."""
+    found: dict[str, list[int]] = {}
+    for i, history in enumerate(histories):
+        fields = {name: value for name, value in flatten(history.config).items() if name not in _OWN}
+        found.setdefault(json.dumps(fields, sort_keys=True, default=str), []).append(i)
+    return list(found.values())
+
+
+def _hex(colors: Any) -> str:
+    return "".join("{:02x}{:02x}{:02x}".format(*colors(i, bytes=True)[:3]) for i in range(256))

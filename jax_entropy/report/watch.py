@@ -1,0 +1,103 @@
+"""The page of a run, served to this machine while the run trains; the page asks again and shows what is new."""
+
+import contextlib
+import errno
+import hashlib
+import http.server
+from collections.abc import Callable
+from pathlib import Path
+
+from jax_entropy.errors import UserError
+from jax_entropy.report.history import read_history
+from jax_entropy.report.page import page, waiting
+from jax_entropy.runs.workdir import Workdir
+
+HOST = "127.0.0.1"
+_FILES = ("config", "metrics", "incidents", "status", "private", "samples")  # what a page is made of
+
+
+def watch(workdir: str | Path, notify: Callable[[str], None] = print, *, port: int = 8008) -> None:
+    """Serves the page until it is interrupted (Ctrl-C).
+
+    Args:
+      workdir: of a run, also of one that has logged nothing yet.
+      notify: is told the address.
+      port: on 127.0.0.1; 0: any that is free.
+    Raises:
+      UserError: there is no run, or the port cannot be used.
+    """
+    with contextlib.suppress(KeyboardInterrupt), serve(workdir, port) as server:
+        notify(f"http://{HOST}:{server.server_port}/ follows {Workdir(workdir).path}; Ctrl-C ends it")
+        server.serve_forever(poll_interval=0.2)
+
+
+def serve(workdir: str | Path, port: int) -> http.server.ThreadingHTTPServer:
+    """The server, not yet started; arguments and errors as for `watch`."""
+    workdir = Workdir(workdir)
+    if not workdir.exists() and workdir.read_status() is None:
+        raise UserError(f"workdir {str(workdir.path)!r} holds no run yet; start one there with `jax-entropy train`")
+    if not 0 <= port < 65536:
+        raise UserError(f"port={port} must be between 1 and 65535, or 0 for any that is free")
+    try:
+        return http.server.ThreadingHTTPServer((HOST, port), _handler(_Pages(workdir)))
+    except OSError as error:
+        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+        raise UserError(f"port={port} {reason}; take another, or 0 for any that is free") from None
+
+
+class _Pages:
+    """The newest page of a run, made again only where its files have changed."""
+
+    def __init__(self, workdir: Workdir) -> None:
+        self.workdir, self.seen, self.tag, self.content = workdir, None, "", b""
+
+    def newest(self) -> tuple[str, bytes]:
+        """The page, and a name for what it says."""
+        seen = [_changed(getattr(self.workdir, name)) for name in _FILES]
+        if seen != self.seen:
+            try:
+                text = page([read_history(self.workdir.path)], follow=True)
+            except UserError as error:  # nothing is logged yet, or a file is just being written
+                text = waiting(self.workdir.path.resolve().name, str(error))
+            self.content = text.encode("utf-8", "backslashreplace")
+            self.tag, self.seen = f'"{hashlib.sha256(self.content).hexdigest()[:16]}"', seen
+        return self.tag, self.content
+
+
+def _changed(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+        return stat.st_mtime_ns, stat.st_size
+    except OSError:
+        return None
+
+
+def _handler(pages: _Pages) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """Answers `GET /` with the page, for browsers of this machine."""
+
+        server_version, sys_version = "jax_entropy", ""
+
+        def do_GET(self) -> None:
+            host = self.headers.get("Host", "").rpartition(":")[0]
+            if host not in (HOST, "localhost"):  # a name of another site that was made to point here
+                self.send_error(403, "only for this machine")
+            elif self.path.partition("?")[0] != "/":
+                self.send_error(404, "the page is at /")
+            else:
+                tag, content = pages.newest()
+                same = self.headers.get("If-None-Match") == tag
+                self.send_response(304 if same else 200)
+                self.send_header("ETag", tag)
+                self.send_header("Cache-Control", "no-store")
+                if not same:
+                    self.send_header("Content-Type", "text/html; charset=utf-8")
+                    self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if not same:
+                    self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing: a line every two seconds is no news."""
+
+    return Handler

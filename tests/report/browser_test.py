@@ -1,0 +1,190 @@
+"""The page in a real browser, offline, on a desk and on a phone, light and dark: it draws, follows and says no error."""
+
+import io
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_entropy.data.tokenizer import train_tokenizer
+from jax_entropy.report import read_history
+from jax_entropy.report.page import page
+from jax_entropy.report.watch import serve
+from jax_entropy.runs.reading import Reading
+from jax_entropy.runs.workdir import Workdir
+from tests.report.helpers import write_run
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+EVIL = "<script>alert(1)</script>\x1b[31m"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One browser for all tests: the system's Chromium, else Playwright's own."""
+    with playwright.sync_playwright() as driver:
+        found = next(filter(None, map(shutil.which, NAMES)), None)
+        try:
+            started = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no browser starts here: {str(error).splitlines()[0]}")
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of one shape, the first with a text that it read, samples, and an incident."""
+    folder = tmp_path_factory.mktemp("runs")
+    first = write_run(folder / "first", L=3, N=4, steps=20, incidents=(430,))
+    write_run(folder / "second", L=3, N=4, steps=20, seed=1)
+    workdir, rng = Workdir(first), np.random.default_rng(0)
+    tokenizer = train_tokenizer([EVIL, "def f(x):\n\treturn x\n"], 300)
+    tokenizer.save(workdir.tokenizer)
+    tokens = np.array([tokenizer.encode(EVIL + "def f(x):\n\treturn x\n")])
+    T = tokens.size - 1
+    for step in (250, 1000):
+        numbers = (rng.random(shape, np.float32) for shape in ((1, T), (3, 4, 1, T), (3, 4, 16)))
+        Reading(tokens, *numbers, step).save(workdir.text, 1000)
+    workdir.write_samples(1000, EVIL, ["x"])
+    return [first, folder / "second"]
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    """Of the page of both runs."""
+    file = runs[0].parent / "page.html"
+    file.write_text(page([read_history(workdir) for workdir in runs]))
+    return file.as_uri()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens a page; whatever it complains of or asks a network for is an error."""
+    troubles, pages = [], []
+
+    def open_page(address=address, fragment="", width=1280, theme="light"):
+        size = dict(viewport=dict(width=width, height=900), device_scale_factor=0.5, has_touch=width < 500)
+        tab = browser.new_page(**size, color_scheme=theme)
+        pages.append(tab)
+        tab.on("console", lambda said: troubles.append(said.text))
+        tab.on("pageerror", lambda error: troubles.append(str(error)))
+        tab.on(
+            "request",
+            lambda asked: asked.url.startswith(("data:", address.partition("#")[0])) or troubles.append(asked.url),
+        )
+        tab.goto(address + fragment)
+        tab.wait_for_selector(".ready")
+        return tab
+
+    yield open_page
+    for tab in pages:
+        tab.close()
+    assert not troubles
+
+
+def said(tab, panel):
+    return tab.inner_text(f"#{panel} .said")
+
+
+def pictures(tab, panels):
+    """Each panel's pixels, of one photograph of the page."""
+    whole = Image.open(io.BytesIO(tab.screenshot(full_page=True, type="jpeg")))
+    top, found = tab.evaluate("scrollY"), {}
+    for panel in panels:
+        box = tab.locator(f"#{panel} .picture").bounding_box()
+        left, upper = box["x"] / 2, (box["y"] + top) / 2
+        found[panel] = whole.crop((left, upper, left + box["width"] / 2, upper + box["height"] / 2)).tobytes()
+    return found
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_slider_moves_every_picture_and_nothing_overflows(visit, width, theme):
+    tab = visit(fragment="#step=200", width=width, theme=theme)
+    panels = ["heads", "layers", "bands", "thresholds", "temperatures", "logits", "losses", "entropy-surface", "text"]
+    words, before = {panel: said(tab, panel) for panel in panels}, pictures(tab, panels)
+    tab.focus("#step")
+    tab.keyboard.press("End")
+    after = pictures(tab, panels)
+    for panel in panels:
+        assert said(tab, panel) != words[panel] and after[panel] != before[panel], panel
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    color = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert color == dict(light="rgb(247, 246, 243)", dark="rgb(18, 19, 22)")[theme]
+
+
+def test_keys_play_and_the_address_lead_to_a_step(visit):
+    tab = visit(fragment="#step=420&run=1&layer=2&head=1")
+    assert tab.inner_text("#now b") == "400" and tab.input_value("#choose-run") == "1"
+    assert "layer 2, head 1" in said(tab, "head")
+    tab.locator("h1 >> visible=true").click()
+    tab.keyboard.press("ArrowRight")
+    assert tab.inner_text("#now b") == "450"
+    tab.wait_for_url("**#step=450&run=1&layer=2&head=1")
+    tab.keyboard.press("End")
+    tab.click("#play")
+    playwright.expect(tab.locator("#now b")).not_to_have_text("1,000")
+    tab.click("#play")
+    tab.evaluate("location.hash = '#step=1000&run=0'")
+    playwright.expect(tab.locator("#now b")).to_have_text("1,000")
+    assert tab.locator("#head").is_hidden()
+
+
+def test_a_head_that_is_chosen_is_marked_everywhere_and_its_numbers_are_those_logged(visit, runs):
+    tab = visit()
+    history = read_history(runs[0])
+    tab.click('#heads .cell[data-layer="1"][data-head="3"]')
+    entropy = history.train["head_entropy"][-1, 1, 3]
+    shown = float(said(tab, "heads").split(": ")[1].split()[0])
+    assert shown == pytest.approx(entropy, rel=1e-4)
+    assert tab.locator("#layers .chosen").count() and tab.locator("#thresholds .point.head").count() == 1
+    assert tab.locator("#entropy-surface .row").is_visible() and "layer 1, head 3" in said(tab, "text")
+    assert tab.locator("#head .third").count() == 3
+    tab.focus("#heads svg")
+    tab.keyboard.press("ArrowUp")
+    assert "layer 0, head 3" in said(tab, "heads")
+    tab.locator("#heads summary").click()
+    cells = tab.locator("#heads tbody tr").nth(0).locator("td").all_inner_texts()
+    assert [float(cell) for cell in cells] == pytest.approx(history.train["head_entropy"][-1, 0], rel=1e-6)
+    tab.hover('#heads .cell[data-layer="2"][data-head="0"]')
+    assert f"{history.train['head_entropy'][-1, 2, 0]:.5g} nats" in tab.inner_text("#tip")
+
+
+def test_runs_are_compared_and_incidents_marked(visit):
+    tab = visit(fragment="#against=1")
+    assert "more than in second" in said(tab, "heads")
+    assert tab.locator("#differences th.chosen").inner_text() == "first"
+    losses = said(tab, "all-losses")
+    assert "mean of 2 runs: 0.6" in losses and "bits/byte" in losses  # in tokens of their own
+    for panel in ("layers", "bands", "losses", "entropy-surface", "all-losses"):
+        assert tab.locator(f"#{panel} .incident").count() == 1, panel
+
+
+def test_texts_are_shown_and_never_obeyed(visit):
+    tab = visit()
+    words = tab.inner_text("#text .reading")
+    assert "<script>alert(1)</script>" in words and "\x1b" not in tab.content() and "�[31m" in words
+    assert tab.locator("script").count() == 2  # the block and the page's own
+
+
+def test_print_shows_all_of_the_configuration(visit):
+    tab = visit()
+    tab.emulate_media(media="print")
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert tab.locator("#abouts details:not([open]) >> visible=true").count() == 0 and tab.locator("#time").is_hidden()
+
+
+def test_a_watched_run_is_followed(visit, tmp_path):
+    workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text(lines[0])
+    with serve(workdir, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tab = visit(f"http://127.0.0.1:{server.server_port}/")
+        assert tab.inner_text("#now b") == "50"
+        (workdir / "metrics.jsonl").write_text("".join(lines))
+        playwright.expect(tab.locator("#now b")).to_have_text("150", timeout=10_000)
+        server.shutdown()

@@ -1,0 +1,203 @@
+"""What a page and its files carry: every number as it was logged, a verdict that holds, little enough to send."""
+
+import base64
+import csv
+import importlib
+import json
+import struct
+import threading
+import urllib.request
+import zlib
+
+import numpy as np
+import pytest
+
+from jax_entropy.errors import UserError
+from jax_entropy.report import numbers, read_history, report
+from jax_entropy.report.block import Block
+from jax_entropy.report.page import page
+from jax_entropy.report.verdict import verdict
+from jax_entropy.report.watch import serve, watch
+from jax_entropy.runs.workdir import Workdir
+from tests.report.helpers import CAUSAL, write_run
+
+watch_module = importlib.import_module("jax_entropy.report.watch")  # the package's name is the function
+
+
+def unpacked(text):
+    """The header of a block with its arrays in their places; what block.js does, done once more."""
+    content = zlib.decompress(base64.b64decode(text))
+    (length,) = struct.unpack_from("<I", content)
+    planes = np.frombuffer(content, np.uint8, offset=4 + length)
+
+    def place(node):
+        if isinstance(node, dict) and "planes" in node:
+            size = int(np.prod(node["shape"]))
+            found = sum(
+                planes[node["at"] + p * size : node["at"] + (p + 1) * size].astype(np.uint32) << 8 * p
+                for p in range(node["planes"])
+            )
+            change = (found >> 1).astype(np.int64) ^ -(found & 1).astype(np.int64)
+            bits = np.cumsum(change.reshape(node["shape"]), axis=0).astype(np.uint32) << node["drop"]
+            return bits.view(np.float32)
+        if isinstance(node, dict):
+            return {name: place(child) for name, child in node.items()}
+        return [place(child) for child in node] if isinstance(node, list) else node
+
+    return place(json.loads(content[4 : 4 + length]))
+
+
+def carried(text):
+    return unpacked(text.partition('id="data">')[2].partition("</script>")[0])
+
+
+def test_a_page_carries_every_number_that_was_logged(tmp_path):
+    history = read_history(write_run(tmp_path / "run", L=4, N=3, nan_from=37))
+    (run,) = carried(page([history]))["runs"]
+    for kind in ("train", "evaluate"):
+        logged = getattr(history, kind)
+        assert run[kind].keys() == logged.keys()
+        for name, array in logged.items():
+            np.testing.assert_array_equal(run[kind][name], array.astype(np.float32), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((0, 3)), np.float32([1, -1, np.inf, -np.inf, 3e38, -1e-30]), np.ones((2, 1, 2))]
+)
+@pytest.mark.parametrize("count", [10, 10**6])
+def test_a_block_keeps_what_it_is_given(array, count):
+    block = Block(count)
+    place, exact = block.put(array), block.put(16777213 + np.arange(3), exact=True)
+    found, steps = unpacked(block.text([place, exact]))
+    np.testing.assert_allclose(found, array, rtol=0 if count == 10 else 1e-5)
+    assert steps.tolist() == [16777213, 16777214, 16777215]
+
+
+def noisy_run(folder, L, N, steps):
+    """With noise in every number, as training has it."""
+    history, rng = read_history(write_run(folder, L=L, N=N, steps=steps)), np.random.default_rng(0)
+    for name in ("head_entropy", "threshold", "head_max_logit", "layer_entropy", "max_logit", "gradient_norm"):
+        history.train[name] *= 1 + 0.02 * rng.standard_normal(history.train[name].shape)
+    return history
+
+
+@pytest.mark.parametrize("size, most", [((6, 4, 28), 0.5e6), ((12, 12, 2000), 4.5e6)])
+def test_a_page_is_small(tmp_path, size, most):
+    assert len(page([noisy_run(tmp_path / "run", *size)])) < most  # with text and samples another 0.5 MB at most
+
+
+def told(tmp_path, **changes):
+    """The verdict on a run of 2 × 4 heads whose last evaluation was changed."""
+    workdir = write_run(tmp_path / "run", L=2, N=4, steps=10, **changes.pop("run", {}))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["head_entropy"] = [[0.5 * CAUSAL] * 4] * 2
+    lines[-1] |= changes.get("evaluate", {})
+    lines[-2] |= changes.get("train", {})
+    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return verdict(read_history(workdir))
+
+
+HALF = 0.5 * CAUSAL
+
+
+@pytest.mark.parametrize(
+    "level, seen, advice, changes",
+    [
+        ("good", "None of 8 heads is overloaded or collapsed on held-out text.", "", {}),
+        ("look", "3 of 8 heads are overloaded", "EReg(…)",
+         dict(evaluate=dict(head_entropy=[[3.5, 3.5, HALF, HALF], [HALF, 3.5, HALF, HALF]]), run=dict(ereg=False, architecture="SM"))),
+        ("look", "2 of 8 heads are collapsed (below ¼ of the causal maximum, 0.97 nats, on held-out text), layer 1.", "threshold_init",
+         dict(evaluate=dict(head_entropy=[[HALF] * 4, [0.1, 0.2, HALF, HALF]]))),
+        ("look", "The guard sent training back twice, at steps 120 and 300.", "", dict(run=dict(incidents=(120, 300)))),
+        ("look", "The largest attention logit is 4,321, in layer 1.", "learning rate", dict(train=dict(max_logit=[7, 4321.0]))),
+        ("look", "Held-out text was predicted best at step 250 and has become worse since.", "--best", dict(evaluate=dict(validation_loss=9.5))),
+        ("trouble", "Attention stopped being finite in layer 1, first at step 500.", "+LN", dict(train=dict(nan_count=[0, 12]))),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_what_is_and_what_to_try(tmp_path, level, seen, advice, changes):
+    found = told(tmp_path, **changes)
+    assert found.level == level and any(line.startswith(seen) for line in found.seen), found
+    assert advice in " ".join(found.advice) and bool(advice) <= bool(found.advice)
+
+
+def test_runs_that_differ_in_their_seed_only_are_one_group(tmp_path):
+    workdirs = [write_run(tmp_path / name, L=2, N=2, steps=6, seed=i) for i, name in enumerate("abc")]
+    for i, workdir in enumerate(workdirs):
+        config = json.loads((workdir / "config.json").read_text()) | dict(
+            seed=i, optimizer=dict(rate=0.1 if i < 2 else 0.2)
+        )
+        (workdir / "config.json").write_text(json.dumps(config))
+    header = carried(page([read_history(workdir) for workdir in workdirs]))
+    assert header["groups"] == [[0, 1], [2]]
+    differences = {row["name"]: row["values"] for row in header["differences"]}
+    assert differences["optimizer.rate"] == ["0.1", "0.1", "0.2"] and differences["seed"] == ["0", "1", "2"]
+    assert "model.num_layers" not in differences and len(set(differences["validation loss [nats/token]"])) == 3
+
+
+def test_numbers_come_as_json_and_as_csv(tmp_path):
+    workdir = write_run(tmp_path / "run", L=2, N=3, steps=5, nan_from=4)
+    history = read_history(workdir)
+    (found,) = numbers([history])
+    assert found["train"] is history.train and found["verdict"].level == "trouble"
+    written = report(workdir, csv_file=tmp_path / "all.csv", figures="svg", page_file=tmp_path / "a.html")
+    assert written["loss"].read_text().startswith("<?xml") and written["page"] == tmp_path / "a.html"
+    lines = list(csv.DictReader(written["csv"].read_text().splitlines()))
+    entropies = [line for line in lines if line["metric"] == "head_entropy" and line["kind"] == "train"]
+    assert len(entropies) == 5 * 2 * 3
+    (one,) = [line for line in entropies if (line["step"], line["layer"], line["head"]) == ("150", "1", "2")]
+    assert float(one["value"]) == pytest.approx(history.train["head_entropy"][2, 1, 2], rel=1e-6)
+    assert [line["value"] for line in entropies if line["step"] == "250" and line["layer"] == "1"] == [""] * 3
+    with pytest.raises(UserError, match="figures='jpg' is not known; did you mean 'p"):
+        report(workdir, figures="jpg")
+
+
+# Following a run
+
+
+def test_watch_refuses_what_cannot_be_followed(tmp_path):
+    workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
+    with pytest.raises(UserError, match="holds no run yet"):
+        watch(tmp_path / "nothing")
+    for port in (-1, 65536):
+        with pytest.raises(UserError, match=f"port={port} must be between 1 and 65535"):
+            watch(workdir, port=port)
+    with serve(workdir, 0) as server, pytest.raises(UserError, match=f"port={server.server_port} is in use"):
+        watch(workdir, port=server.server_port)
+
+
+def test_watch_ends_when_it_is_interrupted(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch_module.http.server.ThreadingHTTPServer, "serve_forever", interrupted)
+    said = []
+    watch(write_run(tmp_path / "run", L=2, N=2, steps=3), notify=said.append, port=0)
+    assert said[0].startswith("http://127.0.0.1:") and "Ctrl-C ends it" in said[0]
+
+
+def test_the_server_answers_this_machine_only_and_says_what_is_new(tmp_path):
+    Workdir(tmp_path).write_status("starting", 0, 10)
+    with serve(tmp_path, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+
+        def ask(path="/", **headers):
+            request = urllib.request.Request(
+                address + path, headers={k.replace("_", "-"): v for k, v in headers.items()}
+            )
+            try:
+                with urllib.request.urlopen(request) as answer:
+                    return answer.status, answer.headers["ETag"], answer.read().decode()
+            except urllib.error.HTTPError as error:
+                return error.code, error.headers["ETag"], ""
+
+        status, tag, text = ask()
+        assert status == 200 and "has no config.json" in text and "connect-src 'self'" in text
+        assert ask(If_None_Match=tag)[0] == 304
+        assert ask("/etc/passwd")[0] == 404 and ask(Host="evil.example:80")[0] == 403
+        made = write_run(tmp_path / "made", L=2, N=2, steps=3)
+        for name in ("config.json", "metrics.jsonl"):
+            (made / name).rename(tmp_path / name)
+        status, new, text = ask(If_None_Match=tag)
+        assert status == 200 and new != tag and carried(text)["runs"][0]["layers"] == 2
+        server.shutdown()

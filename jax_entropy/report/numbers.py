@@ -46,7 +46,7 @@ def write_csv(path: Path, histories: Sequence[History]) -> None:
 
 
 def _lines(history: History) -> Iterator[tuple[Any, ...]]:
-    L, N = history.train["head_entropy"].shape[1:]
+    L = history.train["head_entropy"].shape[1]
     for kind, metrics in (("train", history.train), ("evaluate", history.evaluate)):
         for name, array in metrics.items():
             if name == "step":

@@ -1,7 +1,7 @@
 """One page of one or several runs, in a single file that needs nothing else and asks for nothing.
 
-Words are written here, run by run, every one of them escaped: a name, a path or a value is shown, never obeyed. Pictures
-are drawn by the files in `browser/` from the page's block of numbers.
+Words are written here, run by run, every one of them escaped: a name, a path or a value is shown, never obeyed.
+Pictures are drawn by the files in `browser/` from the page's block of numbers.
 """
 
 import json

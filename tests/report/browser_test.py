@@ -1,4 +1,4 @@
-"""The page in a real browser, offline, on a desk and on a phone, light and dark: it draws, follows and says no error."""
+"""The page in a real browser, offline, on a desk and a phone, light and dark: it draws, follows, and has no error."""
 
 import io
 import shutil

@@ -98,22 +98,22 @@ def told(tmp_path, **changes):
 
 
 HALF = 0.5 * CAUSAL
+OVERLOADED = [[3.5, 3.5, HALF, HALF], [HALF, 3.5, HALF, HALF]]
+COLLAPSED = [[HALF] * 4, [0.1, 0.2, HALF, HALF]]
+PLAIN = dict(ereg=False, architecture="SM")
+BELOW = "below ¼ of the causal maximum, 0.97 nats, on held-out text"
+VERDICTS = [
+    ("good", "None of 8 heads is overloaded or collapsed on held-out text.", "", {}),
+    ("look", "3 of 8 heads are overloaded", "EReg(…)", dict(evaluate=dict(head_entropy=OVERLOADED), run=PLAIN)),
+    ("look", f"2 of 8 heads are collapsed ({BELOW}), layer 1.", "_init", dict(evaluate=dict(head_entropy=COLLAPSED))),
+    ("look", "The guard sent training back twice, at steps 120 and 300.", "", dict(run=dict(incidents=(120, 300)))),
+    ("look", "The largest attention logit is 4,321, in layer 1.", "rate", dict(train=dict(max_logit=[7, 4321.0]))),
+    ("look", "Held-out text was predicted best at step 250 and ", "--best", dict(evaluate=dict(validation_loss=9.5))),
+    ("trouble", "Attention stopped being finite in layer 1, first at", "+LN", dict(train=dict(nan_count=[0, 12]))),
+]
 
 
-@pytest.mark.parametrize(
-    "level, seen, advice, changes",
-    [
-        ("good", "None of 8 heads is overloaded or collapsed on held-out text.", "", {}),
-        ("look", "3 of 8 heads are overloaded", "EReg(…)",
-         dict(evaluate=dict(head_entropy=[[3.5, 3.5, HALF, HALF], [HALF, 3.5, HALF, HALF]]), run=dict(ereg=False, architecture="SM"))),
-        ("look", "2 of 8 heads are collapsed (below ¼ of the causal maximum, 0.97 nats, on held-out text), layer 1.", "threshold_init",
-         dict(evaluate=dict(head_entropy=[[HALF] * 4, [0.1, 0.2, HALF, HALF]]))),
-        ("look", "The guard sent training back twice, at steps 120 and 300.", "", dict(run=dict(incidents=(120, 300)))),
-        ("look", "The largest attention logit is 4,321, in layer 1.", "learning rate", dict(train=dict(max_logit=[7, 4321.0]))),
-        ("look", "Held-out text was predicted best at step 250 and has become worse since.", "--best", dict(evaluate=dict(validation_loss=9.5))),
-        ("trouble", "Attention stopped being finite in layer 1, first at step 500.", "+LN", dict(train=dict(nan_count=[0, 12]))),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("level, seen, advice, changes", VERDICTS)
 def test_the_verdict_says_what_is_and_what_to_try(tmp_path, level, seen, advice, changes):
     found = told(tmp_path, **changes)
     assert found.level == level and any(line.startswith(seen) for line in found.seen), found

@@ -189,7 +189,8 @@ def test_page_says_which_run_it_is_and_what_the_guard_did(tmp_path, monkeypatch)
     text = page([read_history(workdir)])
     assert "<title>EReg(SM(t)+ScFuFFN) · first</title>" in text
     for fact in (str(workdir), "failed at step 150 of 200: the disk is full", "15 November 2023, 00:27 UTC",
-                 "2 h 14 min", "8 × TPU v5e", "<code><span>train</span> <span>--at=0</span></code>", f"jax {jax.__version__}"):  # fmt: skip
+                 "2 h 14 min", "8 × TPU v5e", "<span>train</span> <span>--at=0</span></code>",
+                 f"jax {jax.__version__}"):  # fmt: skip
         assert f"{fact}</dd>" in text or f"{fact}, " in text, fact
     assert "<b>step 120, back to step 60</b> the loss is not finite at step 120</li>" in text
     assert "The guard sent training back once, at step 120." in text and "■ trouble" in text

@@ -53,7 +53,7 @@ def _key(kind: str, config: ModelConfig, plain: bool) -> str:
         variant = f" {config.scaled}"
     if kind == "scores" and plain:
         variant = f" {config.learnable_temperature}"
-    differs = ("temperature", "scores", "mix", *(["softmax"] if plain else []))
+    differs = ("temperature", "scores", "mix", *(["softmax", "power softmax"] if plain else []))
     if kind in differs and config.num_heads == 1:  # the engine's compiler drops the axis
         variant += " one head"
     return f"{kind}{variant} {'plain' if plain else 'optimised'}"

@@ -61,7 +61,7 @@ def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
     if config.power:
         squarings = config.power.bit_length() - 2 + config.power.bit_count()  # and products, as many
         found["power softmax"] = Work(
-            L, elements=(squarings * seen, N * T), squared=(squarings * seen, N * T),
+            L, elements=(squarings * seen, seen, N * T), squared=(squarings * seen, N * T),
             multiplied=seen if plain else 0, waits=(1, squarings),
         )  # fmt: skip
     else:

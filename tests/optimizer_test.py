@@ -11,8 +11,9 @@ from flax.traverse_util import flatten_dict
 
 from jax_entropy.config import default_config
 from jax_entropy.errors import UserError
-from jax_entropy.optimizer import decay_mask, learning_rate_schedule, make_optimizer
-from tests.tiny_model import ARCHITECTURES, shapes, tiny
+from jax_entropy.layers import effective_matrix
+from jax_entropy.optimizer import decay_mask, learning_rate_schedule, make_optimizer, qk_clip
+from tests.tiny_model import ARCHITECTURES, scattered, shapes, tiny
 
 
 def options(**fields):
@@ -113,3 +114,24 @@ def test_adamw_by_hand():
         adam = m / (1 - 0.8 ** (step + 1)) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-3)
         p = p - by_hand(step, "linear", 2, 10) * (adam + 0.3 * p)
         np.testing.assert_allclose(params["kernel"], p, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SM+ScFuFFN^1", "SM+WNorm(QK)^1"])
+def test_qk_clip_scales_queries_and_keys_of_a_head_and_nothing_else(name):
+    """By the root of what its logits exceed the limit by, in either stack of layers, whatever gives the matrix."""
+    before = scattered(tiny(name, num_heads=2))["params"]
+    largest_LxN = jnp.array([[50.0, 4.0], [100.0, 25.0]])
+    after, factor_LxN = qk_clip(before, largest_LxN, 25.0)
+    np.testing.assert_array_equal(factor_LxN, [[0.5, 1], [0.25, 1]])
+    for stack, factor_N in (("blocks", factor_LxN[0]), ("blocks_without_ffn", factor_LxN[1])):
+        for side in ("query", "key"):
+            old, new = (
+                {k: np.asarray(v[0]) for k, v in params[stack]["attention"][side].items()} for params in (before, after)
+            )
+            matrices = [effective_matrix(x["kernel"].reshape(16, 16), x.get("gain"), None) for x in (old, new)]
+            scale_O = np.repeat(np.sqrt(factor_N), 8)
+            np.testing.assert_allclose(matrices[1], matrices[0] * scale_O[None], rtol=1e-6)
+            np.testing.assert_allclose(new["bias"].ravel(), old["bias"].ravel() * scale_O, rtol=1e-6)
+    pairs = zip(*(flatten_dict(params, sep="/").items() for params in (before, after)), strict=True)
+    changed = {path for (path, old), (_, new) in pairs if not np.array_equal(old, new)}
+    assert all("attention/query" in path or "attention/key" in path for path in changed)

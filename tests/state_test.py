@@ -122,10 +122,9 @@ def test_watching_changes_nothing_but_what_is_seen():
     assert sum(norms) == pytest.approx(float(many["gradient_norm"]) ** 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", [EREG, "SM+LN+WNorm(QK)"])
-def test_qk_clip_brings_the_largest_logit_of_a_head_back_to_its_limit(architecture):
-    """Temperatures, biases and gains included; where the update itself is next to nothing."""
-    tokens, state, model = random_tokens(4, 17), start(architecture), model_of(run_config(architecture))
+def test_qk_clip_brings_the_largest_logit_of_a_head_back_to_its_limit():
+    """Temperatures and biases included; where the update itself is next to nothing."""
+    tokens, state, model = random_tokens(4, 17), start(), model_of(run_config(EREG))
     state = state._replace(params=jax.tree.map(lambda x: 1.5 * x + 0.01, state.params))
     logits = jax.jit(
         lambda params: jnp.max(model.apply({"params": params}, tokens[:, :-1])[1].stats.max_logit, axis=(1, 3))
@@ -133,19 +132,13 @@ def test_qk_clip_brings_the_largest_logit_of_a_head_back_to_its_limit(architectu
     before = logits(state.params)
     limit = float(np.mean(before[0]))  # between the heads of the first layer
     fields = {"optimizer.qk_clip": limit, "optimizer.learning_rate": 1e-12, "optimizer.accumulate": 2}
-    new, metrics = step_of(run_config(architecture, **fields))(state, tokens, True)
+    new, metrics = step_of(run_config(EREG, **fields))(state, tokens, True)
     np.testing.assert_allclose(metrics["head_max_logit"], before, rtol=1e-5)
     np.testing.assert_allclose(metrics["qk_clip"], np.minimum(1, limit / before), rtol=1e-5)
     # the layers above read what those below now say, so only the first layer's logits are exactly at the limit
     np.testing.assert_allclose(logits(new.params)[0], np.minimum(before, limit)[0], rtol=1e-4)
     unclipped = np.asarray(metrics["qk_clip"]) == 1
     assert unclipped[0].sum() == 1
-    for name in ("query", "key"):
-        moved = [np.asarray(p["blocks"]["attention"][name]["kernel"])[0] for p in (state.params, new.params)]
-        still = np.abs(moved[0] - moved[1]).max(axis=(0, 2)) < 1e-6
-        np.testing.assert_array_equal(
-            still, unclipped[0] | (architecture != EREG)
-        )  # a gain moves in its kernel's place
 
 
 def test_the_penaltys_weight_follows_its_schedule():

@@ -10,7 +10,6 @@ import pytest
 from jax_entropy import attention
 from jax_entropy.attention.transformed import BLOCK, capped, power
 from jax_entropy.errors import UserError
-from tests.tiny_model import jit
 
 SHIFT_N = np.array([0.7, 4.0])
 TRANSFORMS = {
@@ -41,8 +40,8 @@ def test_it_is_its_definition_and_so_are_its_gradients(name):
         return weighted, (out, stats)
 
     with jax.enable_x64(True):
-        (_, (out, stats)), gradients = jit(jax.value_and_grad(run, (0, 1, 2, 3), has_aux=True))(q, k, v, t)
-        value = jit(lambda *moved: run(*moved)[0])
+        (_, (out, stats)), gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2, 3), has_aux=True))(q, k, v, t)
+        value = jax.jit(lambda *moved: run(*moved)[0])
         up, down = (value(*(x + h * d for x, d in zip((q, k, v, t), along, strict=True))) for h in (1e-6, -1e-6))
     for n, i in np.ndindex(2, T):
         s = k[0, : i + 4, n] @ q[0, i, n] / (2 * t[n, i])

@@ -64,7 +64,19 @@ def test_schedules_that_cannot_work(fields, num_steps, message):
         learning_rate_schedule(options(**fields), num_steps)
 
 
-EXEMPT = {"bias", "scale", "gain", "temperature", "threshold", "alpha", "beta", "negative_slope", "taps", "value_mix"}
+EXEMPT = {
+    "bias",
+    "scale",
+    "gain",
+    "temperature",
+    "threshold",
+    "alpha",
+    "beta",
+    "gamma",
+    "negative_slope",
+    "taps",
+    "value_mix",
+}
 
 
 @pytest.mark.parametrize("fields", [{}, dict(bias="all", tied_head=False)])

@@ -150,7 +150,7 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
             max_logit_LxN = jnp.max(parts.aux.stats.max_logit, axis=(1, 3))
             params, factor_LxN = qk_clip(params, max_logit_LxN, limit)
             if watch:
-                metrics |= dict(head_max_logit=max_logit_LxN, qk_clip=factor_LxN)
+                metrics["qk_clip"] = factor_LxN
         return TrainState(state.step + 1, params, parts.collections | kept, opt_state, state.key), metrics
 
     return train_step

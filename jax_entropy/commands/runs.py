@@ -98,6 +98,7 @@ def generate(values: Namespace) -> None:
         kind=Path,
         endings=(".html",),
     ),
+    Flag("sweep", None, "folder of a sweep, whose frontier is on the page too", kind=Path),
     JSON,
     Flag("csv", None, "file for the numbers, one a line", kind=Path, endings=(".csv",)),
     examples=[
@@ -113,7 +114,9 @@ def report(values: Namespace) -> None:
     from jax_entropy.report import report as draw
 
     others = [*values.against, *(local_path(name, "workdir") for name in values.others)]
-    written = draw(values.workdir, others, figures=values.figures, page_file=values.page, csv_file=values.csv)
+    written = draw(
+        values.workdir, others, figures=values.figures, page_file=values.page, csv_file=values.csv, sweep=values.sweep
+    )
     file = output(values.json)
     for name in ("page", "csv"):
         if path := written.pop(name, None):

@@ -14,6 +14,7 @@ from jax_entropy.report.figures import ITEMS
 from jax_entropy.report.history import History, read_history
 from jax_entropy.report.numbers import numbers, write_csv
 from jax_entropy.report.page import page
+from jax_entropy.report.payload import read_sweep
 from jax_entropy.report.terminal import print_head_entropy
 from jax_entropy.report.watch import watch
 
@@ -29,6 +30,7 @@ def report(
     figures: str = "png",
     page_file: str | Path | None = None,
     csv_file: str | Path | None = None,
+    sweep: str | Path | None = None,
 ) -> dict[str, Path]:
     """Draws a run into its workdir: the figures that it has data for, and a page on which all of it moves.
 
@@ -38,6 +40,7 @@ def report(
       figures: "png", "svg" or "pdf".
       page_file: where the page goes; None: `report.html` in the workdir.
       csv_file: where the numbers of all runs go, one a line, if anywhere; `numbers` returns them.
+      sweep: folder of a sweep whose frontier is on the page too.
     Returns:
       Where everything is, by name: the figures ("loss", "head_entropy", …), "comparison" if there is one, "page",
       and "csv" if it was asked for.
@@ -48,13 +51,13 @@ def report(
         raise UserError(f"figures={figures!r} is not known{nearest(figures, FORMATS)}")
     against = [against] if isinstance(against, (str, Path)) else against
     histories = [read_history(path) for path in (workdir, *against)]
-    history = histories[0]
+    history, found = histories[0], read_sweep(sweep) if sweep else None
     drawn = {item.name: figure for item in ITEMS if (figure := item.draw(history)) is not None}
     if len(histories) > 1:
         drawn["comparison"] = comparison(histories)
     folder = history.workdir.figures
     written = {name: _write(folder / f"{name}.{figures}", _file(drawn[name], figures)) for name in drawn}
-    text = page(histories).encode("utf-8", "backslashreplace")
+    text = page(histories, sweep=found).encode("utf-8", "backslashreplace")
     written["page"] = _write(Path(page_file or history.workdir.report), text)
     if csv_file:
         write_csv(Path(csv_file), histories)

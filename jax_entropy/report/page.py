@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from jax_entropy.report.verdict import verdict
 
 _BROWSER = Path(__file__).with_name("browser")
 # In the order in which they use each other.
-_SCRIPTS = ("block", "draw", "chart", "grid", "panels", "words", "runs", "page")
+_SCRIPTS = ("block", "draw", "chart", "grid", "panels", "words", "runs", "frontier", "page")
 _LEVELS = dict(good="✓ well", look="▲ look", trouble="■ trouble")
 
 
@@ -38,10 +38,11 @@ class Number(NamedTuple):
     unit: str = ""
 
 
-def page(histories: Sequence[History], *, follow: bool = False) -> str:
+def page(histories: Sequence[History], *, sweep: dict[str, Any] | None = None, follow: bool = False) -> str:
     """The page as text.
 
     Args:
+      sweep: a sweep's points, of which the page shows the frontier.
       follow: ask the server that the page came from for news of the run; else the page may ask nobody for anything.
     """
     first = histories[0]
@@ -52,7 +53,7 @@ def page(histories: Sequence[History], *, follow: bool = False) -> str:
         connect="'self'" if follow else "'none'",
         heads="\n".join(_head(i, history) for i, history in enumerate(histories)),
         abouts="\n".join(_about(i, history) for i, history in enumerate(histories)),
-        data=payload(histories),
+        data=payload(histories, sweep),
     )
 
 

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from jax_entropy.census import GROUPS, KINDS
 from jax_entropy.config import flatten
 from jax_entropy.data import load_tokenizer
+from jax_entropy.errors import UserError
+from jax_entropy.paths import local_path, reading
 from jax_entropy.report.block import Block
 from jax_entropy.report.drawing import DEPTH, HEAT_MAP
 from jax_entropy.report.history import History, printable
@@ -23,8 +26,8 @@ _TEXT_NUMBERS = 300_000  # of the text, over all evaluations that are shown
 _OWN = ("seed", "data.directory", "data.num_threads", "data.prefetch")  # differ without another experiment
 
 
-def payload(histories: Sequence[History]) -> str:
-    """All runs as one block of text; their order is that of the page."""
+def payload(histories: Sequence[History], sweep: dict[str, Any] | None = None) -> str:
+    """All runs as one block of text, in the order of the page, and what `read_sweep` found of a sweep."""
     numbers = sum(array.size for history in histories for array in history.train.values())
     block = Block(numbers)
     tokenizers = sorted({history.tokenizer for history in histories})
@@ -34,8 +37,37 @@ def payload(histories: Sequence[History]) -> str:
         colors=dict(heat=_hex(HEAT_MAP), depth=_hex(DEPTH)),
         differences=_differences(histories),
         groups=_groups(histories),
+        sweep=sweep,
     )
     return block.text(to_json(header))
+
+
+def read_sweep(folder: str | Path) -> dict[str, Any]:
+    """The points of a sweep that have both a perplexity and predicted private costs.
+
+    Raises:
+      UserError: the folder holds no table of a sweep.
+    """
+    file = local_path(folder, "sweep") / "table.json"
+    try:
+        with reading(file, "sweep"):
+            rows = json.loads(file.read_text("utf-8"))["rows"]
+        protocols = [protocol for row in rows for protocol in row["private"]]
+        points = [
+            dict(
+                label=printable(row["label"]), perplexity=float(row["perplexity"]), spread=row["spread"],
+                **{name: float(row["private"][protocols[0]][name]) for name in ("bytes", "rounds", "seconds")},
+            )
+            for row in rows
+            if row["perplexity"] is not None and protocols[:1] and protocols[0] in row["private"]
+        ]  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"sweep={str(file)!r} is damaged: it is not the table of a sweep") from None
+    return dict(
+        name=printable(file.parent.resolve().name), protocol=printable(str((protocols or [""])[0])), points=points
+    )
 
 
 def _run(history: History, block: Block) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def _logits(history: History) -> Iterator[_Finding]:
     if largest_ExL[-1, layer] > LARGE_LOGIT:
         yield _Finding(
             LOOK, f"The largest attention logit is {largest_ExL[-1, layer]:,.4g}, in layer {layer}.",
-            f"Logits beyond {LARGE_LOGIT:g} come before spikes: try a lower learning rate, or a smaller clip_norm.",
+            f"Logits beyond {LARGE_LOGIT:g} come before spikes: try config.optimizer.qk_clip={LARGE_LOGIT:g}.",
         )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ def visit(browser, address):
     def open_page(address=address, fragment="", width=1280, theme="light"):
         size = dict(viewport=dict(width=width, height=900), device_scale_factor=0.5, has_touch=width < 500)
         tab = browser.new_page(**size, color_scheme=theme)
+        tab.set_default_timeout(120_000)  # of a machine that is busy
         pages.append(tab)
         tab.on("console", lambda said: troubles.append(said.text))
         tab.on("pageerror", lambda error: troubles.append(str(error)))
@@ -186,5 +187,5 @@ def test_a_watched_run_is_followed(visit, tmp_path):
         tab = visit(f"http://127.0.0.1:{server.server_port}/")
         assert tab.inner_text("#now b") == "50"
         (workdir / "metrics.jsonl").write_text("".join(lines))
-        playwright.expect(tab.locator("#now b")).to_have_text("150", timeout=10_000)
+        playwright.expect(tab.locator("#now b")).to_have_text("150", timeout=60_000)
         server.shutdown()

@@ -12,10 +12,12 @@ import zlib
 import numpy as np
 import pytest
 
+from jax_entropy.commands.main import main
 from jax_entropy.errors import UserError
 from jax_entropy.report import numbers, read_history, report
 from jax_entropy.report.block import Block
 from jax_entropy.report.page import page
+from jax_entropy.report.payload import read_sweep
 from jax_entropy.report.verdict import verdict
 from jax_entropy.report.watch import serve, watch
 from jax_entropy.runs.workdir import Workdir
@@ -107,7 +109,12 @@ VERDICTS = [
     ("look", "3 of 8 heads are overloaded", "EReg(…)", dict(evaluate=dict(head_entropy=OVERLOADED), run=PLAIN)),
     ("look", f"2 of 8 heads are collapsed ({BELOW}), layer 1.", "_init", dict(evaluate=dict(head_entropy=COLLAPSED))),
     ("look", "The guard sent training back twice, at steps 120 and 300.", "", dict(run=dict(incidents=(120, 300)))),
-    ("look", "The largest attention logit is 4,321, in layer 1.", "rate", dict(train=dict(max_logit=[7, 4321.0]))),
+    (
+        "look",
+        "The largest attention logit is 4,321, in layer 1.",
+        "qk_clip=100",
+        dict(train=dict(max_logit=[7, 4321.0])),
+    ),
     ("look", "Held-out text was predicted best at step 250 and ", "--best", dict(evaluate=dict(validation_loss=9.5))),
     ("trouble", "Attention stopped being finite in layer 1, first at", "+LN", dict(train=dict(nan_count=[0, 12]))),
 ]
@@ -149,6 +156,37 @@ def test_numbers_come_as_json_and_as_csv(tmp_path):
     assert [line["value"] for line in entropies if line["step"] == "250" and line["layer"] == "1"] == [""] * 3
     with pytest.raises(UserError, match="figures='jpg' is not known; did you mean 'p"):
         report(workdir, figures="jpg")
+
+
+def test_the_frontier_of_a_sweep_is_on_the_page(tmp_path):
+    workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
+    cost = dict(semi2k=dict(bytes=2e6, rounds=7, seconds=1.5))
+    rows = [dict(label="SM\x1b", perplexity=30.5, spread=None, private=cost), dict(label="X", perplexity=9, private={})]
+    rows.append(dict(label="diverged", perplexity=None, spread=None, private=cost))
+    (tmp_path / "table.json").write_text(json.dumps(dict(rows=rows)))
+    sweep = carried(page([read_history(workdir)], sweep=read_sweep(tmp_path)))["sweep"]
+    assert sweep["protocol"] == "semi2k" and sweep["points"] == [
+        dict(label="SM\ufffd", perplexity=30.5, spread=None, bytes=2e6, rounds=7, seconds=1.5)
+    ]
+    (tmp_path / "table.json").write_text('{"rows": [7]}')
+    for folder, words in ((tmp_path, "is damaged"), (workdir, "cannot be read: No such file")):
+        with pytest.raises(UserError, match=words):
+            report(workdir, sweep=folder)
+
+
+def test_the_command_takes_folders_as_words(tmp_path, capsys):
+    runs = [str(write_run(tmp_path / name, L=2, N=2, steps=3, seed=i)) for i, name in enumerate("ab")]
+    assert main(["report", *runs, f"--page={tmp_path}/all.html", "--json=-"]) == 0
+    said = capsys.readouterr()
+    assert [run["name"] for run in json.loads(said.out)] == ["a", "b"] and "all.html" in said.err
+    assert len(carried((tmp_path / "all.html").read_text())["runs"]) == 2
+    for arguments, words in (
+        (["report", runs[0], "--figures=gif"], "--figures='gif' is not known"),
+        (["report", runs[0], str(tmp_path / "c")], "c' is not there"),
+        (["watch", runs[0], "--port=http"], "--port=http must be a whole number"),
+        (["watch", runs[0], "--port=70000"], "port=70000 must be between 1 and 65535"),
+    ):
+        assert main(arguments) == 2 and words in capsys.readouterr().err
 
 
 # Following a run

@@ -73,7 +73,7 @@ function axes(box, spec, { low, high, log }) {
   const width = Math.max(260, Math.round(box.clientWidth || 560)), height = spec.height || 230;
   const edge = { ...EDGE, right: spec.right ?? EDGE.right };
   const [left, right, top, bottom] = [edge.left, width - edge.right, edge.top, height - edge.bottom];
-  const x = scale(spec.first || 0, Math.max(spec.last, 1), left, right), y = scale(low, high, bottom, top, log);
+  const x = scale(spec.first || 0, spec.logAcross ? spec.last : Math.max(spec.last, 1), left, right, spec.logAcross), y = scale(low, high, bottom, top, log);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": spec.title });
   const grid = svg("g", { class: "axes" }), plot = svg("g", {});
   const marks = spec.rows ? Array.from({ length: spec.rows }, (_, i) => i).filter((i) => i % Math.ceil(spec.rows / 14) === 0) : y.ticks(5);

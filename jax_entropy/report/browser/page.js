@@ -2,10 +2,16 @@
 
 const PANELS = [
   DIFFERENCES, ALL_LOSSES, ALL_ENTROPIES, HEADS, LAYERS, HEAD, BANDS, LOSSES, THRESHOLDS, TEMPERATURES,
-  ENTROPY_SURFACE, LOGIT_SURFACE, LOGITS, MORE, TEXT, PRIVATE,
+  ENTROPY_SURFACE, LOGIT_SURFACE, LOGITS, MORE, TEXT, PRIVATE, FRONTIER,
 ];
+// What a panel with a field of the state lets one choose for it.
+const OFFERED = {
+  measure: Object.entries(MEASURES).map(([key, { name }]) => [key, name]),
+  reading: [["entropy", "entropy"], ["loss", "loss"]],
+  cost: Object.entries(COSTS).map(([key, [name]]) => [key, name]),
+};
 const PLAY_SECONDS = 12, FOLLOW_SECONDS = 2;
-const state = { step: 0, run: 0, other: 1, difference: false, layer: null, head: null, measure: "entropy", reading: "entropy", metric: "" };
+const state = { step: 0, run: 0, other: 1, difference: false, layer: null, head: null, measure: "entropy", reading: "entropy", cost: "bytes", metric: "" };
 let data = null, allSteps = [], built = [], playing = null, addressing = null;
 
 function lastStep() {
@@ -93,11 +99,10 @@ function buildPanels() {
 // What a panel lets one choose.
 function choices(panel) {
   if (panel.select) return html("select", { class: "metric", "aria-label": "metric", onchange: (event) => { state.metric = event.target.value; draw(); } });
-  const field = panel.choices ? "measure" : panel.id === "text" ? "reading" : null;
+  const { field } = panel;
   if (!field) return null;
-  const offered = field === "measure" ? Object.entries(MEASURES).map(([key, { name }]) => [key, name]) : [["entropy", "entropy"], ["loss", "loss"]];
-  return html("div", { class: "choice", role: "radiogroup", "aria-label": "what is shown" }, ...offered.map(([key, name]) => html("label", { "data-key": key },
-    html("input", { type: "radio", name: field, value: key, checked: state[field] === key, onchange: () => { state[field] = key; draw(); } }), html("span", {}, name))));
+  return html("div", { class: "choice", role: "radiogroup", "aria-label": "what is shown" }, ...OFFERED[field].map(([key, name]) => html("label", { "data-key": key },
+    html("input", { type: "radio", name: field, value: key, onchange: () => { state[field] = key; draw(); } }), html("span", {}, name))));
 }
 
 function fillTable({ panel, numbers }) {
@@ -119,8 +124,8 @@ function draw() {
     if (typeof panel.wide === "function") section.classList.toggle("wide", panel.wide(run));
     one.view = section.hidden ? null : panel.draw(picture, run);
     for (const label of section.querySelectorAll("[data-key]")) {
-      label.hidden = panel.choices && !ofHeads(run, MEASURES[label.dataset.key].metric);
-      label.firstChild.checked = [state.measure, state.reading].includes(label.dataset.key) && label.firstChild.value === state[label.firstChild.name];
+      label.hidden = panel.field === "measure" && !ofHeads(run, MEASURES[label.dataset.key].metric);
+      label.firstChild.checked = state[panel.field] === label.dataset.key;
     }
     const metric = section.querySelector(".metric");
     if (metric) {

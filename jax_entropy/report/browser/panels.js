@@ -71,7 +71,7 @@ function difference(run) {
 }
 
 const HEADS = {
-  id: "heads", title: "Every attention head", choices: true, wide: (run) => run.heads > 14,
+  id: "heads", title: "Every attention head", field: "measure", wide: (run) => run.heads > 14,
   caption: "Near zero a head looks at one token, near the maximum it looks at all alike. Choose a head: it is marked in every picture.",
   shown: () => true,
   // The run that this one is compared with, where it has as many heads and the same measure.

@@ -1,7 +1,7 @@
 // Held-out text with each token's entropy or loss as its background, and what a private forward pass costs.
 
 const TEXT = {
-  id: "text", title: "Held-out text", wide: true,
+  id: "text", title: "Held-out text", wide: true, field: "reading",
   caption: "The background is what the chosen head (or the mean of those chosen) had at a token, or the loss of predicting it: light is much. From the evaluation before the slider.",
   shown: (run) => Boolean(run.text),
   // The numbers of piece r at evaluation k, one a token; not a number where a token has none.

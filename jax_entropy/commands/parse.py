@@ -198,7 +198,7 @@ def _value(flag: Flag, given: Any) -> Any:
 
 def _take_words(values: argparse.Namespace, command: Command, words: list[str], flags: Mapping[str, Flag]) -> None:
     """Words without a flag: the folder of the run, then names where the command takes some."""
-    if words and "workdir" in flags and "workdir" not in values.given:
+    if words and flags.get("workdir") == WORKDIR and "workdir" not in values.given:
         values.workdir = flags["workdir"].read(words.pop(0))
         values.given.add("workdir")
     for argument in command.arguments:

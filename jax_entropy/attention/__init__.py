@@ -14,10 +14,10 @@ Backward, with p_ij = e_ij/l_i and D_i = dout_i·out_i:
     dq_i = Σ_j scale_i·dS_ij·k_j     dk_j = Σ_i scale_i·dS_ij·q_i
     dv_j = Σ_i p_ij·dout_i           dscale_i = Σ_j dS_ij·s_ij = (Σ_j dS_ij·x_ij + m_i·dlogsumexp_i) / a_i
 
-of which the loop sees, with dout'_i = dout_i/l_i, g_i = scale_i·ln2·dentropy_i/l_i and
-c_i = scale_i·(dlogsumexp_i − D_i − dentropy_i·entropy_i)/l_i + g_i·log₂ l_i, one more multiply-add for the entropy:
+of which the loop sees, with dout'_i = dout_i/l_i, g_i = −scale_i·ln2·dentropy_i/l_i and
+c_i = scale_i·(dlogsumexp_i − D_i − dentropy_i·entropy_i)/l_i − g_i·log₂ l_i, one more multiply-add for the entropy:
 
-    scale_i·dS_ij = e_ij·(scale_i·dout'_i·v_j + c_i − g_i·x_ij)     dv_j = Σ_i e_ij·dout'_i
+    scale_i·dS_ij = e_ij·(scale_i·dout'_i·v_j + c_i + g_i·x_ij)     dv_j = Σ_i e_ij·dout'_i
 """
 
 import functools

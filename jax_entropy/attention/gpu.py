@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jax_entropy.attention.blocks import blocks_for
-from jax_entropy.attention.kernels import LN2, attend_on_shards, base2, multiply_add
+from jax_entropy.attention.kernels import LN2, attend_on_shards, base2, multiply_add, of_backward
 from jax_entropy.sharding import device_kind
 
 _HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
 _LOWEST = -1e30  # finite, times any scale too: what a masked product is, and the largest of none
+_PART = 8  # columns of a row's running sums: a thread's share of them is one pair for every row that it holds
 
 
 class Blocks(NamedTuple):
@@ -47,18 +48,20 @@ def attend(
     position: int | jax.Array,
     *,
     kernels: Kernels | None = None,
+    with_entropy: bool = True,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k).
 
     Args:
       kernels: the tiles; None: those of blocks.json for this device.
+      with_entropy: False leaves it out of the forward pass, to measure what it costs; what stands for it is not it.
       interpret: run the kernels on the CPU, one by one, instead of compiling them.
     Raises:
       UserError: a head width or a type that there are no tiles for.
     """
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, k_BxSxNxH.shape[1])
-    kernel = lambda *arrays: _attention(*arrays, kernels, interpret)  # noqa: E731
+    kernel = lambda *arrays: _attention(*arrays, kernels, with_entropy, interpret)  # noqa: E731
     return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, jnp.asarray(position, jnp.int32))
 
 
@@ -71,16 +74,22 @@ def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
     return Kernels(*(blocks._replace(queries=min(blocks.queries, most)) for blocks in sizes))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, scale_NxT, position, kernels: Kernels, interpret: bool) -> tuple[jax.Array, ...]:
-    return _forward(q, k, v, scale_NxT, position, kernels, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(
+    q, k, v, scale_NxT, position, kernels: Kernels, with_entropy: bool, interpret: bool
+) -> tuple[jax.Array, ...]:
+    return _forward(q, k, v, scale_NxT, position, kernels, with_entropy, interpret)[0]
 
 
-def _forward(q, k, v, scale_NxT, position, kernels: Kernels, interpret: bool) -> tuple[tuple, tuple]:
+def _forward(
+    q, k, v, scale_NxT, position, kernels: Kernels, with_entropy: bool, interpret: bool
+) -> tuple[tuple, tuple]:
     """Results, and the residuals of the backward pass."""
     (B, T, N, H), S, blocks = q.shape, k.shape[1], kernels.forward
     tiles = pl.cdiv(T, blocks.queries)
-    kernel = functools.partial(_forward_kernel, blocks=blocks, shape=(T, S, H), interpret=interpret)
+    kernel = functools.partial(
+        _forward_kernel, blocks=blocks, shape=(T, S, H), with_entropy=with_entropy, interpret=interpret
+    )
     rows = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
     out, entropy, m, log_l = pl.pallas_call(
         kernel,
@@ -93,15 +102,16 @@ def _forward(q, k, v, scale_NxT, position, kernels: Kernels, interpret: bool) ->
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
     )(q, k, v, base2(scale_NxT), position[None])
     results = out, entropy, LN2 * (m + log_l), LN2 * m
-    return results, (q, k, v, scale_NxT, position, out, entropy, m, log_l)
+    return results, (q, k, v, scale_NxT, position, out, entropy, *of_backward(m, log_l, q.dtype))
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, a_ref, position_ref, out_ref, entropy_ref, m_ref, log_l_ref, *, blocks, shape, interpret
-) -> None:
+    q_ref, k_ref, v_ref, a_ref, position_ref, out_ref, entropy_ref, m_ref, log_l_ref, *, blocks, shape, with_entropy,
+    interpret,
+) -> None:  # fmt: skip
     (T, S, H), (Q, K, *_) = shape, blocks
     W = _width(H)
-    fma, exp2 = _arithmetic(interpret)
+    fma, fms, exp2 = _arithmetic(interpret)
     tile = pl.num_programs(0) - 1 - pl.program_id(0)  # the longest rows first: the last to start are short
     position = position_ref[0]
     first, rows = tile * Q, tile * Q + jnp.arange(Q, dtype=jnp.int32)
@@ -109,7 +119,7 @@ def _forward_kernel(
     a_Q = _load_rows(a_ref, first, Q, T, 1.0)
 
     def block(j, running, *, diagonal: bool):
-        out_QxH, m_Q, l_Q, w_Q = running
+        out_QxH, m_Q, l_QxC, w_QxC = running
         k_KxH = _load(k_ref, j * K, K, S, H, diagonal and S % K > 0)
         v_KxH = _load(v_ref, j * K, K, S, H, diagonal and S % K > 0)
         s_QxK = _dot(q_QxH, k_KxH, ((1,), (1,)))
@@ -117,21 +127,26 @@ def _forward_kernel(
             seen_QxK = (j * K + jnp.arange(K, dtype=jnp.int32))[None, :] <= (rows + position)[:, None]
             s_QxK = jnp.where(seen_QxK, s_QxK, _LOWEST)
         new_m_Q = jnp.maximum(m_Q, jnp.max(s_QxK, axis=1) * a_Q)
-        x_QxK = fma(s_QxK, a_Q[:, None], -new_m_Q[:, None])
+        x_QxK = fms(s_QxK, a_Q[:, None], new_m_Q[:, None])
         e_QxK = exp2(x_QxK)
-        shift_Q = m_Q - new_m_Q
-        decay_Q = exp2(shift_Q)
-        w_Q = decay_Q * (w_Q + l_Q * shift_Q) + jnp.sum(e_QxK * x_QxK, axis=1)
-        l_Q = decay_Q * l_Q + jnp.sum(e_QxK, axis=1)
-        out_QxH = out_QxH * decay_Q[:, None] + _dot(e_QxK.astype(v_KxH.dtype), v_KxH, ((1,), (0,)))
-        return out_QxH, new_m_Q, l_Q, w_Q
+        shift_Qx1 = (m_Q - new_m_Q)[:, None]
+        decay_Qx1 = exp2(shift_Qx1)
+        parts = _parts(e_QxK)
+        if with_entropy:
+            w_QxC = decay_Qx1 * fma(l_QxC, shift_Qx1, w_QxC)
+            for e_QxC, x_QxC in zip(parts, _parts(x_QxK), strict=True):
+                w_QxC = fma(e_QxC, x_QxC, w_QxC)
+        l_QxC = sum(parts, decay_Qx1 * l_QxC)
+        out_QxH = out_QxH * decay_Qx1 + _dot(e_QxK.astype(v_KxH.dtype), v_KxH, ((1,), (0,)))
+        return out_QxH, new_m_Q, l_QxC, w_QxC
 
-    zeros_Q = jnp.zeros((Q,), jnp.float32)
-    running = (jnp.zeros((Q, W), jnp.float32), zeros_Q + _LOWEST, zeros_Q, zeros_Q)
+    zeros_QxC = jnp.zeros((Q, _PART), jnp.float32)
+    running = (jnp.zeros((Q, W), jnp.float32), jnp.full((Q,), _LOWEST, jnp.float32), zeros_QxC, zeros_QxC)
     whole, end = _key_blocks(first, position, Q, K, S)
     running = lax.fori_loop(0, whole, functools.partial(block, diagonal=False), running)
     running = lax.fori_loop(whole, end, functools.partial(block, diagonal=True), running)
-    out_QxH, m_Q, l_Q, w_Q = running
+    out_QxH, m_Q, l_QxC, w_QxC = running
+    l_Q, w_Q = jnp.sum(l_QxC, axis=1), jnp.sum(w_QxC, axis=1)
     log_l_Q = jnp.log2(l_Q)
     _store(out_ref, first, Q, T, H, out_QxH / l_Q[:, None])
     # a rounding of the one product may leave −4e-8 where there is a single key
@@ -140,13 +155,16 @@ def _forward_kernel(
     _store_rows(log_l_ref, first, Q, T, log_l_Q)
 
 
-def _forward_rule(q, k, v, scale_NxT, position, kernels: Kernels, interpret: bool) -> tuple[tuple, tuple]:
-    results, residuals = _forward(*(x.value for x in (q, k, v, scale_NxT, position)), kernels, interpret)
+def _forward_rule(
+    q, k, v, scale_NxT, position, kernels: Kernels, with_entropy: bool, interpret: bool
+) -> tuple[tuple, tuple]:
+    arrays = (x.value for x in (q, k, v, scale_NxT, position))
+    results, residuals = _forward(*arrays, kernels, with_entropy, interpret)
     has_temperature = () if scale_NxT.perturbed else None  # residuals are arrays; this one's structure speaks
     return results, (*residuals, has_temperature)
 
 
-def _backward_rule(kernels: Kernels, interpret: bool, residuals: tuple, cotangents: tuple) -> tuple:
+def _backward_rule(kernels: Kernels, _: bool, interpret: bool, residuals: tuple, cotangents: tuple) -> tuple:
     q, k, v, scale_NxT, position, out, entropy, m, log_l, has_temperature = residuals
     (B, T, N, H), S = q.shape, k.shape[1]
     dout, dentropy, dlse, _ = cotangents
@@ -196,7 +214,7 @@ def _dq_kernel(
     """dq by rows of tiles; what the other kernel needs of each row: dout/l, c, g; and Σ dS·x for the temperature."""
     entropy_refs, (dq_ref, scaled_dout_ref, *made_refs) = refs[: 2 * with_entropy], refs[2 * with_entropy :]
     (T, S, H), (Q, K, *_) = shape, blocks
-    fma, exp2 = _arithmetic(interpret)
+    fma, fms, exp2 = _arithmetic(interpret)
     tile, position = pl.num_programs(0) - 1 - pl.program_id(0), position_ref[0]
     first, rows = tile * Q, tile * Q + jnp.arange(Q, dtype=jnp.int32)
     ragged = T % Q > 0
@@ -208,57 +226,52 @@ def _dq_kernel(
     g_Q = None
     if with_entropy:
         entropy_Q, dentropy_Q = (_load_rows(ref, first, Q, T, 0.0) for ref in entropy_refs)
-        g_Q = part_Q * scale_Q * LN2 * dentropy_Q
-        c_Q = part_Q * scale_Q * (row_Q - dentropy_Q * entropy_Q) + g_Q * log_l_Q
+        g_Q = -part_Q * scale_Q * LN2 * dentropy_Q
+        c_Q = part_Q * scale_Q * (row_Q - dentropy_Q * entropy_Q) - g_Q * log_l_Q
     else:
         c_Q = part_Q * scale_Q * row_Q
     scaled_dout_QxH = (dout_QxH * part_Q[:, None]).astype(q_QxH.dtype)
 
     def block(j, running, *, diagonal: bool):
-        dq_QxH, *by_scale_Q = running
+        dq_QxH, *by_scale_QxC = running
         k_KxH = _load(k_ref, j * K, K, S, H, diagonal and S % K > 0)
         v_KxH = _load(v_ref, j * K, K, S, H, diagonal and S % K > 0)
-        x_QxK = fma(_dot(q_QxH, k_KxH, ((1,), (1,))), a_Q[:, None], -m_Q[:, None])
+        x_QxK = fms(_dot(q_QxH, k_KxH, ((1,), (1,))), a_Q[:, None], m_Q[:, None])
         if diagonal:
             seen_QxK = (j * K + jnp.arange(K, dtype=jnp.int32))[None, :] <= (rows + position)[:, None]
             x_QxK = jnp.where(seen_QxK, x_QxK, _HIDDEN)
         e_QxK = exp2(x_QxK)
-        row_QxK = fma(x_QxK, -g_Q[:, None], c_Q[:, None]) if with_entropy else c_Q[:, None]
+        row_QxK = fma(x_QxK, g_Q[:, None], c_Q[:, None]) if with_entropy else c_Q[:, None]
         ds_QxK = e_QxK * fma(_dot(scaled_dout_QxH, v_KxH, ((1,), (1,))), scale_Q[:, None], row_QxK)
         # from the largest on, and not q·dq: beside large logits, or in bfloat16, their differences would be lost
-        by_scale_Q = [total_Q + jnp.sum(ds_QxK * x_QxK, axis=1) for total_Q in by_scale_Q]
-        return dq_QxH + _dot(ds_QxK.astype(k_KxH.dtype), k_KxH, ((1,), (0,))), *by_scale_Q
+        if with_temperature:
+            for ds_QxC, x_QxC in zip(_parts(ds_QxK), _parts(x_QxK), strict=True):
+                by_scale_QxC = [fma(ds_QxC, x_QxC, *by_scale_QxC)]
+        return dq_QxH + _dot(ds_QxK.astype(k_KxH.dtype), k_KxH, ((1,), (0,))), *by_scale_QxC
 
     whole, end = _key_blocks(first, position, Q, K, S)
-    running = (jnp.zeros((Q, _width(H)), jnp.float32), *[jnp.zeros((Q,), jnp.float32)] * with_temperature)
+    running = (jnp.zeros((Q, _width(H)), jnp.float32), *[jnp.zeros((Q, _PART), jnp.float32)] * with_temperature)
     running = lax.fori_loop(0, whole, functools.partial(block, diagonal=False), running)
-    dq_QxH, *by_scale_Q = lax.fori_loop(whole, end, functools.partial(block, diagonal=True), running)
+    dq_QxH, *by_scale_QxC = lax.fori_loop(whole, end, functools.partial(block, diagonal=True), running)
     _store(dq_ref, first, Q, T, H, dq_QxH)
     _store(scaled_dout_ref, first, Q, T, H, scaled_dout_QxH)
-    made = (c_Q, *([g_Q] if with_entropy else []), *(total_Q / scale_Q for total_Q in by_scale_Q))
+    made = (
+        c_Q,
+        *([g_Q] if with_entropy else []),
+        *(jnp.sum(total_QxC, axis=1) / scale_Q for total_QxC in by_scale_QxC),
+    )
     for ref, made_Q in zip(made_refs, made, strict=True):
         _store_rows(ref, first, Q, T, made_Q)
 
 
 def _dkv_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    a_ref,
-    position_ref,
-    scaled_dout_ref,
-    m_ref,
-    c_ref,
-    *refs,
-    blocks,
-    shape,
-    with_entropy,
+    q_ref, k_ref, v_ref, a_ref, position_ref, scaled_dout_ref, m_ref, c_ref, *refs, blocks, shape, with_entropy,
     interpret,
-) -> None:
+) -> None:  # fmt: skip
     """dk and dv by columns of tiles; keys before queries, so that no operand of a product is turned."""
     g_refs, (dk_ref, dv_ref) = refs[:with_entropy], refs[with_entropy:]
     (T, S, H), (Q, K, *_) = shape, blocks
-    fma, exp2 = _arithmetic(interpret)
+    fma, fms, exp2 = _arithmetic(interpret)
     position, first, keys = position_ref[0], pl.program_id(0) * K, pl.program_id(0) * K + jnp.arange(K, dtype=jnp.int32)
     k_KxH, v_KxH = (_load(ref, first, K, S, H, S % K > 0) for ref in (k_ref, v_ref))
     zeros_KxH = jnp.zeros((K, _width(H)), jnp.float32)
@@ -268,7 +281,7 @@ def _dkv_kernel(
         start = i * Q
         q_QxH, dout_QxH = (_load(ref, start, Q, T, H, T % Q > 0) for ref in (q_ref, scaled_dout_ref))
         a_Q, m_Q = _load_rows(a_ref, start, Q, T, 0.0), _load_rows(m_ref, start, Q, T, 0.0)
-        x_KxQ = fma(_dot(k_KxH, q_QxH, ((1,), (1,))), a_Q[None, :], -m_Q[None, :])
+        x_KxQ = fms(_dot(k_KxH, q_QxH, ((1,), (1,))), a_Q[None, :], m_Q[None, :])
         if diagonal:
             rows = start + jnp.arange(Q, dtype=jnp.int32)
             x_KxQ = jnp.where(keys[:, None] <= (rows + position)[None, :], x_KxQ, _HIDDEN)
@@ -276,7 +289,7 @@ def _dkv_kernel(
         dv_KxH += _dot(e_KxQ.astype(dout_QxH.dtype), dout_QxH, ((1,), (0,)))
         row_KxQ = _load_rows(c_ref, start, Q, T, 0.0)[None, :]
         if with_entropy:
-            row_KxQ = fma(x_KxQ, -_load_rows(g_refs[0], start, Q, T, 0.0)[None, :], row_KxQ)
+            row_KxQ = fma(x_KxQ, _load_rows(g_refs[0], start, Q, T, 0.0)[None, :], row_KxQ)
         ds_KxQ = e_KxQ * fma(_dot(v_KxH, dout_QxH, ((1,), (1,))), (a_Q * LN2)[None, :], row_KxQ)
         dk_KxH += _dot(ds_KxQ.astype(q_QxH.dtype), q_QxH, ((1,), (0,)))
         return dk_KxH, dv_KxH
@@ -357,17 +370,31 @@ def _store_rows(ref, first, count: int, length: int, value: jax.Array) -> None:
     plt.store(ref.at[pl.ds(first, count)], value, mask=mask)
 
 
+def _parts(x_QxK: jax.Array) -> list[jax.Array]:
+    """Columns `_PART` by `_PART`.
+
+    Running sums of a row stay apart by these to the end: in a thread's registers one multiply-add for an element, where
+    the sum of each tile's products would be a multiplication, an addition, and the exchange between threads.
+    """
+    return jnp.split(x_QxK, x_QxK.shape[1] // _PART, axis=1)
+
+
 def _dot(x: jax.Array, y: jax.Array, contracted: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
     """float32 sums of products; of float32 factors in true float32, not in the tensor cores' shorter one."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _arithmetic(interpret: bool) -> tuple[Any, Any]:
-    """a·b + c in one rounding, and 2ˣ: one instruction each, where Triton would write two and four."""
+def _arithmetic(interpret: bool) -> tuple[Any, Any, Any]:
+    """x·y + z and x·y − z in one rounding, and 2ˣ: one instruction each, where Triton would write two and four."""
     if interpret:
-        return multiply_add, jnp.exp2
-    return functools.partial(_ptx, "fma.rn.f32 $0, $1, $2, $3;"), functools.partial(_ptx, "ex2.approx.ftz.f32 $0, $1;")
+        return multiply_add, lambda x, y, z: multiply_add(x, y, -z), jnp.exp2
+    instructions = (
+        "fma.rn.f32 $0, $1, $2, $3;",
+        "{ .reg .f32 minus; neg.f32 minus, $3; fma.rn.f32 $0, $1, $2, minus; }",  # the assembler makes it one
+        "ex2.approx.ftz.f32 $0, $1;",
+    )
+    return tuple(functools.partial(_ptx, instruction) for instruction in instructions)
 
 
 def _ptx(instruction: str, *xs: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_entropy.attention.blocks import blocks_for
-from jax_entropy.attention.kernels import LN2, attend_on_shards, base2, multiply_add
+from jax_entropy.attention.kernels import LN2, attend_on_shards, base2, multiply_add, of_backward
 from jax_entropy.errors import UserError
 from jax_entropy.sharding import device_kind
 
@@ -24,6 +24,7 @@ WARPGROUPS = 2  # that compute
 WIDTHS = (32, 64, 96, 128)  # of heads
 _HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
 _LOWEST = -1e30  # finite, times any scale too: what a masked product is, and the largest of none
+_PART = 8  # columns of a row's running sums: a thread's share of them is one pair for every row that it holds
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS, _COLUMNS = _TILE.reduce(1), _TILE.reduce(0)  # a number for each row, or column, of a tile
@@ -53,6 +54,7 @@ def attend(
     position: int | jax.Array,
     *,
     kernels: Kernels | None = None,
+    with_entropy: bool = True,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k).
@@ -60,6 +62,7 @@ def attend(
     Args:
       position: S − T; a cache of fixed size is for "gpu".
       kernels: the tiles; None: those of blocks.json for this device.
+      with_entropy: False leaves it out of the forward pass, to measure what it costs; what stands for it is not it.
       interpret: False, or Pallas' `InterpretGPUParams` to run on the CPU.
     Raises:
       UserError: a position, a head width or a type that these kernels do not take.
@@ -70,7 +73,7 @@ def attend(
     if H not in WIDTHS:
         raise UserError(f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any")
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, S)
-    kernel = lambda *arrays: _attention(*arrays, kernels, interpret)  # noqa: E731
+    kernel = lambda *arrays: _attention(*arrays, kernels, with_entropy, interpret)  # noqa: E731
     return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT)
 
 
@@ -80,12 +83,12 @@ def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
     return Kernels(*(Blocks(*found[name]) for name in Kernels._fields))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[jax.Array, ...]:
-    return _forward(q, k, v, scale_NxT, kernels, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attention(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret: Any) -> tuple[jax.Array, ...]:
+    return _forward(q, k, v, scale_NxT, kernels, with_entropy, interpret)[0]
 
 
-def _forward(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[tuple, tuple]:
+def _forward(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret: Any) -> tuple[tuple, tuple]:
     """Results, and the residuals of the backward pass."""
     (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], kernels.forward
     tiles, offset, last = pl.cdiv(T, WARPGROUPS * Q), S - T, pl.cdiv(S, K)
@@ -106,12 +109,13 @@ def _forward(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[tupl
             plgpu.copy_gmem_to_smem(q_g.at[b, mine, n], q_s.at[wg], q_arrived.at[wg])
             a_Q = _load(a_g.at[n, mine], _ROWS, optimized=False)
             plgpu.barrier_wait(q_arrived.at[wg])
-            zeros_Q = plgpu.layout_cast(jnp.zeros((Q,), jnp.float32), _ROWS)
+            zeros_QxC = plgpu.layout_cast(jnp.zeros((Q, _PART), jnp.float32), _TILE)
             out_QxH = plgpu.layout_cast(jnp.zeros((Q, H), jnp.float32), _TILE)
             lowest_Q = plgpu.layout_cast(jnp.full((Q,), _LOWEST, jnp.float32), _ROWS)
             pl.when(wg == 1)(take_turns)
-            out_QxH, m_Q, l_Q, w_Q, _ = pipeline((out_QxH, lowest_Q, zeros_Q, zeros_Q, a_Q))
+            out_QxH, m_Q, l_QxC, w_QxC, _ = pipeline((out_QxH, lowest_Q, zeros_QxC, zeros_QxC, a_Q))
             pl.when(wg == 0)(take_turns)
+            l_Q, w_Q = l_QxC.sum(axis=1), w_QxC.sum(axis=1)
             log_l_Q = _log2(l_Q)
             q_s.at[wg][...] = (out_QxH / _over_rows(l_Q, H)).astype(q.dtype)
             # a rounding of the one product may leave −4e-8 where there is a single key
@@ -127,7 +131,7 @@ def _forward(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[tupl
 
         def step(indices, k_s, v_s, k_free, v_free, running):
             (j,) = indices
-            out_QxH, m_Q, l_Q, w_Q, a_Q = running
+            out_QxH, m_Q, l_QxC, w_QxC, a_Q = running
             s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K, take_turns)
             plgpu.barrier_arrive(k_free)
 
@@ -144,15 +148,19 @@ def _forward(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[tupl
             e_QxK = jnp.exp2(x_QxK)
             shift_Q = m_Q - new_m_Q
             decay_Q = jnp.exp2(shift_Q)
-            w_Q = decay_Q * (w_Q + l_Q * shift_Q) + (e_QxK * x_QxK).sum(axis=1)
-            l_Q = decay_Q * l_Q + e_QxK.sum(axis=1)
+            decay_QxC, parts = _over_rows(decay_Q, _PART), _parts(e_QxK)
+            if with_entropy:
+                w_QxC = decay_QxC * (w_QxC + l_QxC * _over_rows(shift_Q, _PART))
+                for e_QxC, x_QxC in zip(parts, _parts(x_QxK), strict=True):
+                    w_QxC = w_QxC + e_QxC * x_QxC
+            l_QxC = sum(parts, decay_QxC * l_QxC)
             out_QxH = out_QxH * _over_rows(decay_Q, H)
             p_QxK = e_QxK.astype(q.dtype)
-            out_QxH, l_Q, w_Q, new_m_Q, p_QxK = lax.optimization_barrier((out_QxH, l_Q, w_Q, new_m_Q, p_QxK))
+            out_QxH, l_QxC, w_QxC, new_m_Q, p_QxK = lax.optimization_barrier((out_QxH, l_QxC, w_QxC, new_m_Q, p_QxK))
             take_turns()
             out_QxH = products.added(out_QxH, p_QxK, v_s)
             plgpu.barrier_arrive(v_free)
-            return out_QxH, new_m_Q, l_Q, w_Q, a_Q
+            return out_QxH, new_m_Q, l_QxC, w_QxC, a_Q
 
         seen = jnp.minimum(_cdiv((tile + 1) * (WARPGROUPS * Q) + offset, K), last)
         _pipeline(step, seen, stages, compute, [_tile_spec(K, H, q.dtype)] * 2)(k_g.at[b, :, n], v_g.at[b, :, n])
@@ -170,16 +178,16 @@ def _forward(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[tupl
     )(q, k, v, _padded(base2(scale_NxT), rows.shape[-1]))
     entropy, m, log_l = (x[..., :T] for x in (entropy, m, log_l))
     results = out, entropy, LN2 * (m + log_l), LN2 * m
-    return results, (q, k, v, scale_NxT, out, entropy, m, log_l)
+    return results, (q, k, v, scale_NxT, out, entropy, *of_backward(m, log_l, q.dtype))
 
 
-def _forward_rule(q, k, v, scale_NxT, kernels: Kernels, interpret: Any) -> tuple[tuple, tuple]:
-    results, residuals = _forward(*(x.value for x in (q, k, v, scale_NxT)), kernels, interpret)
+def _forward_rule(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret: Any) -> tuple[tuple, tuple]:
+    results, residuals = _forward(*(x.value for x in (q, k, v, scale_NxT)), kernels, with_entropy, interpret)
     has_temperature = () if scale_NxT.perturbed else None  # residuals are arrays; this one's structure speaks
     return results, (*residuals, has_temperature)
 
 
-def _backward_rule(kernels: Kernels, interpret: Any, residuals: tuple, cotangents: tuple) -> tuple:
+def _backward_rule(kernels: Kernels, _: bool, interpret: Any, residuals: tuple, cotangents: tuple) -> tuple:
     q, k, v, scale_NxT, out, entropy, m, log_l, has_temperature = residuals
     dout, dentropy, dlse, _ = cotangents
     # what a loss does not use is not in the kernels that it runs
@@ -221,8 +229,8 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks: Blo
             row_Q, g_Q = dlse_Q - (dout_QxH * out_QxH).sum(axis=1), None
             if entropies:
                 entropy_Q, dentropy_Q = entropies
-                g_Q = part_Q * scale_Q * LN2 * dentropy_Q
-                c_Q = part_Q * scale_Q * (row_Q - dentropy_Q * entropy_Q) + g_Q * log_l_Q
+                g_Q = -part_Q * scale_Q * LN2 * dentropy_Q
+                c_Q = part_Q * scale_Q * (row_Q - dentropy_Q * entropy_Q) - g_Q * log_l_Q
             else:
                 c_Q = part_Q * scale_Q * row_Q
             dout_s.at[wg][...] = (dout_QxH * _over_rows(part_Q, H)).astype(q.dtype)
@@ -230,10 +238,10 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks: Blo
             plgpu.copy_smem_to_gmem(dout_s.at[wg], scaled_g.at[b, mine, n])
             zeros_QxH = plgpu.layout_cast(jnp.zeros((Q, H), jnp.float32), _TILE)
             g = [g_Q] if entropies else []
-            by_scale = [plgpu.layout_cast(jnp.zeros((Q,), jnp.float32), _ROWS)] * with_temperature
+            by_scale = [plgpu.layout_cast(jnp.zeros((Q, _PART), jnp.float32), _TILE)] * with_temperature
             dq_QxH, by_scale, *_ = pipeline((zeros_QxH, by_scale, a_Q, m_Q, c_Q, g))
             q_s.at[wg][...] = dq_QxH.astype(q.dtype)
-            for i, made_Q in enumerate((c_Q, *g, *(total_Q / scale_Q for total_Q in by_scale))):
+            for i, made_Q in enumerate((c_Q, *g, *(total_QxC.sum(axis=1) / scale_Q for total_QxC in by_scale))):
                 made_s.at[wg, i][...] = made_Q
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s.at[wg], dq_g.at[b, mine, n], commit_group=False)
@@ -259,10 +267,12 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks: Blo
             plgpu.barrier_arrive(v_free)
             row_QxK = _over_rows(c_Q, K)
             if g_Q:
-                row_QxK = row_QxK - _over_rows(g_Q[0], K) * x_QxK
+                row_QxK = row_QxK + _over_rows(g_Q[0], K) * x_QxK
             ds_QxK = e_QxK * (dp_QxK * _over_rows(a_Q * LN2, K) + row_QxK)
             # from the largest on, and not q·dq: beside large logits, or in bfloat16, their differences would be lost
-            by_scale = [total_Q + (ds_QxK * x_QxK).sum(axis=1) for total_Q in by_scale]
+            if by_scale:
+                for ds_QxC, x_QxC in zip(_parts(ds_QxK), _parts(x_QxK), strict=True):
+                    by_scale = [by_scale[0] + ds_QxC * x_QxC]
             dq_QxH = products.added(dq_QxH, ds_QxK.astype(q.dtype), k_s)
             plgpu.barrier_arrive(k_free)
             return dq_QxH, by_scale, a_Q, m_Q, c_Q, g_Q
@@ -314,9 +324,8 @@ def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks: Blocks, interpret: An
         def step(indices, q_s, dout_s, *refs):
             rows_s, (*free, gradients) = refs[: 3 + with_entropy], refs[3 + with_entropy :]
             dk_KxH, dv_KxH = gradients
-            start = (
-                last - 1 - indices[0]
-            ) * Q  # from the last queries down, so that only the count depends on the tile
+            # from the last queries down, so that only the count depends on the tile
+            start = (last - 1 - indices[0]) * Q
             s_KxQ = products.of_tiles(k_s.at[wg], q_s, K, Q)
             a_Q, m_Q = (_load(ref, _COLUMNS) for ref in rows_s[:2])
             x_KxQ = products.scaled(s_KxQ, _over_columns(a_Q, K), _over_columns(m_Q, K))
@@ -333,7 +342,7 @@ def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks: Blocks, interpret: An
                 plgpu.barrier_arrive(barrier)
             row_KxQ = _over_columns(c_Q, K)
             if g_Q:
-                row_KxQ = row_KxQ - _over_columns(g_Q[0], K) * x_KxQ
+                row_KxQ = row_KxQ + _over_columns(g_Q[0], K) * x_KxQ
             e_KxQ = jnp.exp2(x_KxQ)
             ds_KxQ = e_KxQ * (dp_KxQ * _over_columns(a_Q * LN2, K) + row_KxQ)
             weights = (e_KxQ.astype(q.dtype), ds_KxQ.astype(q.dtype))
@@ -457,6 +466,12 @@ def _load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
         return plgpu.load(ref, layout=layout, **options)
     except TypeError:
         return plgpu.load(ref, (), layout=layout, **options)
+
+
+def _parts(x_QxK: jax.Array) -> list[jax.Array]:
+    """Columns `_PART` by `_PART`: running sums of rows stay apart by these, and threads exchange none in the loop."""
+    Q, K = x_QxK.shape
+    return [lax.slice(x_QxK, (0, i), (Q, i + _PART)) for i in range(0, K, _PART)]
 
 
 def _over_rows(x_Q: jax.Array, columns: int) -> jax.Array:

@@ -7,6 +7,7 @@ to logits of 5·10⁸.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,18 @@ _LARGEST = 2.0**23  # products are not known to more digits: colder rows put all
 def base2(scale: jax.Array) -> jax.Array:
     """a, for logits in base 2."""
     return jnp.minimum(scale / LN2, _LARGEST)
+
+
+def of_backward(m: jax.Array, log_l: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """m and log₂ l as the backward kernels take them.
+
+    In a float16 dout/l of a long row would be too small to be exact: the powers of two of l go over to the weights, as
+    far as m can take them up without rounding.
+    """
+    if dtype != jnp.float16:
+        return m, log_l
+    larger_m = m + jnp.floor(log_l)
+    return larger_m, log_l - (larger_m - m)
 
 
 def multiply_add(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:

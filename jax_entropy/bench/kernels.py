@@ -6,6 +6,7 @@ stand-in for a timing until there is a card. Needs JAX's CUDA plugin, ptxas and 
 
 import heapq
 import importlib
+import itertools
 import json
 import os
 import re
@@ -14,21 +15,52 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from jax_entropy.attention.blocks import blocks_for
+from jax_entropy.chips import CHIPS
 from jax_entropy.errors import UserError
 
-TARGETS = {"hopper": ("h100",), "gpu": ("h100", "a100")}  # chips that a kernel is compiled for
-GRADIENTS = ("out", "out, entropy", "out, entropy, temperature")
-WIDTHS = {"hopper": (32, 64, 96, 128), "gpu": (64, 128)}
+USES = ("out", "out, entropy", "out, entropy, temperature")  # what is computed, and differentiated
+
+
+class Target(NamedTuple):
+    """What a kernel file is compiled for."""
+
+    chips: tuple[str, ...]
+    types: tuple[str, ...]
+    widths: tuple[int, ...]
+
+
+TARGETS = {
+    "hopper": Target(("h100",), ("bfloat16", "float16"), (32, 64, 96, 128)),
+    "gpu": Target(("h100", "a100"), ("bfloat16", "float16", "float32"), (64, 128)),
+}
+LENGTHS = (1024, 4096)  # of sequences: tiles depend on them
+DECODING = (1, 4096)  # queries and keys
+
+
+class Program(NamedTuple):
+    """One compilation: what `attend` of an implementation is asked for."""
+
+    implementation: str
+    chip: str
+    dtype: str
+    H: int
+    T: int
+    S: int
+    uses: str
+
+
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?);")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _BRANCH = re.compile(r"BRA\b.*?`\((\.L_x_\d+)\)")
 
 
 def bench_kernels(notify: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """A row for each kernel, chip and head width, by the gradients that it is asked for.
+    """A row for each kernel of each of `programs`.
 
     Raises:
       UserError: a tool is missing, or a kernel spills registers.
@@ -36,36 +68,47 @@ def bench_kernels(notify: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     for tool in ("ptxas", "nvdisasm"):
         if not shutil.which(tool):
             raise UserError(f"{tool} is not on the PATH; docs/benchmarks/kernels.md says where it comes from")
-    for name, chips in TARGETS.items():
-        for chip in chips:
-            for H in WIDTHS[name]:
-                for gradients in GRADIENTS:
-                    notify(f"{name} for {chip}, head width {H}, gradients of {gradients}")
-                    yield from _compiled(name, chip, H, gradients)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process
+        for program, rows in zip(asked := list(programs()), pool.map(_compiled, asked), strict=True):
+            notify(", ".join(map(str, program)))
+            yield from rows
 
 
-def _compiled(name: str, chip: str, H: int, gradients: str) -> Iterator[dict[str, Any]]:
+def programs() -> Iterator[Program]:
+    """Every tile of blocks.json; what a use costs is counted in bfloat16, the other types only must not spill."""
+    for name, (chips, types, widths) in TARGETS.items():
+        for chip, dtype, H in itertools.product(chips, types, widths):
+            tiles = {T: blocks_for(name, CHIPS[chip].kind, dtype, H, T) for T in LENGTHS}
+            lengths = [T for T in LENGTHS if T == LENGTHS[0] or tiles[T] != tiles[LENGTHS[0]]]
+            for T, uses in itertools.product(lengths, USES if dtype == "bfloat16" else USES[-1:]):
+                yield Program(name, chip, dtype, H, T, T, uses)
+            if name == "gpu" and dtype == "bfloat16":
+                yield Program(name, chip, dtype, H, *DECODING, USES[1])
+
+
+def _compiled(program: Program) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTX": "1",
             "MOSAIC_GPU_DUMP_TO": folder, "XLA_FLAGS": f"--xla_dump_to={folder} {os.environ.get('XLA_FLAGS', '')}",
         }  # fmt: skip
-        request = json.dumps([name, chip, H, gradients])
         done = subprocess.run(
-            [sys.executable, "-m", "jax_entropy.bench.kernels", request],
+            [sys.executable, "-m", "jax_entropy.bench.kernels", json.dumps(program)],
             env=environment,
             capture_output=True,
             text=True,
         )
+        asked = ", ".join(map(str, program))
         if done.returncode:
-            raise UserError(f"{name} does not compile for {chip}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-        shared = dict(_shared_memory(Path(folder)))
+            raise UserError(f"{asked} does not compile: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        shared, rows = dict(_shared_memory(Path(folder))), []
         for ptx in sorted(Path(folder).glob("*.ptx")):
             for kernel, found in _assembled(ptx):
-                found["shared_memory_KiB"] = shared[kernel] / 1024
                 if found["spilled"]:
-                    raise UserError(f"{kernel} of {name} for {chip} at head width {H} spills {found['spilled']} bytes")
-                yield dict(implementation=name, chip=chip, H=H, kernel=kernel, gradients=gradients) | found
+                    raise UserError(f"{kernel} of {asked} spills {found['spilled']} bytes of registers")
+                found["shared_memory_KiB"] = shared[kernel] / 1024
+                rows.append(program._asdict() | dict(kernel=kernel) | found)
+        return rows
 
 
 def _shared_memory(folder: Path) -> Iterator[tuple[str, int]]:
@@ -91,15 +134,15 @@ def _assembled(ptx: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if (short := re.match(r"attention_(forward|dq|dkv)", kernel)) is None:
             continue
         code = next(x for x in re.split(r"\.section\s+\.text\.", listing) if x.startswith(kernel))
-        count, exponentials = min(_loops(code), key=lambda loop: loop[0] / loop[1])
-        yield (
-            short[1],
-            dict(
-                registers=int(re.search(r"Used (\d+) registers", part)[1]),
-                spilled=int(re.search(r"(\d+) bytes spill stores", part)[1]),
-                instructions_per_exponential=round(count / exponentials, 2),
-            ),
+        loops = list(_loops(code))
+        most = max(exponentials for _, exponentials in loops)  # of a tile; other loops have those of rows only
+        count, exponentials = min((x for x in loops if 2 * x[1] > most), key=lambda loop: loop[0] / loop[1])
+        said_of_it = dict(
+            registers=int(re.search(r"Used (\d+) registers", part)[1]),
+            spilled=int(re.search(r"(\d+) bytes spill stores", part)[1]),
+            instructions_per_exponential=round(count / exponentials, 2),
         )
+        yield short[1], said_of_it
 
 
 def _loops(code: str) -> Iterator[tuple[int, int]]:
@@ -110,7 +153,7 @@ def _loops(code: str) -> Iterator[tuple[int, int]]:
         branch = _BRANCH.search(line)
         if branch and labels.get(branch[1], i) < i:
             count, exponentials = _shortest(lines, labels, labels[branch[1]], i)
-            if exponentials > 8:
+            if exponentials:
                 yield count, exponentials
 
 
@@ -133,7 +176,7 @@ def _shortest(lines: list[str], labels: dict[str, int], begin: int, end: int) ->
     return 0, 0
 
 
-def _compile(name: str, chip: str, H: int, gradients: str) -> None:
+def _compile(program: Program) -> None:
     """Compiles the operator, forward and backward, for a chip; what XLA dumps is read by the parent."""
     import jax
     import jax.numpy as jnp
@@ -141,27 +184,29 @@ def _compile(name: str, chip: str, H: int, gradients: str) -> None:
 
     from jax_entropy.plan.topology import devices_of
 
-    _, devices = devices_of(f"{chip}:1")
-    B, T, N = 2, 1024, 12
-    module = importlib.import_module(f"jax_entropy.attention.{name}")
+    _, devices = devices_of(f"{program.chip}:1")
+    B, T, S, N, H = 2, program.T, program.S, 12, program.H
+    module = importlib.import_module(f"jax_entropy.attention.{program.implementation}")
+    with_entropy, with_temperature = "entropy" in program.uses, "temperature" in program.uses
 
     def shaped(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(devices[0]))
 
     def both(q, k, v, scale, dout, dentropy):
-        def outputs(*inputs):
-            out, h, *_ = module.attend(*inputs, 0, kernels=module.tiles(devices[0].device_kind, inputs[0], T))
-            return (out, h) if "entropy" in gradients else (out,)
+        def outputs(q, k, v, scale):
+            tiles = module.tiles(devices[0].device_kind, q, S)
+            out, entropy, *_ = module.attend(q, k, v, scale, S - T, kernels=tiles, with_entropy=with_entropy)
+            return (out, entropy) if with_entropy else (out,)
 
-        if "temperature" in gradients:
+        if with_temperature:
             made, pull = jax.vjp(outputs, q, k, v, scale)
         else:
             made, pull = jax.vjp(lambda *inputs: outputs(*inputs, scale), q, k, v)
         return made, pull((dout, dentropy)[: len(made)])
 
-    x, rows = shaped((B, T, N, H), jnp.bfloat16), shaped((B, N, T))
-    jax.jit(both).lower(x, x, x, shaped((N, T)), x, rows).compile()
+    q, k, rows = shaped((B, T, N, H), program.dtype), shaped((B, S, N, H), program.dtype), shaped((B, N, T))
+    jax.jit(both).lower(q, k, k, shaped((N, T)), q, rows).compile()
 
 
 if __name__ == "__main__":
-    _compile(*json.loads(sys.argv[1]))
+    _compile(Program(*json.loads(sys.argv[1])))

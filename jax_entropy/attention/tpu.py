@@ -174,8 +174,8 @@ def _backward_rule(kernels: Kernels, interpret: bool, residuals: tuple, cotangen
     with_entropy, with_temperature = not isinstance(dentropy, SymbolicZero), has_temperature is not None
     dout, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in (dout, dlse))
     if with_entropy:
-        g = scale[None] * LN2 * dentropy
-        rows = (m, log_l, scale[None] * (dlse - dentropy * entropy) + g * log_l, g)
+        g = -scale[None] * LN2 * dentropy
+        rows = (m, log_l, scale[None] * (dlse - dentropy * entropy) - g * log_l, g)
     else:
         rows = (m, log_l, scale[None] * dlse)
     dk, dv, c, *made = _dkv(q, k, v, scale, position, dout, out, rows, with_temperature, kernels, interpret)
@@ -339,7 +339,7 @@ def _backward_tile(k_KxC, v_KxC, q_QxC, dout_QxC, rows: list, seen_KxQ: jax.Arra
     if seen_KxQ is not None:
         x_KxQ = jnp.where(seen_KxQ, x_KxQ, _HIDDEN)
     p_KxQ = jnp.exp2(x_KxQ - log_l_1xQ)
-    row_KxQ = c_1xQ - g[0] * x_KxQ if g else c_1xQ
+    row_KxQ = c_1xQ + g[0] * x_KxQ if g else c_1xQ
     return p_KxQ, p_KxQ * (_dot(v_KxC, dout_QxC, (1, 1)) * (a_1xQ * LN2) + row_KxQ), x_KxQ
 
 

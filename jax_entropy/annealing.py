@@ -68,7 +68,8 @@ def advanced(tree: dict[str, Any], config: ConfigDict, model: ModelConfig, step:
     }
 
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        return of_stack[path[0].key] if path[-1].key == "amount" else leaf
+        # what is gone stays gone where a run gets a longer schedule
+        return jnp.maximum(leaf, of_stack[path[0].key]) if path[-1].key == "amount" else leaf
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

@@ -127,6 +127,8 @@ def test_amounts_rise_in_their_order(order, first, last):
     assert np.all(np.diff(seen, axis=0) >= 0)
     np.testing.assert_array_equal(seen[:4], 0)
     np.testing.assert_array_equal(seen[15:], 1)
+    config.train.num_steps = 100
+    jax.tree.map(np.testing.assert_array_equal, advanced(tree, config, model, jnp.int32(20)), tree)
     if first is None:
         np.testing.assert_allclose(seen[4:16], np.arange(1, 13)[:, None].repeat(3, 1) / 12, rtol=1e-6)
     else:

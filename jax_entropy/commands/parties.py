@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jax_entropy.commands.console import output, warn, write_json
 from jax_entropy.commands.parse import BEST, JSON, WORKDIR, Flag, command
 from jax_entropy.commands.private_flags import (
+    EMBEDDING,
     NEW_TOKENS,
     REVEAL,
     SAMPLING,
@@ -20,6 +21,7 @@ from jax_entropy.commands.private_flags import (
     read_rewrites,
     read_sampling,
     read_setting,
+    tell_given_away,
 )
 from jax_entropy.commands.runs import PROMPT, PROMPT_FILE, read_prompt
 from jax_entropy.errors import UserError
@@ -83,6 +85,7 @@ def keys(values: Namespace) -> None:
     KEYS,
     peer_flag("client"),
     *LINK,
+    EMBEDDING,
     *SETTING,
     WITHOUT,
     examples=[
@@ -105,7 +108,8 @@ def serve(values: Namespace) -> None:
 
         loaded = load_run(values.workdir, warn, best=values.best)
         config = loaded.model.config
-        exported = export(config, loaded.variables, rewrites)
+        exported = export(config, loaded.variables, rewrites, setting, embedding=values.embedding)
+        tell_given_away(exported.blueprint)
         check_range(exported, random_tokens(config.vocab_size, config.context_length), setting)
         print(f"serves {config} on {values.listen}", flush=True)
         run(

@@ -1,6 +1,7 @@
 """`jax-entropy private`: a trained model under secure computation."""
 
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -13,9 +14,13 @@ from jax_entropy.commands.console import console, output, warn, write_json
 from jax_entropy.commands.parse import BEST, CONFIG, JSON, WORKDIR, Command, Flag, Names, OneOf, command
 from jax_entropy.commands.parties import ask, assist, keys, serve
 from jax_entropy.commands.private_flags import (
+    EMBEDDING,
+    LOGITS,
     MEASURE,
+    MEMORY,
     NETWORK,
     NEW_TOKENS,
+    PRICES,
     PROTOCOL,
     REVEAL,
     SAMPLING,
@@ -29,6 +34,7 @@ from jax_entropy.commands.private_flags import (
     read_sampling,
     read_setting,
     size_flags,
+    tell_given_away,
     tokens_read,
 )
 from jax_entropy.commands.runs import PROMPT, PROMPT_FILE, read_prompt
@@ -61,6 +67,8 @@ def setup(values: Namespace) -> None:
     PROMPT_FILE,
     NEW_TOKENS,
     REVEAL,
+    EMBEDDING,
+    MEMORY,
     BEST,
     JSON,
     *SAMPLING,
@@ -78,16 +86,23 @@ def generate(values: Namespace) -> None:
     )
     choose = read_sampling(values)()
     from jax_entropy.commands.private_tables import spent
+    from jax_entropy.private.cost.memory import check_size, read_memory
     from jax_entropy.private.program.export import export
     from jax_entropy.private.program.fixed_point import check_range
-    from jax_entropy.private.session.inference import PrivateModel, check_request
+    from jax_entropy.private.session.inference import PrivateModel, check_request, padded_length
     from jax_entropy.private.session.inference import generate as run
     from jax_entropy.runs.load import load_run
 
     loaded = load_run(values.workdir, warn, best=values.best)
-    exported = export(loaded.model.config, loaded.variables, rewrites)
+    exported = export(loaded.model.config, loaded.variables, rewrites, setting, embedding=values.embedding)
+    tell_given_away(exported.blueprint)
     ids, start = loaded.tokenizer.encode(prompt), time.monotonic()
     check_request(exported.blueprint, ids, values.tokens, values.reveal)
+    read = padded_length(len(ids), loaded.model.config.context_length)
+    check_size(
+        loaded.model.config, read, setting, values.without == "all", limit=read_memory(values.memory), logits="last",
+        embedding=values.embedding,
+    )  # fmt: skip
     check_range(exported, ids, setting)
     text = Streamed(loaded.tokenizer, prompt, output(values.json))
     with Engine(setting) as started:
@@ -118,6 +133,8 @@ def generate(values: Namespace) -> None:
     tokens_read(32),
     Flag("ablation", False, "measure every rewrite alone instead"),
     WITHOUT,
+    LOGITS,
+    EMBEDDING,
     *MEASURE,
     examples=[
         "private profile runs/quickstart",
@@ -142,7 +159,9 @@ def profile(values: Namespace) -> None:
         rows = _ablation(config, variables, values.context_length, setting)
         print_ablation(rows, console(values.json))
         return write_json(values.json, dict(setting=setting, rows=rows))
-    measured = measure(config, variables, rewrites, values.context_length, setting, warn)
+    measured = measure(
+        config, variables, rewrites, values.context_length, setting, warn, values.logits, values.embedding
+    )
     stored = measured.to_json(values.network)
     print_profile(measured, network, values.network, console(values.json))
     files = [(values.json, values.picture)]
@@ -165,16 +184,17 @@ def _ablation(config: "ModelConfig", variables: Any, num_tokens: int, setting: S
     from jax_entropy.private.program.fixed_point import check_range, random_tokens
 
     tokens = random_tokens(config.vocab_size, num_tokens)
-    check_range(export(config, variables, PLAIN), tokens, setting)
+    check_range(export(config, variables, PLAIN, setting), tokens, setting)
     with Engine(setting) as engine:
-        return ablation(engine, lambda rewrites: export(config, variables, rewrites), tokens, warn)
+        return ablation(engine, lambda rewrites: export(config, variables, rewrites, setting), tokens, warn)
 
 
 def _model(values: Namespace, setting: Setting) -> "tuple[ModelConfig, Any]":
     """Config and variables of what a command's flags name; its size is checked before there are any."""
-    from jax_entropy.private.cost.memory import check_size
+    from jax_entropy.private.cost.memory import check_size, read_memory
     from jax_entropy.private.cost.profile import random_variables
 
+    fits = dict(limit=read_memory(values.memory), logits=values.logits, embedding=values.embedding)
     plain = values.ablation or values.without == "all"
     if values.source == "workdir":
         from jax_entropy.runs.load import load_run
@@ -182,7 +202,7 @@ def _model(values: Namespace, setting: Setting) -> "tuple[ModelConfig, Any]":
         loaded = load_run(values.workdir, warn, best=values.best)
         if not os.access(values.workdir, os.W_OK):
             raise UserError(f"--workdir={values.workdir} cannot be written, where the profile is left for `report`")
-        check_size(loaded.model.config, values.context_length, setting, plain)
+        check_size(loaded.model.config, values.context_length, setting, plain, **fits)
         return loaded.model.config, loaded.variables
     if values.source == "config":
         from jax_entropy.config import check, model_config
@@ -192,7 +212,7 @@ def _model(values: Namespace, setting: Setting) -> "tuple[ModelConfig, Any]":
         config = model_config(values.config, vocabulary(values.config))
     else:
         [config] = read_models([values.architecture], values)
-    check_size(config, values.context_length, setting, plain)
+    check_size(config, values.context_length, setting, plain, **fits)
     return config, random_variables(config)
 
 
@@ -200,6 +220,9 @@ def _model(values: Namespace, setting: Setting) -> "tuple[ModelConfig, Any]":
     ARCHITECTURES,
     *SIZE,
     tokens_read(32),
+    LOGITS,
+    EMBEDDING,
+    PRICES,
     *MEASURE,
     examples=["private compare SM+LN+G 'EReg(SM(t)+ScFuFFN)' --picture=costs.png"],
 )
@@ -208,25 +231,30 @@ def compare(values: Namespace) -> None:
     environment_python()
     from jax_entropy.commands.private_tables import print_comparison
     from jax_entropy.private.cost.account import read_network
-    from jax_entropy.private.cost.memory import check_size
+    from jax_entropy.private.cost.memory import check_size, read_memory
+    from jax_entropy.private.cost.prices import read_price
     from jax_entropy.private.cost.profile import measure, random_variables
     from jax_entropy.private.program.blueprint import PLAIN, Rewrites
 
-    setting, network = read_setting(values), read_network(values.network)
+    setting, network, price = read_setting(values), read_network(values.network), read_price(values.prices)
     if not values.architectures:
         raise UserError("compare what? give architectures, like: private compare SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
     configs = read_models(values.architectures, values)
+    fits = dict(limit=read_memory(values.memory), logits=values.logits, embedding=values.embedding)
     for config in configs:
-        check_size(config, values.context_length, setting, plain=True)
+        check_size(config, values.context_length, setting, plain=True, **fits)
     profiles = []
     for config in configs:
         variables = random_variables(config)
         for rewrites in (PLAIN, Rewrites()):
             start, name = time.monotonic(), f"{config}, {rewrites}"
             told = lambda line, name=name: warn(f"{name}: {line}")  # noqa: E731
-            profiles.append(measure(config, variables, rewrites, values.context_length, setting, told))
+            measured = measure(
+                config, variables, rewrites, values.context_length, setting, told, values.logits, values.embedding
+            )
+            profiles.append(measured)
             warn(f"{name}: measured in {time.monotonic() - start:.0f} s")
-    print_comparison(profiles, network, values.network, console(values.json))
+    print_comparison(profiles, network, values.network, price, console(values.json))
     stored = [measured.to_json(values.network) for measured in profiles]
     write_json(values.json, dict(profiles=stored))
     draw(stored, values.picture)
@@ -237,6 +265,7 @@ def compare(values: Namespace) -> None:
     *size_flags(12, 12, 768, 50257),
     tokens_read(128),
     NETWORK,
+    PRICES,
     JSON,
     *SETTING,
     examples=["private predict SM+LN+G SM+LN+R --context_length=512"],
@@ -245,28 +274,28 @@ def predict(values: Namespace) -> None:
     """Bytes and rounds of large models, GPT-2's size unless told otherwise, without running them."""
     if not values.architectures:
         raise UserError("predict what? give architectures, like: private predict SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
-    from jax_entropy.commands.private_tables import print_predictions
+    from jax_entropy.commands.private_tables import Predicted, print_predictions
     from jax_entropy.private.cost.account import read_network
     from jax_entropy.private.cost.model import count_by_layers, is_known, predict_total
+    from jax_entropy.private.cost.prices import read_price
 
     configs = read_models(values.architectures, values)
-    setting, network = read_setting(values), read_network(values.network)
+    setting, network, price = read_setting(values), read_network(values.network), read_price(values.prices)
     if not (known := is_known(setting)):
         environment_python()
         warn(f"no coefficients for this setting of {setting.protocol}: two blocks are measured, and counted by layers")
     predicted = []
     for config in configs:
-        for plain in (True, False):
+        for plain, logits in itertools.product((True, False), ("every", "last") if known else ("every",)):
             if known:
-                total = predict_total(config, values.context_length, setting, plain)
+                total = predict_total(config, values.context_length, setting, plain, logits)
             else:
                 total = count_by_layers(config, setting, plain, warn)
-            predicted.append((config, "plain" if plain else "optimised", total))
-    print_predictions(predicted, network, values.network, console(values.json))
-    rows = [
-        dict(architecture=str(config), plain=exported == "plain", bytes=total.bytes, rounds=total.rounds)
-        for config, exported, total in predicted
-    ]
+            predicted.append(Predicted(config, plain, logits, total))
+    print_predictions(predicted, values.context_length, network, values.network, price, console(values.json))
+    rows = [dict(row._asdict() | row.total._asdict(), architecture=str(row.config)) for row in predicted]
+    for row in rows:
+        del row["config"], row["total"], row["seconds"], row["messages"]
     write_json(values.json, dict(setting=setting, num_tokens=values.context_length, rows=rows))
 
 
@@ -277,6 +306,7 @@ def predict(values: Namespace) -> None:
     Flag("tolerance", 0.001, "of the largest logit: the largest error allowed"),
     PROTOCOL,
     WITHOUT,
+    MEMORY,
     JSON,
     examples=["private precision runs/quickstart --tolerance=0.01"],
 )
@@ -287,14 +317,16 @@ def precision(values: Namespace) -> None:
     if not values.tolerance > 0:
         raise UserError(f"--tolerance={values.tolerance} must be positive")
     from jax_entropy.commands.private_tables import print_precision
-    from jax_entropy.private.cost.memory import check_size
+    from jax_entropy.private.cost.memory import check_size, read_memory
     from jax_entropy.private.cost.precision import held_out_tokens, measure_precision
     from jax_entropy.private.program.export import export
     from jax_entropy.runs.load import load_run
 
     loaded = load_run(values.workdir, warn, best=values.best)
-    check_size(loaded.model.config, values.context_length, setting, values.without == "all")
-    exported = export(loaded.model.config, loaded.variables, rewrites)
+    check_size(
+        loaded.model.config, values.context_length, setting, values.without == "all", limit=read_memory(values.memory)
+    )
+    exported = export(loaded.model.config, loaded.variables, rewrites, setting)
     tokens = held_out_tokens(loaded, values.context_length, warn)
     with Engine(setting) as started:
         rows, largest = measure_precision(started, exported, tokens, warn)

@@ -22,14 +22,20 @@ PROTOCOL = Flag(
 SETTING = (
     PROTOCOL,
     Flag("fraction_bits", Setting().fraction_bits, "of the 64 bits of a number"),
-    Flag("exponent", Setting().exponent, "taylor or pade: how the exponential is computed"),
-    Flag("exponent_iterations", Setting().exponent_iterations, "squarings of taylor"),
+    Flag("exponent", Setting().exponent, "quadratic, taylor or pade: how the exponential is computed"),
+    Flag("exponent_iterations", Setting().exponent_iterations, "squarings of quadratic or taylor; 0: 6 and 10"),
     Flag("colocated", Setting().colocated, "no: cheetah has the weights as shares, though the server knows them"),
 )
 WITHOUT = Flag("without", "", "rewrites to switch off, separated by commas; 'all' exports the model plainly")
 NETWORK = Flag("network", "wan", "lan, wan (the paper's), or like 100mbps,80ms")
+EMBEDDING = Flag(
+    "embedding", "shared", "public: the server gives its table away, and a tied head", choices=("shared", "public")
+)
+MEMORY = Flag("memory", "", "bound on the engine's memory, checked before it starts, like 16GB; unset: what is free")
+LOGITS = Flag("logits", "every", "every: of each position; last: what one token needs", choices=("every", "last"))
+PRICES = Flag("prices", "aws", "list for the money that a thousand tokens cost: aws or gcp")
 PICTURE = Flag("picture", None, "file for the picture", kind=Path, endings=(".png", ".svg", ".pdf"))
-MEASURE = (NETWORK, JSON, PICTURE, *SETTING)
+MEASURE = (NETWORK, JSON, PICTURE, MEMORY, *SETTING)
 NEW_TOKENS = Flag("tokens", 16, "tokens to write at most")
 REVEAL = Flag("reveal", "logits", "what the client learns of each new token", choices=("logits", "token"))
 SAMPLING = (
@@ -111,6 +117,12 @@ def draw(profiles: list[dict[str, Any]], file: Path | None) -> None:
         with writing(file, "--picture"):
             private_costs(profiles).savefig(file)
         warn(f"wrote {file}")
+
+
+def tell_given_away(blueprint: Any) -> None:
+    """Says which weights everybody gets to know."""
+    if given := blueprint.given_away:
+        warn(f"GIVEN AWAY to the client, in the clear: {', '.join(given)}")
 
 
 class Streamed:

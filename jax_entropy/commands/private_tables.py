@@ -1,6 +1,7 @@
 """What was measured and predicted of private execution, as tables and lines."""
 
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -11,15 +12,28 @@ from jax_entropy.private.cost.ablation import Ablation
 from jax_entropy.private.cost.account import Network, on_network
 from jax_entropy.private.cost.paper import paper_cost
 from jax_entropy.private.cost.precision import Precision, cheapest
+from jax_entropy.private.cost.prices import PriceList, thousand_tokens
 from jax_entropy.private.cost.profile import Profile
 from jax_entropy.private.engine.engine import Account, Setting
+
+POSITIONS = dict(every="logits of every position", last="logits of one token")
+
+
+class Predicted(NamedTuple):
+    """One way to run a model: as it is written or optimised, and for the logits of "every" position or the "last"."""
+
+    config: ModelConfig
+    plain: bool
+    logits: str
+    total: Account
 
 
 def print_profile(measured: Profile, network: Network, network_name: str, console: Console) -> None:
     """A table by kind of operation, then cold and warm totals."""
     parties = range(measured.setting.num_parties)
     console.print(
-        f"{measured.architecture}, {measured.export}, {measured.num_tokens} tokens under {measured.setting.protocol}"
+        f"{measured.architecture}, {measured.export}, {measured.num_tokens} tokens under {measured.setting.protocol}, "
+        f"{POSITIONS[measured.logits]}, {measured.embedding} embedding"
     )
     columns = ("operation", *(f"MB by party {i}" for i in parties), "rounds", "s computing", f"s on {network_name}")
     accounts = [*measured.by_kind().items(), ("all, warm", measured.total()), ("all, cold", measured.total("cold"))]
@@ -32,17 +46,28 @@ def print_profile(measured: Profile, network: Network, network_name: str, consol
     console.print(f"peak memory of the engine, all parties: {measured.peak_memory_bytes / 1e9:.2f} GB")
 
 
-def print_comparison(profiles: list[Profile], network: Network, network_name: str, console: Console) -> None:
+def print_comparison(
+    profiles: list[Profile], network: Network, network_name: str, price: PriceList, console: Console
+) -> None:
     """One line for each way to run each architecture, with ratios to the first."""
-    columns = ("architecture", "export", "MB sent", "ratio", "rounds", "ratio", f"s on {network_name}", "ratio")
+    columns = ("architecture", "export", "MB sent", "ratio", "rounds", "ratio", f"s on {network_name}", "ratio", "$")
     rows = []
     values = [(max(t.bytes) / 1e6, t.rounds, on_network(t, network)) for t in (p.total() for p in profiles)]
     for measured, row in zip(profiles, values, strict=True):
         cells = []
         for value, reference, form in zip(row, values[0], ("{:,.2f}", "{:,.0f}", "{:,.1f}"), strict=True):
             cells += [form.format(value), f"{reference / value:.2f}×"]
-        rows.append((measured.architecture, measured.export, *cells))
+        tokens = measured.num_tokens if measured.logits == "every" else 1
+        money = thousand_tokens(measured.total(), tokens, price, os.cpu_count() or 1)
+        rows.append((measured.architecture, measured.export, *cells, f"{money:,.4f}"))
     console.print(table(columns, rows, left=2))
+    first, money = profiles[0], _what_money_is(price, profiles[0].logits)
+    console.print(f"{POSITIONS[first.logits]}, {first.embedding} embedding; {money}, computing included")
+
+
+def _what_money_is(price: PriceList, logits: str) -> str:
+    tokens = "a thousand tokens " + dict(every="read", last="written, each by a pass of its own")[logits]
+    return f"$: {tokens}, all parties' bytes, {price.name}, {price.date}"
 
 
 def print_ablation(rows: list[Ablation], console: Console) -> None:
@@ -59,23 +84,26 @@ def print_ablation(rows: list[Ablation], console: Console) -> None:
 
 
 def print_predictions(
-    predicted: list[tuple[ModelConfig, str, Account]], network: Network, network_name: str, console: Console
-) -> None:
+    predicted: list[Predicted], num_tokens: int, network: Network, network_name: str, price: PriceList,
+    console: Console,
+) -> None:  # fmt: skip
     """Predicted bytes and rounds of models too large to wait for, the paper's own figures beside them."""
-    numbers = ("MB sent", "ratio", "rounds", "ratio", f"s waiting on {network_name}", "paper GB")
-    rows = []
-    first = predicted[0][-1]
-    for config, exported, total in predicted:
+    numbers = ("MB sent", "ratio", "rounds", "ratio", f"s waiting on {network_name}", "$", "paper GB")
+    rows, first = [], {row.logits: row.total for row in reversed(predicted)}
+    for config, plain, logits, total in predicted:
         try:
-            papers = f"{paper_cost(config).gigabytes:.2f}"
+            papers = f"{paper_cost(config).gigabytes:.2f}" if logits == "every" else ""
         except UserError:
             papers = "–"
-        waiting = on_network(total._replace(seconds=0.0), network)
+        waiting, of = on_network(total._replace(seconds=0.0), network), first[logits]
+        money = thousand_tokens(total, num_tokens if logits == "every" else 1, price)
         rows.append((
-            str(config), exported, f"{max(total.bytes) / 1e6:,.1f}", f"{max(first.bytes) / max(total.bytes):.2f}×",
-            f"{total.rounds:,}", f"{first.rounds / total.rounds:.2f}×", f"{waiting:,.0f}", papers,
+            str(config), "plain" if plain else "optimised", "every position" if logits == "every" else "one token",
+            f"{max(total.bytes) / 1e6:,.1f}", f"{max(of.bytes) / max(total.bytes):.2f}×",
+            f"{total.rounds:,}", f"{of.rounds / total.rounds:.2f}×", f"{waiting:,.0f}", f"{money:,.3f}", papers,
         ))  # fmt: skip
-    console.print(table(("architecture", "export", *numbers), rows, left=2))
+    console.print(table(("architecture", "export", "logits of", *numbers), rows, left=3))
+    console.print(f"$: a thousand tokens, read or written, all parties' bytes, {price.name}, {price.date}")
 
 
 def print_precision(rows: list[Precision], largest_logit: float, tolerance: float, console: Console) -> None:
@@ -84,7 +112,7 @@ def print_precision(rows: list[Precision], largest_logit: float, tolerance: floa
     lines = []
     for row in rows:
         setting = row.setting
-        name = f"taylor {setting.exponent_iterations}" if setting.exponent == "taylor" else setting.exponent
+        name = f"{setting.exponent} {setting.squarings}" if setting.squarings else setting.exponent
         cells = ("refused", "", "", "", "")
         if row.account:
             cells = (
@@ -101,8 +129,8 @@ def print_precision(rows: list[Precision], largest_logit: float, tolerance: floa
     if best is None:
         return console.print(f"none keeps all likeliest tokens and errors under {tolerance:.1%} of the largest logit")
     flags = f"--fraction_bits={best.setting.fraction_bits} --exponent={best.setting.exponent}"
-    if best.setting.exponent == "taylor":
-        flags += f" --exponent_iterations={best.setting.exponent_iterations}"
+    if best.setting.squarings:
+        flags += f" --exponent_iterations={best.setting.squarings}"
     console.print(f"cheapest with the same tokens and errors under {tolerance:.1%} of the largest logit: {flags}")
 
 

@@ -26,9 +26,11 @@ HELD_OUT = dict(num_layers=3, num_heads=5, model_dim=80, context_length=48, voca
 
 @pytest.fixture
 def measure(engine):
-    def measure(config, rewrites, setting):
-        exported = export(config, initial(config), rewrites)
-        return profile(engine(setting), exported, random_tokens(config.vocab_size, config.context_length))
+    def measure(config, rewrites, setting, logits="every"):
+        exported = export(config, initial(config), rewrites, setting)
+        return profile(
+            engine(setting), exported, random_tokens(config.vocab_size, config.context_length), logits=logits
+        )
 
     return measure
 
@@ -48,6 +50,18 @@ def test_held_out_shapes(measure, name, fields, rewrites):
     total = predict_total(config, 48, Setting(), rewrites == PLAIN)
     assert total.rounds == measured.total().rounds
     assert total.bytes[0] == pytest.approx(measured.total().bytes[0], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["EReg(SM(t)+ScFuFFN)", "SM+LN+R"])
+def test_one_token_of_held_out_shapes(measure, name):
+    """The last block for a single row, and its logits only."""
+    config = architecture(name, **HELD_OUT)
+    measured = measure(config, Rewrites(), Setting(), "last").total()
+    total = predict_total(config, 48, Setting(), logits="last")
+    assert total.rounds == measured.rounds
+    assert total.bytes[0] == pytest.approx(measured.bytes[0], rel=0.02)
+    every = predict_total(config, 48, Setting())
+    assert total.bytes[0] < every.bytes[0]
 
 
 @pytest.mark.parametrize("name", ["SM+LN+R", "EReg(SM(t)+ScFuFFN)"])
@@ -90,11 +104,11 @@ def test_ciphertexts_of_products(engine):
             assert min(run[party] for run in runs) == pytest.approx(sent + truncation * results, rel=0.005)
 
 
-@pytest.mark.parametrize(("name", "gigabytes"), [("EReg(SM(t)+ScFuFFN)", 8.5), ("SM+LN+G", 13.8)])
-def test_memory_of_a_block_of_gpt2_small(name, gigabytes):
-    """Beside the peaks measured in docs/benchmarks/private.md, of which 1.7 GB are any model's."""
-    config = architecture(name, num_layers=1, vocab_size=64, context_length=128)
-    assert 1.7 + ciphertext_memory(work(config, 128, plain=False)) / 1e9 == pytest.approx(gigabytes, rel=0.2)
+def test_memory_of_a_block_of_gpt2_small():
+    """Beside the peak measured in docs/benchmarks/private.md, of which 1.7 GB are any model's."""
+    config = architecture("SM+LN+G", num_layers=1, vocab_size=64, context_length=128)
+    consists = work(config, 128, False, "cheetah", "every")
+    assert 1.7 + ciphertext_memory(consists) / 1e9 == pytest.approx(13.8, rel=0.2)
 
 
 def test_blocks_counted_by_layers(measure):
@@ -108,7 +122,7 @@ def test_blocks_counted_by_layers(measure):
 def test_stages_add_up_to_the_whole_program(engine, measure):
     config = tiny("SM+LN+R")
     parts = measure(config, Rewrites(), Setting())
-    exported = export(config, initial(config))
+    exported = export(config, initial(config), Rewrites(), Setting())
     cold, warm, _ = run_whole(engine(Setting()), exported, random_tokens(config.vocab_size, config.context_length))
     assert parts.total().bytes[0] == pytest.approx(warm.bytes[0], rel=0.01)
     assert parts.total("cold").bytes[0] == pytest.approx(cold.bytes[0], rel=0.01)
@@ -119,15 +133,16 @@ def test_stages_add_up_to_the_whole_program(engine, measure):
 
 # Megabytes and rounds of a forward pass of GPT-2 small on 128 tokens, as docs/benchmarks/private.md has them.
 GPT2_SMALL = {
-    ("SM+LN+G", "semi2k", True): (6994.1, 3782),
-    ("EReg(SM(t)+ScFuFFN)", "semi2k", False): (524.4, 2136),
-    ("EReg(SM(t)+ScFuFFN)", "aby3", False): (671.2, 3064),
-    ("SM+LN+G", "cheetah", False): (12421.8, 7870),
+    ("SM+LN+G", "semi2k", True): (6899.8, 3674),
+    ("EReg(SM(t)+ScFuFFN)", "semi2k", False): (596.2, 1118),
+    ("EReg(SM(t)+ScFuFFN)", "aby3", False): (620.1, 1388),
+    ("EReg(SM(t)+ScFuFFN)", "cheetah", False): (1831.0, 3425),
 }
 
 
 @pytest.mark.parametrize(("name", "protocol", "plain"), GPT2_SMALL)
 def test_predictions_of_gpt2_small(name, protocol, plain):
+    """The aim was 1,600 rounds for the entropy-guided model under SEMI2K, which took 2,136."""
     total = predict_total(architecture(name), 128, Setting(protocol=protocol), plain)
     megabytes, rounds = GPT2_SMALL[name, protocol, plain]
     assert max(total.bytes) / 1e6 == pytest.approx(megabytes, rel=1e-3) and total.rounds == rounds

@@ -27,7 +27,9 @@ from tests.tiny_model import random_tokens, run_config, scattered
 
 def private_model(engine: Engine, config, variables=None, rewrites: Rewrites = Rewrites()) -> PrivateModel:
     """A tiny model with its weights shared."""
-    return PrivateModel.of(engine, export(config, scattered(config) if variables is None else variables, rewrites))
+    return PrivateModel.of(
+        engine, export(config, scattered(config) if variables is None else variables, rewrites, engine.setting)
+    )
 
 
 @functools.cache
@@ -65,12 +67,12 @@ def make_workdir(path: Path, architecture: str = "EReg(SM(t)+ScFuFFN)", **fields
     return path
 
 
-def start(*arguments: str, cwd: Path, **variables: str) -> subprocess.Popen:
-    """`jax-entropy private …` as a process of its own in a folder of its own."""
+def start(*arguments: str, cwd: Path, before: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
+    """`jax-entropy private …` as a process of its own in a folder of its own, or what a command before it runs."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"} | variables
     cwd.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, "-m", "jax_entropy", "private", *arguments], cwd=cwd, env=environment, text=True,
+        [*before, sys.executable, "-m", "jax_entropy", "private", *arguments], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

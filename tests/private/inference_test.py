@@ -12,12 +12,12 @@ from jax_entropy.private.engine.engine import PROTOCOLS, Setting
 from jax_entropy.private.program.blueprint import NO_REWRITES, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.stage import lower
-from jax_entropy.private.session.inference import CLIENT, SERVER, generate
+from jax_entropy.private.session.inference import CLIENT, SERVER, PrivateModel, generate
 from tests.private.helpers import greedy, plain_logits, private_model
 from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
 
 PROMPT = (0, 5, 3)
-PRECISE = Setting(fraction_bits=22, exponent_iterations=10)
+PRECISE = Setting(fraction_bits=22, exponent_iterations=7)
 THREE = ("SM+LN+G", "EReg(SM(t)+ScFuFFN)", "SM+LR(layer)")
 
 
@@ -213,3 +213,17 @@ def test_what_goes_on_at_the_same_time_is_not_counted_one_after_the_other(engine
 
 def test_protocols_have_their_parties():
     assert PROTOCOLS == {"semi2k": 2, "aby3": 3, "cheetah": 2}
+
+
+@pytest.mark.parametrize("reveal", ["logits", "token"])
+def test_a_table_that_is_given_away_is_looked_up_by_the_client(engine, reveal):
+    """The text is the same, and neither the table nor the tied head is worked on in secret."""
+    config, sent = tiny("SM+ScFuFFN"), {}
+    for embedding in ("shared", "public"):
+        started = engine(Setting())
+        exported = export(config, scattered(config), Rewrites(), started.setting, embedding=embedding)
+        model = PrivateModel.of(started, exported)
+        assert generate(model, PROMPT, 4, reveal=reveal) == greedy(config, PROMPT, 4)
+        sent[embedding] = sum(account.bytes[0] for _, account in model.accounts)
+    assert exported.blueprint.given_away == ("embedding", "head.kernel", "head.bias")
+    assert sent["public"] < sent["shared"]

@@ -134,7 +134,7 @@ def test_a_message_out_of_turn_is_refused():
     (dict(model_dim=32), r"has the shape \(61, 32\), not \(61, 16\)"),
 ])  # fmt: skip
 def test_an_offer_whose_parts_do_not_fit_is_refused(change, message):
-    fields = json.loads(write(offer()))
+    fields = json.loads(write(offer("SM+LN+R^1")))
     fields["blueprint"]["config"] |= change
     with pytest.raises(UserError, match=message):
         read(json.dumps(fields).encode(), Offer)

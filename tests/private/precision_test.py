@@ -26,17 +26,21 @@ def test_the_cheapest_is_the_smallest_of_those_that_are_good_enough():
     assert cheapest(rows, 0.0001, largest_logit=1.0) is None
 
 
-def test_closer_exponentials_are_dearer(engine):
+def test_closer_exponentials_are_dearer_but_for_the_default(engine):
     """Scores of some units, so that the exponential's error is what shows."""
     config = tiny("SM+ScFuFFN", vocab_size=13)
     sharp = changed(scattered(config), "params/blocks/attention/query/kernel", lambda x: x * 8)
     rows, largest = measure_precision(
         engine(Setting()), export(config, sharp), [3, 12, 0, 7, 1, 1, 8, 2], lambda line: None
     )
-    by_name = {(r.setting.fraction_bits, r.setting.exponent, r.setting.exponent_iterations): r for r in rows[:-2]}
-    few, many, pade = by_name[22, "taylor", 8], by_name[22, "taylor", 10], rows[-1]
+    by_name = {(r.setting.fraction_bits, r.setting.exponent, r.setting.squarings): r for r in rows}
+    few, many, pade = by_name[18, "taylor", 8], by_name[22, "taylor", 10], rows[-1]
     assert few.mean_error > many.mean_error > pade.mean_error > 0
     assert few.account.bytes[0] < many.account.bytes[0] < pade.account.bytes[0]
+    default = by_name[18, "quadratic", 6]
+    assert default.setting == Setting(exponent_iterations=6)
+    assert default.mean_error < by_name[18, "taylor", 10].mean_error
+    assert default.account.bytes[0] < many.account.bytes[0] and default.account.rounds < few.account.rounds
     assert pade.largest_error < 0.001 * largest
 
 
@@ -58,7 +62,7 @@ def test_a_run_is_read_on_its_own_held_out_text(installed, workdir, tmp_path, ca
                  f"--json={tmp_path / 'rows.json'}"]) == 0  # fmt: skip
     table = capsys.readouterr().out
     assert "cheapest with the same tokens" in table and "pade" in table
-    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 9
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 10
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -16,7 +16,7 @@ import scipy.optimize
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.errors import UserError
 from jax_entropy.private.cost.account import add, times
-from jax_entropy.private.cost.memory import check_size
+from jax_entropy.private.cost.memory import check_size, read_memory
 from jax_entropy.private.cost.profile import Profile, measure, random_variables
 from jax_entropy.private.cost.work import Work, ciphertexts, linear, work
 from jax_entropy.private.engine.engine import Account, Setting
@@ -53,30 +53,37 @@ def _key(kind: str, config: ModelConfig, plain: bool) -> str:
         variant = f" {config.scaled}"
     if kind == "scores" and plain:
         variant = f" {config.learnable_temperature}"
-    differs = ("temperature", "scores", "mix", *(["softmax", "power softmax"] if plain else []))
+    differs = ("scores", "mix", "softmax", "power softmax") if plain else ("temperature",)
     if kind in differs and config.num_heads == 1:  # the engine's compiler drops the axis
         variant += " one head"
     return f"{kind}{variant} {'plain' if plain else 'optimised'}"
 
 
-def _byte_counts(of: Work, protocol: str, plain: bool) -> list[tuple[list[float], list[float]]]:
+def _byte_counts(parts: list[Work], protocol: str, plain: bool) -> list[tuple[list[float], list[float]]]:
     """What each party's bytes are proportional to: with coefficients of its own, and with those that both have.
 
     A single pair where the parties do the same or take turns.
     """
-    return [ciphertexts(of, party) for party in (0, 1)] if protocol == "cheetah" else [(linear(of, plain), [])]
+    if protocol != "cheetah":
+        return [(_sums(linear(of, plain) for of in parts), [])]
+    each = [[ciphertexts(of, party) for of in parts] for party in (0, 1)]
+    return [tuple(map(_sums, zip(*counts, strict=True))) for counts in each]
 
 
-def _round_counts(of: Work) -> list[float]:
-    return [of.parts * waits for waits in of.waits]
+def _sums(counts: Iterable[list[float]]) -> list[float]:
+    return [sum(column) for column in zip(*counts, strict=True)]
+
+
+def _round_counts(parts: list[Work]) -> list[float]:
+    return _sums([of.parts * waits for waits in of.waits] for of in parts)
 
 
 def fit(measured: Iterable[tuple[ModelConfig, Profile]]) -> dict[str, Any]:
     """Coefficients by kind from warm profiles of one setting, by least squares without negative ones."""
-    rows: dict[str, list[tuple[Work, Profile, Account]]] = {}
+    rows: dict[str, list[tuple[list[Work], Profile, Account]]] = {}
     for config, profile in measured:
         plain = profile.export == str(PLAIN)
-        consists = work(config, profile.num_tokens, plain)
+        consists = work(config, profile.num_tokens, plain, profile.setting.protocol, profile.logits)
         for kind, account in profile.by_kind().items():
             rows.setdefault(_key(kind, config, plain), []).append((consists[kind], profile, account))
     coefficients = {}
@@ -142,13 +149,17 @@ def write_costs(setting: Setting, coefficients: dict[str, Any]) -> None:
 
 def _name(setting: Setting) -> str:
     weights = " shared weights" if setting.protocol == "cheetah" and not setting.colocated else ""
-    return f"{setting.protocol} {setting.fraction_bits} bits {setting.exponent} {setting.exponent_iterations}{weights}"
+    return f"{setting.protocol} {setting.fraction_bits} bits {setting.exponent} {setting.squarings}{weights}"
 
 
 def predict(
-    config: ModelConfig, num_tokens: int, setting: Setting, plain: bool = False, costs: dict[str, Any] | None = None
-) -> dict[str, Account]:
+    config: ModelConfig, num_tokens: int, setting: Setting, plain: bool = False, logits: str = "every",
+    costs: dict[str, Any] | None = None,
+) -> dict[str, Account]:  # fmt: skip
     """Bytes of each party (the mean of ABY3's, which take turns) and rounds of a warm forward pass, by kind.
+
+    Args:
+      logits: of "every" position, or of the "last" one.
 
     Seconds are not predicted (0).
 
@@ -156,7 +167,7 @@ def predict(
       UserError: a kind of operation, or a setting, that was not measured.
     """
     costs, predicted = read_costs(setting) if costs is None else costs, {}
-    for kind, of in work(config, num_tokens, plain).items():
+    for kind, of in work(config, num_tokens, plain, setting.protocol, logits).items():
         if (key := _key(kind, config, plain)) not in costs:
             raise UserError(f"{kind} of {config} was not measured for the cost model under {setting.protocol}")
         counts = _byte_counts(of, setting.protocol, plain)
@@ -164,15 +175,17 @@ def predict(
             round(float(np.dot(solved, own + both)))
             for solved, (own, both) in zip(costs[key]["bytes"], counts, strict=True)
         ]
-        rounds = round(float(np.dot(costs[key]["rounds"], _round_counts(of))))
+        rounds = sum(part.parts * round(float(np.dot(costs[key]["rounds"], part.waits))) for part in of)
         each = tuple(sent if len(sent) > 1 else sent * setting.num_parties)
         predicted[kind] = Account(0.0, each, (0,) * setting.num_parties, rounds)
     return predicted
 
 
-def predict_total(config: ModelConfig, num_tokens: int, setting: Setting, plain: bool = False) -> Account:
+def predict_total(
+    config: ModelConfig, num_tokens: int, setting: Setting, plain: bool = False, logits: str = "every"
+) -> Account:
     """The sum over kinds."""
-    return add(predict(config, num_tokens, setting, plain).values())
+    return add(predict(config, num_tokens, setting, plain, logits).values())
 
 
 def count_by_layers(config: ModelConfig, setting: Setting, plain: bool, notify: Callable[[str], None]) -> Account:
@@ -187,7 +200,7 @@ def count_by_layers(config: ModelConfig, setting: Setting, plain: bool, notify: 
     few = [min(2, count) for count in of_each]
     small = dataclasses.replace(config, num_layers=sum(few), ffn_free_layers=few[1])
     rewrites = PLAIN if plain else Rewrites()
-    check_size(small, config.context_length, setting, plain)
+    check_size(small, config.context_length, setting, plain, limit=read_memory(""))
     measured = measure(small, random_variables(small), rewrites, config.context_length, setting, notify)
     sums = [add(e.warm for e in measured.entries if e.layer is None)]
     for count, layers in ((of_each[0], range(few[0])), (of_each[1], range(few[0], sum(few)))):

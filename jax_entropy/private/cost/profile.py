@@ -19,8 +19,8 @@ from jax_entropy.private.engine.engine import Account, Engine, Setting
 from jax_entropy.private.program.blueprint import Rewrites
 from jax_entropy.private.program.export import Export, export
 from jax_entropy.private.program.fixed_point import check_range, random_tokens
-from jax_entropy.private.program.forward import forward
-from jax_entropy.private.program.stage import Stage, input_types, run_stage
+from jax_entropy.private.program.forward import forward, last
+from jax_entropy.private.program.stage import LAST, Stage, input_types, run_stage
 from jax_entropy.private.session.inference import PrivateModel
 
 
@@ -40,6 +40,8 @@ class Profile(NamedTuple):
     export: str  # "optimised", "plain", or without what
     setting: Setting
     num_tokens: int
+    logits: str  # of "every" position, or of the "last" one
+    embedding: str  # "shared" or "public"
     peak_memory_bytes: int  # of the engine, all parties together
     entries: tuple[Entry, ...]
 
@@ -70,31 +72,38 @@ def random_variables(config: ModelConfig) -> Any:
 
 def measure(
     config: ModelConfig, variables: Any, rewrites: Rewrites, num_tokens: int, setting: Setting,
-    notify: Callable[[str], None],
+    notify: Callable[[str], None], logits: str = "every", embedding: str = "shared",
 ) -> Profile:  # fmt: skip
     """The profile of a model on random tokens, under an engine of its own.
 
     Raises:
       UserError: its values leave the range of fixed point.
     """
-    exported, tokens = export(config, variables, rewrites), random_tokens(config.vocab_size, num_tokens)
+    exported, tokens = (
+        export(config, variables, rewrites, setting, embedding=embedding),
+        random_tokens(config.vocab_size, num_tokens),
+    )
     check_range(exported, tokens, setting)
     with Engine(setting) as engine:
-        return profile(engine, exported, tokens, notify)
+        return profile(engine, exported, tokens, notify, logits)
 
 
 def profile(
-    engine: Engine, exported: Export, tokens: Sequence[int], notify: Callable[[str], None] = lambda line: None
-) -> Profile:
+    engine: Engine, exported: Export, tokens: Sequence[int], notify: Callable[[str], None] = lambda line: None,
+    logits: str = "every",
+) -> Profile:  # fmt: skip
     """Runs every stage of a forward pass under a new engine, twice, and accounts for it.
 
     Args:
       tokens: the prompt.
       notify: called with a line on the layer that begins.
+      logits: of "every" position, or of the "last" one.
     """
-    blueprint, stages = exported.blueprint, forward(exported.blueprint, len(tokens))
+    blueprint = exported.blueprint
+    stages = (last if logits == "last" else forward)(blueprint, len(tokens))
     model = PrivateModel.of(engine, exported)
     model.put_tokens(tokens)
+    model.put_public(LAST, len(tokens) - 1)
     runs = [
         _run_stages(
             model, stages, len(tokens),
@@ -109,8 +118,10 @@ def profile(
         if any(cold.messages) or stage.kind in names  # splitting into heads is no operation, and free
     )
     return Profile(
-        str(blueprint.config), str(blueprint.rewrites), engine.setting, len(tokens), engine.peak_memory(), entries
-    )
+        str(blueprint.config), str(blueprint.rewrites), engine.setting, len(tokens), logits,
+        blueprint.embedding, engine.peak_memory(),
+        entries,
+    )  # fmt: skip
 
 
 def _run_stages(

@@ -5,11 +5,14 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import ACTIVATIONS, NORMS, PRODUCTS
+from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.attention import tile_edge
+from jax_entropy.private.program.nonlinear import at_once, halvings
 
 
 class Work(NamedTuple):
@@ -30,75 +33,156 @@ class Work(NamedTuple):
     waits: tuple[int, ...] = (1,)
 
 
-def work(config: ModelConfig, num_tokens: int, plain: bool) -> dict[str, Work]:
-    """The work of every kind in a forward pass."""
-    T, D, N, H, F, V = (
-        num_tokens, config.model_dim, config.num_heads, config.head_dim, config.hidden_dim, config.vocab_size,
-    )  # fmt: skip
+def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logits: str) -> dict[str, list[Work]]:
+    """The work of every kind in a forward pass, for the logits of "every" position or of the "last" one."""
+    T, D, F, V = num_tokens, config.model_dim, config.hidden_dim, config.vocab_size
+    N = config.num_heads
     L, ffn = config.num_layers, config.num_layers - config.ffn_free_layers
     linear = config.activation == "identity" and config.ffn != "bilinear"
     one_matrix = config.ffn == "fused" or (linear and not plain)
-    b = T if plain else tile_edge(T)
-    n = T // b
-    tiles = n * (n + 1) // 2
-    halvings = math.ceil(math.log2(b)) + math.ceil(math.log2(n)) if T > 1 else 0
-    compared, seen = tiles * b * (b - 1) + n * b * (n - 1), N * tiles * b * b
+    joined = not plain and config.norm in ("none", "frozen") and not config.conv_width and (linear or not ffn)
     tempered = config.learnable_temperature
-    taps = config.conv_width or 1
-    projections = ((T, taps * D, D),) * 3 if plain else ((T, taps * D, 3 * D),)
-    divided = dict(squared=(N * T * T,), multiplied=N * T * T) if tempered and plain else {}
-    matrices = ((T, D, D),) if one_matrix else ((T, D, F), (T, F, D))
-    if config.ffn == "bilinear":
-        matrices = ((T, D, F), (T, D, F), (T, F, D)) if plain else ((T, D, 2 * F), (T, F, D))
-    found = {
-        "embedding": Work(1, ((T, V, D),)),
-        "projections": Work(L, projections, waits=(len(projections),)),
-        "scores": Work(L, ((T, H, T),) * N, False, (N * T * T,) if plain else (), **divided, waits=(1, N)),
-        "mix": Work(L, ((T, T, H),) * N, False, multiplied=0 if plain else T * D, waits=(1, N)),
-        "output projection": Work(L, ((T, D, D),)),
-        "vocabulary": Work(1, ((T, D, V),)),
-    }
-    if config.power:
-        squarings = config.power.bit_length() - 2 + config.power.bit_count()  # and products, as many
-        found["power softmax"] = Work(
-            L, elements=(squarings * seen, seen, N * T), squared=(squarings * seen, N * T),
-            multiplied=seen if plain else 0, waits=(1, squarings),
-        )  # fmt: skip
+    alone = int(logits == "last" and not plain)  # blocks, the last one, that are for a single row behind its keys
+    rows = [(L - alone, T), (alone, 1)]
+    with_ffn = rows if ffn == L else [(ffn, T)]
+    found: dict[str, list[Work]] = {"embedding": [Work(1, ((T, V, D),))]}
+    if joined:
+        found["projections"] = [Work(1, ((T, D, 3 * D),))]
+        found["feed-forward"] = [Work(L - 1, ((T, 2 * D, 4 * D),)), Work(1, ((1 if alone else T, 2 * D, D),))]
     else:
-        found["softmax"] = Work(
-            L,
-            elements=(seen, N * compared, N * T),
-            squared=(seen, N * T),
-            multiplied=seen if plain else 0,
-            waits=(1, halvings),
-        )
+        inner = (config.conv_width or 1) * D
+        projections = ((T, inner, D),) * 3 if plain else ((T, inner, 3 * D),)
+        branches = 2 if config.ffn == "bilinear" else 1
+        up = ((D, F),) * branches if plain else ((D, branches * F),)
+        shapes = ((D, D),) if one_matrix else (*up, (F, D))
+        matrices = lambda T: tuple((T, *shape) for shape in shapes)  # noqa: E731
+        found["projections"] = [Work(L, projections, waits=(len(projections),))]
+        found["output projection"] = [Work(count, ((T, D, D),)) for count, T in rows]
+        found["feed-forward"] = [Work(c, matrices(T), waits=(len(matrices(T)),)) for c, T in with_ffn if ffn]
+        found["residual"] = [Work(c, elements=(T * D,), scaled=T * D) for c, T in with_ffn if ffn]
+        sizes = [(count, T * F) for count, T in with_ffn if ffn]
+        if config.ffn in PRODUCTS:
+            found[PRODUCTS[config.ffn]] = [Work(c, elements=(size,), multiplied=size) for c, size in sizes]
+        if config.activation != "identity":
+            found[ACTIVATIONS[config.activation]] = [
+                Work(c, elements=(size,), squared=(size,), multiplied=size, scaled=size) for c, size in sizes
+            ]
     if config.logit_cap:
-        size = N * T * T
-        found["soft cap"] = Work(L, elements=(size,), squared=(size,), multiplied=size)
+        sizes = [(L, N * T * T)] if plain else [(count, N * rows * T) for count, rows in rows]
+        found["soft cap"] = [Work(c, elements=(size,), squared=(size,), multiplied=size) for c, size in sizes]
     if config.qk_norm:
-        found["QK-norm"] = Work(L, elements=(2 * T * D, 2 * T * N), multiplied=2 * T * D, scaled=T * N)
-    if ffn:
-        found["feed-forward"] = Work(ffn, matrices, waits=(len(matrices),))
-        found["residual"] = Work(ffn, elements=(T * D,), scaled=T * D)
-    for norm, kind in NORMS.items():
-        if norms := (L + ffn) * (config.norm == norm) + (config.final_norm == norm):
-            found[kind] = Work(norms, elements=(T * D, T), multiplied=T * D, scaled=T * D if plain else 0)
-            if norm == "tanh":
-                found[kind] = Work(norms, elements=(T * D,), squared=(T * D,), multiplied=T * D, scaled=T * D)
-            if norm == "frozen":
-                found[kind] = Work(norms, elements=(T * D,), scaled=T * D)
-                if not plain:
-                    del found[kind]
+        found["QK-norm"] = [Work(L, elements=(2 * T * D, 2 * T * N), multiplied=2 * T * D, scaled=T * N)]
     if config.rotary:
-        found["rotation"] = Work(L, elements=(2 * T * D,))
+        found["rotation"] = [Work(L, elements=(2 * T * D,))]
     if tempered and not plain:
-        found["temperature"] = Work(L, elements=(T * D,), scaled=T * D)
-    if config.ffn in PRODUCTS and ffn:
-        found[PRODUCTS[config.ffn]] = Work(ffn, elements=(T * F,), multiplied=T * F)
-    if config.activation != "identity" and ffn:
-        size, kind = T * F, ACTIVATIONS[config.activation]
-        found[kind] = Work(ffn, elements=(size,), squared=(size,), multiplied=size, scaled=size)
-    return found
+        found["temperature"] = [Work(c, elements=(T * D,), scaled=T * D) for c, T in rows]
+    if plain:
+        found |= _attention_as_written(config, T)
+    else:
+        each = [_attention(config, T, protocol), _attention_of_one(config, T)]
+        for kind in each[0]:
+            found[kind] = [of[kind]._replace(parts=count) for of, (count, _) in zip(each, rows, strict=True)]
+    final_rows = 1 if logits == "last" else T
+    found["vocabulary"] = [Work(1, ((final_rows, D, V),))]
+    for norm, kind in NORMS.items():
+        counts = [(L, T), *with_ffn] if config.norm == norm else []
+        counts += [(1, final_rows)] if config.final_norm == norm else []
+        if norm == "tanh":
+            of = lambda T: dict(elements=(T * D,), squared=(T * D,), multiplied=T * D, scaled=T * D)  # noqa: E731
+        elif norm == "frozen":  # folded, unless the model is exported as it is written
+            counts, of = counts if plain else [], lambda T: dict(elements=(T * D,), scaled=T * D)
+        else:
+            of = lambda T: dict(elements=(T * D, T), multiplied=T * D, scaled=T * D if plain else 0)  # noqa: E731
+        found[kind] = [Work(count, **of(T)) for count, T in counts]
+    found = {kind: [part for part in parts if part.parts] for kind, parts in found.items()}
+    return {kind: parts for kind, parts in found.items() if parts}
+
+
+def _attention_as_written(config: ModelConfig, T: int) -> dict[str, list[Work]]:
+    """All blocks', whose softmax sees the whole square and divides each weight."""
+    N, H, L = config.num_heads, config.head_dim, config.num_layers
+    divided = dict(squared=(N * T * T,), multiplied=N * T * T) if config.learnable_temperature else {}
+    halved = math.ceil(math.log2(T)) if T > 1 else 0
+    softmax = Work(
+        L, elements=(N * T * T, N * T * (T - 1), N * T), squared=(N * T * T, N * T), multiplied=N * T * T,
+        waits=(1, halved),
+    )  # fmt: skip
+    name = "power softmax" if config.power else "softmax"
+    if config.power:
+        softmax = _power(config, N * T * T, N * T)._replace(parts=L, multiplied=N * T * T)
+    return {name: [softmax]} | dict(
+        scores=[Work(L, ((T, H, T),) * N, False, (N * T * T,), **divided, waits=(1, N))],
+        mix=[Work(L, ((T, T, H),) * N, False, waits=(1, N))],
+    )
+
+
+def _attention(config: ModelConfig, T: int, protocol: str) -> dict[str, Work]:
+    """A block's on all tokens: heads in groups, the softmax on the triangle's tiles."""
+    N, H, D = config.num_heads, config.head_dim, config.model_dim
+    together = Setting(protocol=protocol).heads_at_once(N)
+    groups, edge = N // together, tile_edge(T)
+    n = T // edge
+    tiles = n * (n + 1) // 2
+    within, across = Compared.of(edge, halvings(edge)), Compared.of(n, at_once(n))
+    counts = zip(within.sizes, across.sizes, strict=True)
+    compared = [N * (tiles * edge * w + n * edge * a) for w, a in counts]
+    waits = [w + a for w, a in zip(within.waits, across.waits, strict=True)]
+    return _softmax(config, N * tiles * edge * edge, N * T, T, compared, waits) | dict(
+        scores=Work(1, ((T, together * H, together * T),) * groups, False, waits=(groups,)),
+        mix=Work(
+            1, ((T, together * T, together * H),) * groups, False, multiplied=T * D, waits=(1, groups)
+        ),
+    )  # fmt: skip
+
+
+def _attention_of_one(config: ModelConfig, T: int) -> dict[str, Work]:
+    """A block's for a single query, whose keys are all visible."""
+    N, D = config.num_heads, config.model_dim
+    compared = Compared.of(T, at_once(T))
+    return _softmax(config, N * T, N, T, [N * size for size in compared.sizes], compared.waits) | dict(
+        scores=Work(1, ((T, D, N),), False),
+        mix=Work(1, ((N, T, D),), False, multiplied=D, waits=(1, 1)),
+    )
+
+
+def _softmax(
+    config: ModelConfig, seen: int, sums: int, T: int, compared: Sequence[int], waits: Sequence[int]
+) -> dict[str, Work]:
+    """Exponentials of so many scores, the comparisons for their rows' maxima, and so many sums' reciprocals."""
+    if config.power:
+        return {"power softmax": _power(config, seen, sums)}
+    lines = max(math.ceil(2 * math.log2(T)), 1)  # among which a reciprocal is found
+    elements, multiplied = (seen, *compared, lines * sums, sums), seen + 2 * sums
+    return dict(softmax=Work(1, (), True, elements, (seen, seen, sums), multiplied, waits=(1, *waits)))
+
+
+def _power(config: ModelConfig, seen: int, sums: int) -> Work:
+    """Powers of so many scores."""
+    squarings = config.power.bit_length() - 2 + config.power.bit_count()  # and products, as many
+    sizes = (squarings * seen, seen, sums)
+    return Work(1, elements=sizes, squared=(squarings * seen, sums), waits=(1, squarings))
+
+
+class Compared(NamedTuple):
+    """A maximum's work: sizes halved; pairs, their bits' products and picks where all are compared; and its levels."""
+
+    sizes: tuple[int, int, int, int]
+    waits: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, size: int, groups: list[int]) -> "Compared":
+        """Of `nonlinear.largest` over so many values."""
+        halved = pairs = bits = picked = levels = at_once = depth = 0
+        for group in groups:
+            size = math.ceil(size / group)
+            if group == 2:
+                halved, levels = halved + size, levels + 1
+            else:
+                pairs += size * group * (group - 1) // 2
+                bits += size * group * (group - 2)
+                picked += size * group
+                at_once, depth = at_once + 1, depth + math.ceil(math.log2(group - 1))
+        return cls((halved, pairs, bits, picked), (levels, at_once, depth))
 
 
 def linear(work: Work, plain: bool) -> list[float]:

@@ -24,22 +24,43 @@ PROTOCOLS = {"semi2k": 2, "aby3": 3, "cheetah": 2}  # parties
 _RUNNER = Path(__file__).with_name("runner.py")
 
 
+EXPONENTS = ("quadratic", "taylor", "pade")
+# Heads in one product, at most: under SEMI2K each more opens as many zeros, under CHEETAH it encrypts them.
+_HEADS_AT_ONCE = {"semi2k": 4, "aby3": 1 << 16, "cheetah": 1}
+
+
 class Setting(NamedTuple):
     """How numbers are shared and the exponential is computed; the defaults are those of docs/private.md's table.
 
-    fraction_bits: of 64. exponent: "taylor", (1 + x/2ⁿ)^(2ⁿ), or "pade". exponent_iterations: n of the former.
-    colocated: CHEETAH may use that the server knows its own weights.
+    fraction_bits: of 64. exponent: "quadratic", (1 + y + y²/2)^(2ⁿ) with y = x/2ⁿ; "taylor", (1 + y)^(2ⁿ); or "pade".
+    exponent_iterations: n of the first two; 0: 6 and 10. colocated: CHEETAH may use that the server knows its own
+    weights.
     """
 
     protocol: str = "semi2k"
     fraction_bits: int = 18
-    exponent: str = "taylor"
-    exponent_iterations: int = 10
+    exponent: str = "quadratic"
+    exponent_iterations: int = 0
     colocated: bool = True
 
     @property
     def num_parties(self) -> int:
         return PROTOCOLS[self.protocol]
+
+    @property
+    def squarings(self) -> int:
+        """n of the exponential."""
+        return self.exponent_iterations or {"quadratic": 6, "taylor": 10, "pade": 0}[self.exponent]
+
+    @property
+    def bent_squarings(self) -> int:
+        """n where the argument is bent before, which the program does; 0 where it is not."""
+        return self.squarings if self.exponent == "quadratic" else 0
+
+    def heads_at_once(self, num_heads: int) -> int:
+        """How many heads one product should serve; a divisor of their number."""
+        most = _HEADS_AT_ONCE[self.protocol]
+        return next(count for count in range(min(most, num_heads), 0, -1) if num_heads % count == 0)
 
     def check(self) -> "Setting":
         """Returns the setting itself, checked.
@@ -49,18 +70,18 @@ class Setting(NamedTuple):
         """
         if self.protocol not in PROTOCOLS:
             raise UserError(f"protocol={self.protocol!r} is not known{nearest(self.protocol, list(PROTOCOLS))}")
-        if self.exponent not in ("taylor", "pade"):
-            raise UserError(f"exponent={self.exponent!r} is not known{nearest(self.exponent, ('taylor', 'pade'))}")
+        if self.exponent not in EXPONENTS:
+            raise UserError(f"exponent={self.exponent!r} is not known{nearest(self.exponent, EXPONENTS)}")
         if not 10 <= self.fraction_bits <= 26:
             raise UserError(f"fraction_bits={self.fraction_bits} must lie between 10 and 26")
-        if not 4 <= self.exponent_iterations <= 12:
-            raise UserError(f"exponent_iterations={self.exponent_iterations} must lie between 4 and 12")
+        if self.exponent_iterations and not 4 <= self.exponent_iterations <= 12:
+            raise UserError(f"exponent_iterations={self.exponent_iterations} must lie between 4 and 12, or be 0")
         return self
 
     def for_engine(self) -> dict[str, Any]:
         config = dict(protocol=self.protocol.upper(), fxp_fraction_bits=self.fraction_bits)
-        config["fxp_exp_mode"] = {"taylor": "EXP_TAYLOR", "pade": "EXP_PADE"}[self.exponent]
-        config["fxp_exp_iters"] = self.exponent_iterations
+        config["fxp_exp_mode"] = "EXP_PADE" if self.exponent == "pade" else "EXP_TAYLOR"
+        config["fxp_exp_iters"] = self.squarings
         if self.protocol == "cheetah" and self.colocated:
             config["experimental_enable_colocated_optimization"] = True
         return config
@@ -198,7 +219,7 @@ class Engine:
         file = None
         if arrays is not None:
             file = Path(self.folder.name) / "in.npz"
-            np.savez(file, **{name: arrays[name] for name in names})
+            np.savez(file, **{name: self._nearest(arrays[name]) for name in names})
         try:
             self.ask(
                 "put", names=list(names), owner=owner, file=file and str(file),
@@ -207,6 +228,13 @@ class Engine:
         finally:
             if file:
                 file.unlink(missing_ok=True)
+
+    def _nearest(self, array: np.ndarray) -> np.ndarray:
+        """The nearest numbers that fixed point holds; the engine itself would round towards zero."""
+        if not np.issubdtype(array.dtype, np.floating):
+            return array
+        one = np.float32(2**self.setting.fraction_bits)
+        return np.rint(array * one) / one
 
     def get(self, names: Sequence[str], to: int) -> dict[str, np.ndarray] | None:
         """Reveals arrays to one party; None for the others."""

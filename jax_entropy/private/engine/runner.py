@@ -45,6 +45,7 @@ class Machine:
         """
         self.contexts = self.runtimes = None
         self.num_parties, self.programs, config = num_parties, {}, engine_config(config)
+        self.public = set()  # names of what everybody has
         self.io = spu.Io(num_parties, config)
         self.ranks = [link["rank"]] if link else list(range(num_parties))
         self.clocks = [Clock(num_parties) for _ in self.ranks]
@@ -103,6 +104,7 @@ class Machine:
         """Shares the owner's arrays with all parties; only the owner gives the .npz file."""
         arrays = np.load(file) if file else None
         own = range(self.num_parties) if len(self.ranks) > 1 else [owner]
+        (self.public.update if visibility == "public" else self.public.difference_update)(names)
         for name in names:
             if set(self.ranks) & set(own):
                 hint = owner if colocated else -1
@@ -122,6 +124,9 @@ class Machine:
         arrays = {}
         for name in names:
             shares = [runtime.get_var(name) for runtime in self.runtimes]
+            if name in self.public:
+                arrays[name] = self.io.reconstruct(shares * (self.num_parties // len(shares)))
+                continue
             if len(self.ranks) == 1 and to not in self.ranks:
                 self._send_share(to, shares[0])
                 continue

@@ -1,4 +1,4 @@
-"""Causal attention under secure computation, of a whole prompt and of one token to the caches, as stages.
+"""Causal attention under secure computation, of a whole prompt and of one query to many keys, as stages.
 
 Masked scores never reach the exponential: in the triangle's tiles only the diagonal ones have any.
 """
@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_entropy.private.program.blueprint import Blueprint
+from jax_entropy.private.program.nonlinear import at_once, bent, halvings, largest, reciprocal
 from jax_entropy.private.program.stage import PAST, POSITION, Stage
 
 
-def _tempered(blueprint: Blueprint, layer: int, rows: Callable[..., jax.Array]) -> list[Stage]:
+def _tempered(blueprint: Blueprint, layer: int, rows: Callable[..., jax.Array], *at: str) -> list[Stage]:
     """Queries times their constants 1/(t·√H), where these are not in the kernel already."""
     factor = blueprint.present(f"{layer}.inverse_temperature")
     function = lambda q_TxNxH, c_NxS, *at: q_TxNxH * rows(c_NxS, *at).T[:, :, None]  # noqa: E731
-    at = () if isinstance(rows, _Rows) else (POSITION,)
     return [Stage("temperature", layer, function, (f"{layer}.q", *factor, *at), (f"{layer}.q",))] if factor else []
 
 
@@ -44,23 +44,50 @@ def _divisor(blueprint: Blueprint, temperature_NxT: jax.Array | None) -> jax.Arr
 
 def attention(blueprint: Blueprint, layer: int, num_tokens: int) -> list[Stage]:
     """Queries, keys and values of a whole prompt → `mixed` [T, D]."""
-    """Queries, keys and values of a whole prompt → `mixed` [T, D]."""
     q, k, v = (f"{layer}.{name}" for name in "qkv")
     divided = blueprint.present(f"{layer}.temperature")
-    rows = _Rows(num_tokens)
+    rows, together = _Rows(num_tokens), blueprint.heads_at_once
 
     def scores(q_TxNxH: jax.Array, k_TxNxH: jax.Array, *temperature_NxS: jax.Array) -> jax.Array:
-        scores_NxTxT = jnp.einsum("TNH,SNH->NTS", q_TxNxH, k_TxNxH)
+        scores_NxTxT = _product(_of_heads(q_TxNxH, together), _apart(k_TxNxH, together).swapaxes(1, 2), together)
         if blueprint.rewrites.temperature:
             return scores_NxTxT
         return scores_NxTxT / _divisor(blueprint, rows(*temperature_NxS) if temperature_NxS else None)
+
+    def mix(weights_NxTxS: jax.Array, v_SxNxH: jax.Array) -> jax.Array:
+        N, T, _ = weights_NxTxS.shape
+        weights_GxTxgS = weights_NxTxS.reshape(N // together, together, T, -1).swapaxes(1, 2)
+        weights_GxTxgS = weights_GxTxgS.reshape(N // together, T, -1)
+        return _product(weights_GxTxgS, _apart(v_SxNxH, together), together).swapaxes(0, 1)
 
     return [
         *_tempered(blueprint, layer, rows),
         Stage("scores", layer, scores, (q, k, *divided), ("scores",)),
         *_softmax(blueprint, layer, functools.partial(_causal_weights, blueprint)),
-        _mix(blueprint, layer, v, "NTS,SNH->TNH"),
+        _mixed(blueprint, layer, v, mix),
     ]
+
+
+def _of_heads(x_TxNxH: jax.Array, together: int) -> jax.Array:
+    """[G, T, g·H]: so many heads side by side."""
+    T, N, H = x_TxNxH.shape
+    return x_TxNxH.reshape(T, N // together, together * H).swapaxes(0, 1)
+
+
+def _apart(x_SxNxH: jax.Array, together: int) -> jax.Array:
+    """[G, g·S, g·H]: each head's block on a diagonal, so that one product serves g heads."""
+    S, N, H = x_SxNxH.shape
+    x_GxgxSxH = x_SxNxH.transpose(1, 0, 2).reshape(N // together, together, S, H)
+    own_1xgx1xgx1 = jnp.eye(together, dtype=bool)[None, :, None, :, None]
+    blocks_GxgxSxgxH = jnp.where(own_1xgx1xgx1, x_GxgxSxH[:, :, :, None], 0.0)
+    return blocks_GxgxSxgxH.reshape(N // together, together * S, together * H)
+
+
+def _product(left_GxTxI: jax.Array, right_GxIxgO: jax.Array, together: int) -> jax.Array:
+    """[N, T, O], a product for each group of heads."""
+    G, T, _ = left_GxTxI.shape
+    out_GxTxgO = left_GxTxI @ right_GxIxgO if G > 1 else (left_GxTxI[0] @ right_GxIxgO[0])[None]
+    return out_GxTxgO.reshape(G, T, together, -1).swapaxes(1, 2).reshape(G * together, T, -1)
 
 
 def _softmax(blueprint: Blueprint, layer: int, exponentials: Callable, *extra: str) -> list[Stage]:
@@ -68,25 +95,21 @@ def _softmax(blueprint: Blueprint, layer: int, exponentials: Callable, *extra: s
     config = blueprint.config
     cap = lambda scores_NxTxS: config.logit_cap * jnp.tanh(scores_NxTxS / config.logit_cap)  # noqa: E731
     capped = [Stage("soft cap", layer, cap, ("scores",), ("scores",))] if config.logit_cap else []
+    bounded = blueprint.rewrites.reciprocal and not config.power  # the sum, between 1 and the number of keys
 
     def function(*arrays: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
         weights, total = exponentials(*arrays)
-        return (weights, 1 / total) if blueprint.rewrites.denominator else weights / total[..., None]
+        if not blueprint.rewrites.denominator:
+            return weights / total[..., None]
+        return weights, reciprocal(total, weights.shape[-1]) if bounded else 1 / total
 
     outputs = ("weights", "reciprocal") if blueprint.rewrites.denominator else ("weights",)
     kind = "power softmax" if config.power else "softmax"
     return [*capped, Stage(kind, layer, function, ("scores", *extra), outputs)]
 
 
-def _mix(blueprint: Blueprint, layer: int, values: str, equation: str) -> Stage:
-    def function(weights_NxTxS: jax.Array, v_SxNxH: jax.Array, *reciprocal_NxT: jax.Array) -> jax.Array:
-        out_TxNxH = jnp.einsum(equation, weights_NxTxS, v_SxNxH)
-        for factor_NxT in reciprocal_NxT:
-            out_TxNxH = out_TxNxH * factor_NxT.T[..., None]
-        return out_TxNxH.reshape(-1, blueprint.config.model_dim)
-
-    reciprocal = ("reciprocal",) if blueprint.rewrites.denominator else ()
-    return Stage("mix", layer, function, ("weights", values, *reciprocal), ("mixed",))
+def _exp(blueprint: Blueprint, x: jax.Array) -> jax.Array:
+    return jnp.exp(bent(x, squarings=blueprint.squarings) if blueprint.squarings else x)
 
 
 def _power(scores: jax.Array, exponent: int) -> jax.Array:
@@ -100,6 +123,19 @@ def _power(scores: jax.Array, exponent: int) -> jax.Array:
     return product
 
 
+def _mixed(blueprint: Blueprint, layer: int, values: str, mix: Callable[..., jax.Array]) -> Stage:
+    """Weights and values → `mixed` [T, D], by a product that gives [T, N, H]."""
+
+    def function(weights_NxTxS: jax.Array, v_SxNxH: jax.Array, *reciprocal_NxT: jax.Array) -> jax.Array:
+        out_TxNxH = mix(weights_NxTxS, v_SxNxH)
+        for factor_NxT in reciprocal_NxT:
+            out_TxNxH = out_TxNxH * factor_NxT.T[..., None]
+        return out_TxNxH.reshape(-1, blueprint.config.model_dim)
+
+    reciprocal = ("reciprocal",) if blueprint.rewrites.denominator else ()
+    return Stage("mix", layer, function, ("weights", values, *reciprocal), ("mixed",))
+
+
 def _causal_weights(blueprint: Blueprint, scores_NxTxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp(score − row maximum), or a power, under the causal mask [N, T, T], and its row sums [N, T].
 
@@ -108,27 +144,28 @@ def _causal_weights(blueprint: Blueprint, scores_NxTxT: jax.Array) -> tuple[jax.
     N, T, _ = scores_NxTxT.shape
     tile = tile_edge(T) if blueprint.rewrites.packed else T
     n = T // tile
-    seen = jnp.tril(jnp.ones((tile, tile)))[None, None]
+    top = largest if blueprint.rewrites.tournament else lambda values, groups: values.max(-1)
+    seen, own = jnp.tril(jnp.ones((tile, tile), bool))[None, None], jnp.eye(tile, dtype=bool)[None, None]
     tiles = [(i, j) for i in range(n) for j in range(i + 1)]
     index = {pair: place for place, pair in enumerate(tiles)}
     cut = lambda i, j: scores_NxTxT[:, i * tile : (i + 1) * tile, j * tile : (j + 1) * tile]  # noqa: E731
     on_NxIxQxK = jnp.stack([cut(i, i) for i in range(n)], axis=1)
-    diagonal_NxIxQx1 = (on_NxIxQxK * jnp.eye(tile)[None, None]).sum(-1, keepdims=True)
-    on_NxIxQxK = on_NxIxQxK * seen + diagonal_NxIxQx1 * (1 - seen)
+    diagonal_NxIxQx1 = jnp.where(own, on_NxIxQxK, 0.0).sum(-1, keepdims=True)
+    on_NxIxQxK = jnp.where(seen, on_NxIxQxK, diagonal_NxIxQx1)
     stack_NxPxQxK = jnp.stack([on_NxIxQxK[:, i] if i == j else cut(i, j) for i, j in tiles], axis=1)
     if blueprint.config.power:
         e_NxPxQxK = _power(stack_NxPxQxK, blueprint.config.power)
     else:
-        largest_NxPxQ = stack_NxPxQxK.max(-1)
+        largest_NxPxQ = top(stack_NxPxQxK, halvings(tile))
         # rows of the triangle are filled up with their last tile, so that one maximum serves them all
-        rows_NxIxJxQ = jnp.stack(
-            [jnp.stack([largest_NxPxQ[:, index[i, min(i, j)]] for j in range(n)], axis=1) for i in range(n)], axis=1
+        rows_NxIxQxJ = jnp.stack(
+            [jnp.stack([largest_NxPxQ[:, index[i, min(i, j)]] for j in range(n)], axis=-1) for i in range(n)], axis=1
         )
-        row_NxIxQ = rows_NxIxJxQ.max(2)
+        row_NxIxQ = top(rows_NxIxQxJ, at_once(n))
         below_NxPxQ = jnp.stack([row_NxIxQ[:, i] for i, _ in tiles], axis=1)
-        e_NxPxQxK = jnp.exp(stack_NxPxQxK - below_NxPxQ[..., None])
-    visible_1xPxQxK = jnp.stack([seen[0, 0] if i == j else jnp.ones((tile, tile)) for i, j in tiles])[None]
-    e_NxPxQxK = e_NxPxQxK * visible_1xPxQxK
+        e_NxPxQxK = _exp(blueprint, stack_NxPxQxK - below_NxPxQ[..., None])
+    visible_1xPxQxK = jnp.stack([seen[0, 0] if i == j else jnp.ones((tile, tile), bool) for i, j in tiles])[None]
+    e_NxPxQxK = jnp.where(visible_1xPxQxK, e_NxPxQxK, 0.0)
     sums_NxPxQ = e_NxPxQxK.sum(-1)
     total_NxT = jnp.concatenate([sum(sums_NxPxQ[:, index[i, j]] for j in range(i + 1)) for i in range(n)], axis=-1)
     empty = jnp.zeros((N, tile, tile))
@@ -145,14 +182,30 @@ def tile_edge(num_tokens: int) -> int:
 
 def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
     """As `attention`, for one token at `position`, whose key and value are written into the caches before."""
-    """As `attention`, for one token at `position`, whose key and value are written into the caches before."""
+
+    def write(cache_SxNxH: jax.Array, new_1xNxH: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(cache_SxNxH, new_1xNxH, position, axis=0)
+
+    # the projections wrote the new key and value over the names of the cache, which came in as past
+    names = [f"{layer}.{name}" for name in "kv"]
+    writes = [Stage("cache", layer, write, (name + PAST, name, POSITION), (name,)) for name in names]
+    return [*writes, *single_query(blueprint, layer, POSITION)]
+
+
+def single_query(blueprint: Blueprint, layer: int, at: str) -> list[Stage]:
+    """The query of one token and the keys and values of all → its `mixed` [1, D]; those behind it do not count.
+
+    Args:
+      at: the name of its position.
+    """
     q, k, v = (f"{layer}.{name}" for name in "qkv")
     divided = blueprint.present(f"{layer}.temperature")
+    N, H = blueprint.config.num_heads, blueprint.config.head_dim
 
     def scores(q_1xNxH: jax.Array, k_SxNxH: jax.Array, *temperature: jax.Array) -> jax.Array:
         if blueprint.rewrites.one_dot:
-            scores_SxN = k_SxNxH.reshape(blueprint.config.context_length, -1) @ _block_diagonal(q_1xNxH[0])
-            scores_Nx1xS = scores_SxN.T[:, None]
+            queries_NHxN = jnp.where(jnp.eye(N, dtype=bool)[:, None], q_1xNxH[0][:, :, None], 0.0).reshape(N * H, N)
+            scores_Nx1xS = (k_SxNxH.reshape(-1, N * H) @ queries_NHxN).T[:, None]
         else:
             scores_Nx1xS = jnp.einsum("TNH,SNH->NTS", q_1xNxH, k_SxNxH)
         if blueprint.rewrites.temperature:
@@ -160,43 +213,27 @@ def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
         return scores_Nx1xS / _divisor(blueprint, _column(*temperature) if temperature else None)
 
     def exponentials(scores_Nx1xS: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen_1x1xS = (jnp.arange(blueprint.config.context_length) <= position).astype(jnp.float32)[None, None]
+        seen_1x1xS = (jnp.arange(scores_Nx1xS.shape[-1]) <= position)[None, None]
         own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, position, 1, axis=2)
-        scores_Nx1xS = scores_Nx1xS * seen_1x1xS + own_Nx1x1 * (1 - seen_1x1xS)
+        scores_Nx1xS = jnp.where(seen_1x1xS, scores_Nx1xS, own_Nx1x1)
         if blueprint.config.power:
             e_Nx1xS = _power(scores_Nx1xS, blueprint.config.power)
         else:
-            e_Nx1xS = jnp.exp(scores_Nx1xS - scores_Nx1xS.max(-1, keepdims=True))
-        e_Nx1xS = e_Nx1xS * seen_1x1xS
+            many = blueprint.rewrites.tournament
+            top_Nx1 = largest(scores_Nx1xS, at_once(seen_1x1xS.size)) if many else scores_Nx1xS.max(-1)
+            e_Nx1xS = _exp(blueprint, scores_Nx1xS - top_Nx1[..., None])
+        e_Nx1xS = jnp.where(seen_1x1xS, e_Nx1xS, 0.0)
         return e_Nx1xS, e_Nx1xS.sum(-1)
 
-    def write(cache_SxNxH: jax.Array, new_1xNxH: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(cache_SxNxH, new_1xNxH, position, axis=0)
+    def mix(weights_Nx1xS: jax.Array, v_SxNxH: jax.Array) -> jax.Array:
+        if not blueprint.rewrites.one_dot:
+            return jnp.einsum("NTS,SNH->TNH", weights_Nx1xS, v_SxNxH)
+        out_NxNxH = (weights_Nx1xS[:, 0] @ v_SxNxH.reshape(-1, N * H)).reshape(N, N, H)
+        return jnp.stack([out_NxNxH[head, head] for head in range(N)])[None]
 
     return [
-        *_tempered(blueprint, layer, _column),
-        # the projections wrote the new key and value over the names of the cache, which came in as past
-        *(Stage("cache", layer, write, (name + PAST, name, POSITION), (name,)) for name in (k, v)),
-        Stage("scores", layer, scores, (q, k, *divided, *((POSITION,) if divided else ())), ("scores",)),
-        *_softmax(blueprint, layer, exponentials, POSITION),
-        _cached_mix(blueprint, layer, v) if blueprint.rewrites.one_dot else _mix(blueprint, layer, v, "NTS,SNH->TNH"),
+        *_tempered(blueprint, layer, _column, at),
+        Stage("scores", layer, scores, (q, k, *divided, *((at,) if divided else ())), ("scores",)),
+        *_softmax(blueprint, layer, exponentials, at),
+        _mixed(blueprint, layer, v, mix),
     ]
-
-
-def _block_diagonal(q_NxH: jax.Array) -> jax.Array:
-    """[N·H, N] with one head's query in each column; its zeros are public and cost nothing to make."""
-    N, H = q_NxH.shape
-    return (jnp.eye(N)[:, None] * q_NxH[:, :, None]).reshape(N * H, N)
-
-
-def _cached_mix(blueprint: Blueprint, layer: int, values: str) -> Stage:
-    def function(weights_Nx1xS: jax.Array, v_SxNxH: jax.Array, *reciprocal_Nx1: jax.Array) -> jax.Array:
-        N, H = blueprint.config.num_heads, blueprint.config.head_dim
-        out_NxNxH = (weights_Nx1xS[:, 0] @ v_SxNxH.reshape(-1, N * H)).reshape(N, N, H)
-        out_NxH = jnp.stack([out_NxNxH[head, head] for head in range(N)])
-        for factor_Nx1 in reciprocal_Nx1:
-            out_NxH = out_NxH * factor_Nx1
-        return out_NxH.reshape(1, blueprint.config.model_dim)
-
-    reciprocal = ("reciprocal",) if blueprint.rewrites.denominator else ()
-    return Stage("mix", layer, function, ("weights", values, *reciprocal), ("mixed",))

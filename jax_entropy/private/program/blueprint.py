@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.errors import UserError
+from jax_entropy.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Rewrites:
     qkv: queries, keys and values are one product, and so are the branches of a bilinear feed-forward.
     erf: GELU as x/2·(1 + erf(x/√2)); off, through erfc.
     one_dot: a single query meets the keys of all heads in one product, and so do its weights the values; off, in N.
+    heads: so do several heads of many queries, as many as the protocol makes worth it; off, one after another.
+    joined: without norms and activations, the output projection, the feed-forward and the next projections are one.
+    reciprocal: of a row's sum by a line chosen among comparisons; off, the engine's, in twice the rounds.
+    tournament: of a row's maximum the last levels compare all with all; off, all halve.
+    last_row: where only the last position's logits are wanted, the last block is for that row only.
     cached: weights are opened once, masked, and not at each use (SEMI2K; the others gain nothing).
     """
 
@@ -39,6 +44,11 @@ class Rewrites:
     qkv: bool = True
     erf: bool = True
     one_dot: bool = True
+    heads: bool = True
+    joined: bool = True
+    reciprocal: bool = True
+    tournament: bool = True
+    last_row: bool = True
     cached: bool = True
 
     def __str__(self) -> str:
@@ -59,24 +69,42 @@ PLAIN = dataclasses.replace(NO_REWRITES, one_hot=True, erf=True)
 _OF_NORM = ("epsilon", "alpha", "left", "rate")
 
 
+EMBEDDINGS = ("shared", "public")
+
+
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
     """A private program's public description; no weight is in it, only what each is called and its shape.
 
+    squarings: of an exponential whose argument is bent before (`nonlinear.bent`); 0: the engine's, as it is.
+    heads_at_once: how many heads of many queries are one product. embedding: "shared", or "public": the server gives
+    the embedding table away and with it a tied head, and rows come in as the client looks them up.
+
     Raises:
-      UserError: a weight that no export of such a model writes.
+      UserError: a weight that no export of such a model writes, or a number that fits no program.
     """
 
     config: ModelConfig
     rewrites: Rewrites
     weights: Mapping[str, tuple[int, ...]]
+    squarings: int = 0
+    heads_at_once: int = 1
+    embedding: str = "shared"
 
     def __post_init__(self) -> None:
+        if self.embedding not in EMBEDDINGS:
+            raise UserError(f"embedding={self.embedding!r} is not known{nearest(self.embedding, EMBEDDINGS)}")
+        if not (self.heads_at_once > 0 and self.config.num_heads % self.heads_at_once == 0):
+            raise UserError(f"heads_at_once={self.heads_at_once} does not divide {self.config.num_heads} heads")
+        if not 0 <= self.squarings <= 12:
+            raise UserError(f"squarings={self.squarings} must lie between 0 and 12")
         of_model, of_layer = _weight_shapes(self.config)
         for name, shape in self.weights.items():
             layer, _, bare = name.partition(".")
             if re.fullmatch(r"0|[1-9][0-9]{0,7}", layer) and int(layer) < self.config.num_layers:
                 expected = of_layer.get(bare)
+                if bare in ("joined.kernel", "joined.bias") and int(layer) == self.config.num_layers - 1:
+                    expected = (*expected[:-1], self.config.model_dim)  # nothing is projected after it
             else:
                 expected = of_model.get(name)
             if expected is None:
@@ -92,14 +120,30 @@ class Blueprint:
         """Whether a layer's feed-forward is a single matrix."""
         return f"{layer}.fused.kernel" in self.weights
 
+    @property
+    def joined(self) -> bool:
+        """Whether all between two attentions is a single matrix."""
+        return any(name.endswith(".joined.kernel") for name in self.weights)
+
+    @property
+    def given_away(self) -> tuple[str, ...]:
+        """Weights that everybody gets to know."""
+        if self.embedding == "shared":
+            return ()
+        return self.present("embedding", *(("head.kernel", "head.bias") if self.config.tied_head else ()))
+
     def token_type(self, num_tokens: int) -> jax.ShapeDtypeStruct:
-        """What tokens enter as: one-hot rows [T, V], or indices [T]."""
+        """What tokens enter as: one-hot rows [T, V], rows of a public table [T, D], or indices [T]."""
+        if self.embedding == "public":
+            return jax.ShapeDtypeStruct((num_tokens, self.config.model_dim), np.float32)
         if self.rewrites.one_hot:
             return jax.ShapeDtypeStruct((num_tokens, self.config.vocab_size), np.float32)
         return jax.ShapeDtypeStruct((num_tokens,), np.int32)
 
-    def enter(self, tokens_T: Sequence[int]) -> np.ndarray:
-        """Tokens as their owner makes them, of `token_type`."""
+    def enter(self, tokens_T: Sequence[int], table_VxD: np.ndarray | None = None) -> np.ndarray:
+        """Tokens as their owner makes them, of `token_type`; the table where it is public."""
+        if self.embedding == "public":
+            return table_VxD[np.asarray(tokens_T)]
         if self.rewrites.one_hot:
             return np.eye(self.config.vocab_size, dtype=np.float32)[np.asarray(tokens_T)]
         return np.asarray(tokens_T, np.int32)
@@ -124,5 +168,6 @@ def _weight_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dic
         layer |= linear(name, D * (config.conv_width or 1), outputs)
         if config.conv_width:
             layer[f"{name}.bias"] = (config.conv_width, outputs)
+    layer |= linear("joined", 2 * D, 4 * D)
     layer |= dict.fromkeys(("temperature", "inverse_temperature"), (N, S)) | dict(qk_gain=(N,))
     return model, layer | dict.fromkeys(("alpha", "beta", "slope", "amount", "value_mix"), (1,))

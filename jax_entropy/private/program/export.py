@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.layers import effective_matrix, positive, temperature
+from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import Blueprint, Rewrites
 
 _FOLDABLE = 16.0  # products of β beyond this, or below its inverse, would cost precision in fixed point
@@ -25,20 +26,34 @@ class Export:
     blueprint: Blueprint
     weights: dict[str, np.ndarray]
 
+    def enter(self, tokens: Sequence[int]) -> np.ndarray:
+        """Tokens as they enter the program."""
+        return self.blueprint.enter(tokens, self.weights["embedding"])
 
-def export(config: ModelConfig, variables: Any, rewrites: Rewrites = Rewrites()) -> Export:
+    def under(self, setting: Setting) -> "Export":
+        """The same program, with the exponential of another setting."""
+        blueprint = dataclasses.replace(self.blueprint, squarings=setting.bent_squarings)
+        return dataclasses.replace(self, blueprint=blueprint)
+
+
+def export(
+    config: ModelConfig, variables: Any, rewrites: Rewrites = Rewrites(), setting: Setting = Setting(), *,
+    embedding: str = "shared",
+) -> Export:  # fmt: skip
     """The exported form of a model.
 
     Args:
       config: of the model; its dtype and its attention implementation do not matter here.
       variables: of `Transformer(config)`.
       rewrites: what makes it cheaper at equal function.
+      embedding: "shared", or "public": the table is given away, and with it a tied head.
+      setting: that it will run under, whose exponential it calls, and whose protocol says how many heads go together.
     """
     layers = [_layer(config, variables, layer) for layer in range(config.num_layers)]
     params = variables["params"]
-    embedding = np.asarray(params["token_embedding"], np.float64)
-    head = embedding if config.tied_head else np.asarray(params["head"], np.float64)
-    weights = {"embedding": embedding * config.embedding_scale, "head.kernel": head.T}
+    table = np.asarray(params["token_embedding"], np.float64)
+    head = table if config.tied_head else np.asarray(params["head"], np.float64)
+    weights = {"embedding": table * config.embedding_scale, "head.kernel": head.T}
     if config.learned_positions:
         weights["positions"] = np.asarray(params["position_embedding"], np.float64)
     if config.final_norm != "none":
@@ -52,16 +67,21 @@ def export(config: ModelConfig, variables: Any, rewrites: Rewrites = Rewrites())
             _merge(layer)
     if rewrites.folded:
         _fold(config, layers, weights)
-    for number, layer in enumerate(layers):
+    for layer in layers:
         for name in "qkv" if config.conv_width else "":
             _convolve(layer, name)
         if rewrites.qkv:
-            _join(layer, "qkv", "qkv")
+            _side_by_side(layer, "qkv", "qkv")
             if "gate.kernel" in layer:
-                _join(layer, ("up", "gate"), "branches")
+                _side_by_side(layer, ("up", "gate"), "branches")
+    if rewrites.joined and config.norm in ("none", "frozen") and not config.conv_width:
+        _join(layers)
+    for number, layer in enumerate(layers):
         weights |= {f"{number}.{name}": value for name, value in layer.items()}
     weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
-    return Export(Blueprint(config, rewrites, {name: value.shape for name, value in weights.items()}), weights)
+    shapes = {name: value.shape for name, value in weights.items()}
+    together = setting.heads_at_once(config.num_heads) if rewrites.heads else 1
+    return Export(Blueprint(config, rewrites, shapes, setting.bent_squarings, together, embedding), weights)
 
 
 def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndarray]:
@@ -248,9 +268,36 @@ def _fold_reading(
             weights[f"{norm}.rate"] = weights[f"{norm}.rate"] * abs(scale)
 
 
-def _join(layer: dict[str, np.ndarray], names: Sequence[str], joined: str) -> None:
+def _side_by_side(layer: dict[str, np.ndarray], names: Sequence[str], joined: str) -> None:
     """Matrices that read the same as one."""
     biases = [layer.pop(f"{name}.bias", None) for name in names]
     layer[f"{joined}.kernel"] = np.concatenate([layer.pop(f"{name}.kernel") for name in names], axis=1)
     if found := [bias for bias in biases if bias is not None]:
         layer[f"{joined}.bias"] = np.concatenate([np.zeros_like(found[0]) if b is None else b for b in biases], axis=-1)
+
+
+_JOINABLE = {f"{name}.{part}" for name in ("qkv", "out", "fused") for part in ("kernel", "bias")}
+
+
+def _join(layers: list[dict[str, np.ndarray]]) -> None:
+    """All that is linear between two attentions as one matrix, which reads the stream beside what attention mixed.
+
+    With W the output projection and F the feed-forward, the stream x grows by x·F + mixed·W(1 + F), and what the next
+    projections read is that sum. Where a layer holds anything else, all stay as they are.
+    """
+    if any({*layer} - _JOINABLE - {"inverse_temperature", "qk_gain"} or "qkv.kernel" not in layer for layer in layers):
+        return
+    for layer, following in zip(layers, [*layers[1:], {}], strict=True):
+        out = layer.pop("out.kernel")
+        feed = layer.pop("fused.kernel", np.zeros_like(out))
+        bias = layer.pop("out.bias", np.zeros(len(out))) @ (np.eye(len(out)) + feed)
+        bias = bias + layer.pop("fused.bias", 0)
+        grown = np.concatenate([feed, out + out @ feed])
+        kernels, biases = [grown], [bias]
+        if following:
+            stream = grown + np.eye(*grown.shape)
+            kernels.append(stream @ following["qkv.kernel"])
+            biases.append(bias @ following.pop("qkv.kernel") + following.pop("qkv.bias", 0))
+        layer["joined.kernel"], bias = np.concatenate(kernels, axis=1), np.concatenate(biases)
+        if np.any(bias):
+            layer["joined.bias"] = bias

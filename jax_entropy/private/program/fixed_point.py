@@ -27,7 +27,8 @@ def largest_value(setting: Setting) -> float:
 
 def lowest_exponent(setting: Setting) -> float:
     """The lowest argument that the exponential takes to 0."""
-    return -1.9 * 2.0**setting.exponent_iterations if setting.exponent == "taylor" else -np.inf
+    share = {"quadratic": -1.8, "taylor": -1.9, "pade": -np.inf}[setting.exponent]
+    return share * 2.0**setting.squarings
 
 
 def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> None:
@@ -36,14 +37,14 @@ def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> No
     Raises:
       UserError: names the layer and the value that fixed point would not hold.
     """
-    known = exported.weights | {TOKENS: exported.blueprint.enter(tokens)}
+    known = exported.weights | {TOKENS: exported.enter(tokens)}
     for name, value in exported.weights.items():
         _check(f"the weight {name}", value, setting)
     for stage in forward(exported.blueprint, len(tokens)):
         where = stage.kind if stage.layer is None else f"{stage.kind} of layer {stage.layer}"
 
         def look(operation: str, arguments: list[Any], results: list[Any], where: str = where) -> None:
-            if operation == "exp":
+            if operation == ("bent" if setting.bent_squarings else "exp"):
                 _check_exponent(f"an exponent in the {where}", arguments[0], setting)
             for value in results:
                 _check(f"a value in {where}", value, setting)
@@ -73,6 +74,8 @@ def _evaluate(
         arguments = [read(atom) for atom in equation.invars]
         if equation.primitive.name in _CALLS:
             inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+            if any(secret for _, secret in arguments):
+                look(equation.params.get("name", ""), [value for value, _ in arguments], [])
             results = _evaluate(inner.jaxpr, inner.consts, arguments, look)
         else:
             values = [value for value, _ in arguments]
@@ -100,7 +103,7 @@ def _check_exponent(what: str, value: Any, setting: Setting) -> None:
     lowest, limit = float(jnp.min(value)), lowest_exponent(setting)
     if lowest < limit:
         raise UserError(
-            f"{what} is {lowest:.4g}, and the exponential with exponent_iterations={setting.exponent_iterations} "
+            f"{what} is {lowest:.4g}, and the exponential with exponent_iterations={setting.squarings} "
             f"holds down to {limit:.4g}; raise them, or take exponent=pade"
         )
 

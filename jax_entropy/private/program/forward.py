@@ -3,6 +3,7 @@
 One list serves the whole program (all stages in one executable) and the account of it (each stage measured alone).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_entropy.census import ACTIVATIONS, NORMS, PRODUCTS
-from jax_entropy.private.program.attention import attention, cached_attention
+from jax_entropy.private.program.attention import attention, cached_attention, single_query
 from jax_entropy.private.program.blueprint import Blueprint
 from jax_entropy.private.program.export import Export
+from jax_entropy.private.program.nonlinear import at_once, largest
 from jax_entropy.private.program.projections import linear, projections
 from jax_entropy.private.program.stage import LAST, POSITION, TOKENS, Stage, compose, external_inputs
 
@@ -25,16 +27,28 @@ def forward(blueprint: Blueprint, num_tokens: int) -> list[Stage]:
     return [*stages, *_head(blueprint)]
 
 
-def prefill(blueprint: Blueprint, num_tokens: int) -> list[Stage]:
-    """As `forward`, but for the logits [1, V] of row `last` only; what a step reads of the past stays as `3.k`, …."""
-    stages = [_embed(blueprint, num_tokens)]
-    room = ((0, blueprint.config.context_length - num_tokens), (0, 0), (0, 0))
+def last(blueprint: Blueprint, num_tokens: int, keep: bool = False) -> list[Stage]:
+    """As `forward`, but for the logits [1, V] of row `last` only; keys and values [T, N, H] stay as `3.k`, `3.v`."""
+    stages, final = [_embed(blueprint, num_tokens)], blueprint.config.num_layers - 1
     for layer in range(blueprint.config.num_layers):
-        stages += _block(blueprint, layer, num_tokens, keep=True)
-        for name in "kv":
-            stages.append(Stage("cache", layer, lambda x: jnp.pad(x, room), (f"{layer}.{name}",), (f"{layer}.{name}",)))
-    row = Stage("last row", None, lambda x, last: jax.lax.dynamic_slice_in_dim(x, last, 1), ("x", LAST), ("x",))
-    return [*stages, row, *_head(blueprint)]
+        only_last = blueprint.rewrites.last_row and layer == final
+        stages += _block(blueprint, layer, num_tokens, keep=keep, only_last=only_last)
+    return [*stages, *([] if blueprint.rewrites.last_row else [_cut(None, "x")]), *_head(blueprint)]
+
+
+def prefill(blueprint: Blueprint, num_tokens: int) -> list[Stage]:
+    """As `last`; what a step reads of the past stays as `3.k`, …, with room for all tokens of the context."""
+    room = ((0, blueprint.config.context_length - num_tokens), (0, 0), (0, 0))
+    pad = lambda x: jnp.pad(x, room)  # noqa: E731
+    names = [(layer, f"{layer}.{name}") for layer in range(blueprint.config.num_layers) for name in "kv"]
+    padded = [Stage("cache", layer, pad, (name,), (name,)) for layer, name in names]
+    return [*last(blueprint, num_tokens, keep=True), *padded]
+
+
+def _cut(layer: int | None, name: str) -> Stage:
+    """Row `last` of an array."""
+    row = lambda x, last: jax.lax.dynamic_slice_in_dim(x, last, 1)  # noqa: E731
+    return Stage("last row", layer, row, (name, LAST), (name,))
 
 
 def step(blueprint: Blueprint) -> list[Stage]:
@@ -47,13 +61,13 @@ def step(blueprint: Blueprint) -> list[Stage]:
 
 def likeliest(logits_1xV: jax.Array) -> jax.Array:
     """The one-hot row [1, V] of the largest logit, found without argmax; equals share it."""
-    return (logits_1xV >= logits_1xV.max(-1, keepdims=True)).astype(jnp.float32)
+    return (logits_1xV >= largest(logits_1xV, at_once(logits_1xV.shape[-1]))[:, None]).astype(jnp.float32)
 
 
 def float32_logits(exported: Export, tokens: Sequence[int]) -> np.ndarray:
-    """The exported program's logits [T, V] as no engine rounds them."""
-    stages = forward(exported.blueprint, len(tokens))
-    names, known = external_inputs(stages), exported.weights | {TOKENS: exported.blueprint.enter(tokens)}
+    """The exported program's logits [T, V] as no engine rounds them, and with the exponential itself."""
+    stages = forward(dataclasses.replace(exported.blueprint, squarings=0), len(tokens))
+    names, known = external_inputs(stages), exported.weights | {TOKENS: exported.enter(tokens)}
     (logits_TxV,) = compose(stages, names, ("logits",))(*(known[name] for name in names))
     return np.asarray(logits_TxV)
 
@@ -63,13 +77,21 @@ def _embed(blueprint: Blueprint, num_tokens: int | None) -> Stage:
     placed = blueprint.present("positions")
     at = (POSITION,) if placed and num_tokens is None else ()
 
-    def function(tokens: jax.Array, table_VxD: jax.Array, *positions: jax.Array) -> jax.Array:
-        x_TxD = tokens @ table_VxD if blueprint.rewrites.one_hot else jnp.take(table_VxD, tokens, axis=0)
+    table = () if blueprint.embedding == "public" else ("embedding",)
+
+    def function(tokens: jax.Array, *arrays: jax.Array) -> jax.Array:
+        table_VxD, positions = arrays[: len(table)], arrays[len(table) :]
+        if not table:
+            x_TxD = tokens
+        elif blueprint.rewrites.one_hot:
+            x_TxD = tokens @ table_VxD[0]
+        else:
+            x_TxD = jnp.take(table_VxD[0], tokens, axis=0)
         if not placed:
             return x_TxD
         return x_TxD + (jax.lax.dynamic_slice_in_dim(*positions, 1) if at else positions[0][:num_tokens])
 
-    return Stage("embedding", None, function, (TOKENS, "embedding", *placed, *at), ("x",))
+    return Stage("embedding", None, function, (TOKENS, *table, *placed, *at), ("x",))
 
 
 def _norm(blueprint: Blueprint, field: str, layer: int | None, name: str) -> tuple[list[Stage], str]:
@@ -102,15 +124,23 @@ def _norm(blueprint: Blueprint, field: str, layer: int | None, name: str) -> tup
     return [Stage(NORMS[kind], layer, function, ("x", *found_names), ("y",))], "y"
 
 
-def _block(blueprint: Blueprint, layer: int, num_tokens: int | None, keep: bool = False) -> list[Stage]:
+def _block(
+    blueprint: Blueprint, layer: int, num_tokens: int | None, keep: bool = False, only_last: bool = False
+) -> list[Stage]:
     """A block on a whole prompt, or without `num_tokens` on one token at `position`.
 
     Args:
       keep: whether what a step reads of the prompt is an output too.
+      only_last: whether what comes after the keys and values is for row `last` only.
     """
     stages, read = _norm(blueprint, "norm", layer, f"{layer}.norm1")
     stages += projections(blueprint, layer, read, num_tokens, keep)
-    stages += attention(blueprint, layer, num_tokens) if num_tokens else cached_attention(blueprint, layer)
+    if only_last:
+        stages += [_cut(layer, f"{layer}.q"), _cut(layer, "x"), *single_query(blueprint, layer, LAST)]
+    else:
+        stages += attention(blueprint, layer, num_tokens) if num_tokens else cached_attention(blueprint, layer)
+    if blueprint.joined:
+        return [*stages, _joined(blueprint, layer)]
     stages.append(linear(blueprint, "output projection", layer, f"{layer}.out", "mixed", "y"))
     stages.append(Stage("residual", layer, jnp.add, ("x", "y"), ("x",)))
     if layer >= blueprint.config.num_layers - blueprint.config.ffn_free_layers:
@@ -152,6 +182,20 @@ def _bilinear(blueprint: Blueprint, layer: int, read: str) -> list[Stage]:
             for name, branch in zip(("up", "gate"), branches, strict=True)
         ]
     return [*stages, Stage(kind, layer, jnp.multiply, branches, ("h",))]
+
+
+def _joined(blueprint: Blueprint, layer: int) -> Stage:
+    """The stream and what attention mixed → the stream after the block, and what the next one splits into heads."""
+    name, D = f"{layer}.joined", blueprint.config.model_dim
+    found = blueprint.present(f"{name}.bias")
+
+    def function(x_TxD: jax.Array, mixed_TxD: jax.Array, kernel: jax.Array, *bias: jax.Array) -> tuple[jax.Array, ...]:
+        y = jnp.concatenate([x_TxD, mixed_TxD], axis=-1) @ kernel
+        y = y + bias[0][None] if bias else y
+        return (x_TxD + y[:, :D], y[:, D:]) if kernel.shape[1] > D else (x_TxD + y,)
+
+    follows = ("qkv",) if layer < blueprint.config.num_layers - 1 else ()
+    return Stage("feed-forward", layer, function, ("x", "mixed", f"{name}.kernel", *found), ("x", *follows))
 
 
 def _activation(blueprint: Blueprint, layer: int) -> list[Stage]:

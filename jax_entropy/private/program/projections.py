@@ -33,7 +33,9 @@ def projections(blueprint: Blueprint, layer: int, read: str, num_tokens: int | N
     """
     config, names = blueprint.config, tuple(f"{layer}.{name}" for name in "qkv")
     products = {f"{layer}.qkv": "qkv"} if blueprint.rewrites.qkv else {name: name for name in names}
-    if config.conv_width:
+    if blueprint.joined and layer:  # with what is before them, in the layer before
+        stages = []
+    elif config.conv_width:
         stages = [_near(blueprint, layer, read, num_tokens, keep)]
         stages += [_convolution(blueprint, layer, *product, num_tokens) for product in products.items()]
     else:

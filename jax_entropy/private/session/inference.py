@@ -43,9 +43,12 @@ class PrivateModel:
     """A model inside an engine: its weights as shares, its programs compiled when they are first needed."""
 
     def __init__(self, engine: Engine, blueprint: Blueprint) -> None:
+        if blueprint.squarings != engine.setting.bent_squarings:
+            raise UserError("the program's exponential is not the one of the engine's setting")
         self.engine, self.blueprint = engine, blueprint
         self.programs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self.accounts: list[tuple[str, Account]] = []
+        self.table_VxD: np.ndarray | None = None  # where it is public
 
     @classmethod
     def of(cls, engine: Engine, exported: Export) -> "PrivateModel":
@@ -63,6 +66,11 @@ class PrivateModel:
         """Shares the server's weights with all parties, and opens them once, masked, where that saves traffic."""
         names, setting = list(self.blueprint.weights), self.engine.setting
         colocated = setting.protocol == "cheetah" and setting.colocated
+        if given := self.blueprint.given_away:
+            names = [name for name in names if name not in given]
+            self.engine.put(given, SERVER, weights, public=True)
+            revealed = self.engine.get(["embedding"], CLIENT)
+            self.table_VxD = revealed and revealed["embedding"]
         self.engine.put(names, SERVER, weights, colocated=colocated)
         if self.blueprint.rewrites.cached and setting.protocol == "semi2k":
             # the engine knows opened arrays by their addresses, which those of another model might be given again
@@ -118,7 +126,8 @@ class PrivateModel:
     ) -> None:  # fmt: skip
         """Compiles a function of named arrays as a program."""
         hlo = lower(function, input_types(self.blueprint, inputs, num_tokens, known))
-        visibility = ["public" if value in PUBLIC else "secret" for value in inputs]
+        public = (*PUBLIC, *self.blueprint.given_away)
+        visibility = ["public" if value in public else "secret" for value in inputs]
         self.engine.load(name, hlo, visibility, {COMPILER: self.blueprint.rewrites.denominator})
         self.programs[name] = tuple(value.removesuffix(PAST) for value in inputs), tuple(outputs)
 
@@ -127,7 +136,8 @@ class PrivateModel:
 
     def put_tokens(self, tokens: Sequence[int] | None) -> None:
         """Shares the client's tokens."""
-        self.engine.put([TOKENS], CLIENT, None if tokens is None else {TOKENS: self.blueprint.enter(tokens)})
+        entered = None if tokens is None else {TOKENS: self.blueprint.enter(tokens, self.table_VxD)}
+        self.engine.put([TOKENS], CLIENT, entered)
 
     def tell(self, message: Message | None, kind: type[Message]) -> Message:
         """A message of the client to the others; each gets it back."""
@@ -190,7 +200,7 @@ def generate(
             done = ended or len(new) == num_tokens
         if model.tell(None if done is None else Progress(done), Progress).done:
             return new
-        if reveal == "logits":
+        if reveal == "logits" or model.blueprint.embedding == "public":
             model.put_tokens(None if token is None else [token])
         model.put_public(POSITION, None if prompt is None else position)
         if position == model.blueprint.config.context_length:  # only of a client that was not checked

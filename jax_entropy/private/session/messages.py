@@ -159,7 +159,7 @@ def _check_program(blueprint: Blueprint, setting: Setting) -> None:
     """
     if blueprint.config.num_layers > len(blueprint.weights):
         raise UserError(f"{blueprint.config} of {blueprint.config.num_layers} layers with so few weights")
-    needed = {*external_inputs(forward(blueprint, 1))} - {TOKENS}
+    needed = {*external_inputs(forward(blueprint, 1)), *blueprint.given_away} - {TOKENS}
     if differing := sorted(needed ^ {*blueprint.weights}):
         raise UserError(f"the weight {differing[0]} of {blueprint.config} is missing, or nothing reads it")
     setting.check()

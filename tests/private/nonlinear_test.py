@@ -1,0 +1,40 @@
+"""What the softmax consists of, in few rounds, is what it stands for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_entropy.private.cost.work import Compared
+from jax_entropy.private.program.nonlinear import at_once, bent, halvings, largest, reciprocal
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 128, 1024])
+def test_reciprocals_of_all_that_a_softmax_sums_to(most):
+    sums = np.linspace(1, most, 300, dtype=np.float32)
+    unit = most * 2.0**-18  # of fixed point, beside 1 / most
+    np.testing.assert_allclose(reciprocal(jnp.asarray(sums), most) * sums, 1, atol=max(5e-7, unit / 100))
+
+
+@given(st.integers(1, 40), st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_the_largest_of_any_number_with_equals_among_them(count, seed):
+    values = np.random.default_rng(seed).integers(-5, 5, (2, count)).astype(np.float32)
+    for groups in (halvings(count), at_once(count)):
+        np.testing.assert_array_equal(largest(jnp.asarray(values), groups), values.max(-1))
+
+
+def test_work_of_a_maximum():
+    """Of 16 values: 8 and 4 pairs are halved, and the last four meet in 6 pairs; of 8 at once, 28 pairs."""
+    assert Compared.of(16, halvings(16)) == ((12, 6, 8, 4), (2, 1, 2))
+    assert Compared.of(8, at_once(8)) == ((0, 28, 48, 8), (0, 1, 3))
+
+
+@pytest.mark.parametrize("squarings", [5, 6, 7])
+def test_a_bent_argument_is_closer_by_an_order(squarings):
+    x = np.linspace(-1.8 * 2**squarings, 0, 2000)
+    power = lambda x: (1 + x / 2**squarings) ** (2**squarings)  # noqa: E731
+    error = np.abs(power(np.asarray(bent(x, squarings=squarings), np.float64)) - np.exp(x)).max()
+    assert error < 0.3 / 4**squarings  # of the argument as it is: 0.27 / 2ⁿ⁺¹
+    assert np.abs(power(x[-200:]) - np.exp(x[-200:])).max() > 5 * error

@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+from jax_entropy.attention.blocks import blocks_for
 from jax_entropy.bench import device, kernels
 from jax_entropy.bench.blocks import bench_blocks
 from jax_entropy.bench.device import bench_device, markdown
+from jax_entropy.chips import CHIPS
 from jax_entropy.errors import UserError
+from tests import REPOSITORY
 
 
 def test_a_part_is_measured_in_a_process_of_its_own_and_written_down(tmp_path):
@@ -53,6 +56,14 @@ def test_what_cannot_be_measured_is_a_sentence(tmp_path):
 def test_tiles_are_measured_on_a_gpu_only():
     with pytest.raises(UserError, match="no kernels with tiles for this cpu"):
         next(bench_blocks(lambda line: None))
+
+
+@pytest.mark.parametrize("name", kernels.TARGETS)
+def test_every_tile_is_compiled_ahead_of_time(name):
+    asked = [p for p in kernels.programs() if p.implementation == name]
+    compiled = [blocks_for(name, CHIPS[p.chip].kind, p.dtype, p.H, p.S) for p in asked]
+    written = json.loads((REPOSITORY / "jax_entropy/attention/blocks.json").read_text())[name]
+    assert all({kernel: row[kernel] for kernel in ("forward", "dq", "dkv")} in compiled for row in written)
 
 
 LISTING = """

@@ -183,7 +183,7 @@ function nearest(series, [px, py], x, y, frame) {
 // Where a word of half that width has room inside a band, of which `edges` tells top and bottom; null if nowhere.
 function roomFor(half, frame, edges) {
   let best = null;
-  for (let px = frame.left + half + 4; px < frame.right - half; px += 8) {
+  for (let px = frame.left + half + 8; px < frame.right - half - 4; px += 8) {
     let top = 0, bottom = frame.height;
     for (let near = px - half; near <= px + half; near += half / 4) {
       const [above, below] = edges(near);
@@ -209,7 +209,7 @@ function stackChart(box, spec) {
     }
     if (E === 1) { top.push(`${frame.right} ${y(below(0, q + 1))}`); base.unshift(`${frame.right} ${y(below(0, q))}`); }
     plot.prepend(svg("path", { class: "share", d: `M${top.join("L")}L${base.join("L")}Z`, style: `fill:${heatColor([0, 0.36, 0.7, 1][q])}` }));
-    const place = roomFor(spec.names[q].length * 3.2, frame, (px) => {
+    const place = roomFor(spec.names[q].length * 3.6, frame, (px) => {
       const e = indexAt(spec.steps, x.invert(px));
       return E > 1 ? [y(below(e, q + 1)), y(below(e, q))] : [0, 0];
     });

@@ -169,7 +169,7 @@ const LAYERS = {
   caption: "Mean of a layer's heads. Deep layers that sink to zero foretell an unstable run; layers that stay at the causal maximum did not specialise.",
   shown: (run) => Boolean(run.train.layer_entropy),
   draw: (box, run) => lineChart(box, overSteps(run, {
-    title: "mean head entropy by layer, over steps", series: layerCurves(run, "layer_entropy"), unit: "nats", floor: 0, right: 24, height: Math.max(230, gridHeight(box, run)),
+    title: "mean head entropy by layer, over steps", series: layerCurves(run, "layer_entropy"), unit: "nats", floor: 0, right: 24, height: HEADS.wide(run) ? 230 : Math.max(230, gridHeight(box, run)),
     references: [{ value: run.maxima.context, label: `log T = ${exact(run.maxima.context, 3)}` }, { value: run.maxima.causal, label: `causal maximum = ${exact(run.maxima.causal, 3)}` }],
   })),
   said: (run) => saidOfLayers(run, "layer_entropy", "nats"),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jax_entropy.errors import UserError, nearest
 
+REMAT = ("none", "attention+ffn", "attention", "full")  # the more is computed again, the later
 _CHOICES = {
     "norm": ("none", "layer", "rms", "frozen", "tanh"),
     "final_norm": ("none", "layer", "rms", "frozen", "tanh"),
@@ -21,6 +22,7 @@ _CHOICES = {
     "reparametrized": ("", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"),
     "temperature_parameter": ("direct", "log"),
     "bias": ("none", "qk", "all"),
+    "remat": REMAT,
     "dtype": ("float32", "bfloat16"),
 }
 _POSITIVE = ("num_layers", "num_heads", "model_dim", "context_length", "vocab_size", "scan_unroll")
@@ -81,7 +83,7 @@ class ModelConfig:
     # How it is computed.
     attention: str = "auto"  # implementation of the operator
     scan_unroll: int = 1  # layers unrolled in one turn of the scan
-    remat: bool = False  # recompute each block in the backward pass
+    remat: str = "none"  # of a block for its backward pass: nothing, all but what is named, or all, is computed again
     dtype: str = "float32"  # of activations and matrix products; statistics and loss are float32
 
     def __post_init__(self) -> None:

@@ -36,7 +36,16 @@ CHIPS = {
     )
 }
 
+# Two cores of a server, by what float32 products and copies reach there, for rules that weigh the one with the other.
+HOST = Chip("cpu", 320e9, 8 * 2**30, 20e9, 0.0, "cpu", "cpu")
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX names like this, None if it is not one of `CHIPS`."""
+    return next((chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)), None)
+
 
 def peak_flops(device_kind: str) -> float | None:
     """FLOP/s of bfloat16 products of a device as JAX names it, None if it is not one of `CHIPS`."""
-    return next((chip.flops for chip in CHIPS.values() if device_kind.startswith(chip.kind)), None)
+    chip = chip_of(device_kind)
+    return chip and chip.flops

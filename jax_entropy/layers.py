@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.attention.transformed import capped, power
 from jax_entropy.parts import Convolution, rotate
+from jax_entropy.products import product
 from jax_entropy.sharding import constrain
 
 _TEMPERATURE_FLOOR = 1e-4
@@ -55,12 +57,13 @@ class Linear(nn.Module):
         matrix = effective_matrix(matrix, gain, vectors)
         # Rows are flattened: with two batch axes XLA's CPU backend computes the kernel's gradient far more slowly.
         matrix = constrain(matrix.astype(self.dtype), *(("tensor", None) if self.split_inputs else (None, "tensor")))
-        y = x.reshape(-1, matrix.shape[0]) @ matrix
+        y = product(x.reshape(-1, matrix.shape[0]), matrix)
         y = y.reshape(*batch_shape, *self.out_shape)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.constant(self.bias_init), self.out_shape, jnp.float32)
-            y = y + jnp.expand_dims(bias.astype(self.dtype), range(len(batch_shape)))
-        return y
+            # In float32, whose gradient is then summed so.
+            y = y.astype(jnp.promote_types(y.dtype, bias.dtype)) + jnp.expand_dims(bias, range(len(batch_shape)))
+        return y.astype(self.dtype)
 
     def _singular_vectors(self, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Those of the largest singular value, by one power iteration a step; kept in the collection `spectral`."""
@@ -345,7 +348,7 @@ class Block(nn.Module):
         config, x_BxTxD = self.config, stream.residual_BxTxD
         normed_BxTxD = normalise(config.norm, config, "norm1")(x_BxTxD)
         attended_BxTxD, stream, watched = Attention(config, name="attention")(normed_BxTxD, stream, layer, shared)
-        x_BxTxD = x_BxTxD + attended_BxTxD
+        x_BxTxD = checkpoint_name(x_BxTxD + attended_BxTxD, "ffn")
         if self.with_ffn:
             normed_BxTxD = normalise(config.norm, config, "norm2")(x_BxTxD)
             ffn = FeedForward(config, name="ffn")(normed_BxTxD, shared.negative_slope)

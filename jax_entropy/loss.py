@@ -4,6 +4,7 @@ The cross-entropy takes hidden states and the head matrix and goes over the posi
 a whole batch never exist, and their gradient is formed while a chunk is at hand.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,13 @@ import optax
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
+from jax_entropy.chips import HOST, chip_of
 from jax_entropy.entropy import entropy_penalty
 from jax_entropy.model import Aux, Transformer, logits
-from jax_entropy.sharding import BATCH, on_shards, platform, sum_over
+from jax_entropy.products import outer_product, transposed, wide_product
+from jax_entropy.sharding import BATCH, device_kind, on_shards, sum_over
 
-# Logits in one chunk on one device: what a CPU's cache holds (measured: docs/benchmarks/step.md), or enough to keep an
-# accelerator busy.
-_CHUNK_ELEMENTS = {"cpu": 1 << 20}
-_CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
+_NONE = -1  # the target of what pads a chunk
 _WHOLE, _ROWS = PartitionSpec(), PartitionSpec(BATCH)
 
 
@@ -100,7 +100,7 @@ def teacher_divergence(
 ) -> jax.Array:
     """τ²·KL(teacher ‖ model) of the distributions at temperature τ, in nats per token; both are chunked like the loss.
 
-    The teacher is not differentiated. τ² keeps the size of the gradient (arXiv 1503.02531).
+    The teacher is not differentiated. Of what pads a chunk both say the same. τ² keeps the size of the gradient (arXiv 1503.02531).
     """
 
     @jax.checkpoint
@@ -119,10 +119,11 @@ def teacher_divergence(
 def token_losses(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
     """Cross-entropy of every target in nats, [B, T] float32."""
 
-    def rows_losses(head, hidden, targets):
-        chunks = _split(hidden, targets, head.shape[0])
-        losses_CxBxT = jax.lax.map(lambda chunk: _chunk_losses(chunk[0], head, chunk[1]), chunks)
-        return rearrange(losses_CxBxT, "C B T -> B (C T)")
+    def rows_losses(head_VxD, hidden_BxTxD, targets_BxT):
+        head_DxV, (B, T) = transposed(head_VxD), targets_BxT.shape
+        chunks = _split(hidden_BxTxD, targets_BxT, head_VxD.shape[0])
+        losses_CxR = jax.lax.map(lambda chunk: _losses(wide_product(chunk[0], head_DxV), chunk[1]), chunks)
+        return rearrange(losses_CxR, "C (B t) -> B (C t)", B=B)[:, :T]
 
     on_rows = on_shards(rows_losses, (_WHOLE, _ROWS, _ROWS), _ROWS)
     return on_rows(head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT)
@@ -135,21 +136,31 @@ def cross_entropy(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax
 
 
 def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    def chunk_sum(hidden, head, targets):
-        return jnp.sum(_chunk_losses(hidden, head, targets)) / targets_BxT.size
+    count, dtype, wide = targets_BxT.size, hidden_BxTxD.dtype, head_VxD.dtype
 
-    def rows_gradients(head, hidden, targets):
+    def share(logits_RxV, targets_R):
+        return jnp.sum(jnp.where(targets_R == _NONE, 0, _losses(logits_RxV, targets_R))) / count
+
+    def rows_gradients(head_VxD, hidden_BxTxD, targets_BxT):
+        head_DxV, (B, T) = transposed(head_VxD), targets_BxT.shape
+
         def step(carry, chunk):
-            loss, (d_hidden, d_head) = jax.value_and_grad(chunk_sum, (0, 1))(chunk[0], head, chunk[1])
-            return (carry[0] + loss, carry[1] + d_head), d_hidden
+            (loss, d_head_DxV), (hidden_RxD, targets_R) = carry, chunk
+            more, d_logits_RxV = jax.value_and_grad(share)(wide_product(hidden_RxD, head_DxV), targets_R)
+            d_logits_RxV = d_logits_RxV.astype(dtype)
+            d_head_DxV += outer_product(hidden_RxD, d_logits_RxV).astype(wide)
+            return (loss + more, d_head_DxV), wide_product(d_logits_RxV, head_VxD).astype(dtype)
 
-        nothing = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32)), jnp.zeros(head.shape, head_VxD.dtype)
-        sums, d_hidden = jax.lax.scan(step, nothing, _split(hidden, targets, head.shape[0]))
-        return *sum_over(BATCH, sums), rearrange(d_hidden, "C B T D -> B (C T) D")
+        nothing = jnp.zeros((), jnp.promote_types(dtype, jnp.float32)), jnp.zeros(head_DxV.shape, wide)
+        (loss, d_head_DxV), d_hidden_CxRxD = jax.lax.scan(
+            step, nothing, _split(hidden_BxTxD, targets_BxT, len(head_VxD))
+        )
+        d_hidden_BxTxD = rearrange(d_hidden_CxRxD, "C (B t) D -> B (C t) D", B=B)[:, :T]
+        return *sum_over(BATCH, (loss, d_head_DxV.T)), d_hidden_BxTxD
 
     on_rows = on_shards(rows_gradients, (_WHOLE, _ROWS, _ROWS), (_WHOLE, _WHOLE, _ROWS))
-    loss, d_head, d_hidden = on_rows(head_VxD.astype(hidden_BxTxD.dtype), hidden_BxTxD, targets_BxT)
-    return loss, (d_hidden, d_head)
+    loss, d_head_VxD, d_hidden_BxTxD = on_rows(head_VxD.astype(dtype), hidden_BxTxD, targets_BxT)
+    return loss, (d_hidden_BxTxD, d_head_VxD)
 
 
 def _cross_entropy_backward(gradients, cotangent) -> tuple[jax.Array, jax.Array, None]:
@@ -160,16 +171,31 @@ def _cross_entropy_backward(gradients, cotangent) -> tuple[jax.Array, jax.Array,
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _chunk_losses(hidden_BxTxD, head_VxD, targets_BxT) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits(hidden_BxTxD, head_VxD), targets_BxT)
+def _losses(logits_RxV: jax.Array, targets_R: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits_RxV, targets_R)
 
 
-def _split(hidden_BxTxD, targets_BxT, vocab_size) -> tuple[jax.Array, jax.Array]:
-    """Cuts along T into the fewest equal chunks that stay small; [C, B, T/C, …]."""
-    B, T = targets_BxT.shape[:2]
-    most = _CHUNK_ELEMENTS.get(platform(), _CHUNK_ELEMENTS_ELSEWHERE)
-    count = next(c for c in range(1, T + 1) if T % c == 0 and (B * T // c * vocab_size <= most or c == T))
-    return (
-        rearrange(hidden_BxTxD, "B (C T) D -> C B T D", C=count),
-        rearrange(targets_BxT, "B (C T) ... -> C B T ...", C=count),
-    )
+def chunk_rows(vocab_size: int) -> int:
+    """Rows of logits that exist at once.
+
+    A chunk moves 12 bytes for each entry of the head: it reads the head twice, and reads and writes the gradient. Its
+    products, 6 FLOPs an entry and row, shall take eight times as long, in at most 1/32 of the memory.
+    """
+    chip = chip_of(device_kind()) or HOST
+    rows = int(8 * 12 / 6 * chip.flops / chip.bandwidth)
+    return max(1, min(rows, chip.memory // 32 // (4 * vocab_size)))
+
+
+def _split(hidden_BxTxD, beside_BxT, vocab_size) -> tuple[jax.Array, jax.Array]:
+    """Cuts along T into equal chunks of at most so many rows, the last one padded: [C, B·T/C, …] of both."""
+    B, T = beside_BxT.shape[:2]
+    fewest = min(T, math.ceil(B * T / chunk_rows(vocab_size)))
+    count = next((c for c in range(fewest, 2 * fewest) if T % c == 0), fewest)
+    padding = (0, 0), (0, -T % count), (0, 0)
+
+    def cut(x_BxT, nothing):
+        return rearrange(
+            jnp.pad(x_BxT, padding[: x_BxT.ndim], constant_values=nothing), "B (C t) ... -> C (B t) ...", C=count
+        )
+
+    return cut(hidden_BxTxD, 0), cut(beside_BxT, 0 if beside_BxT.ndim > 2 else _NONE)

@@ -97,7 +97,10 @@ class Transformer(nn.Module):
 
 def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:
     """`length` blocks as one scanned block whose parameters have a leading L axis."""
-    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    block = Block
+    if config.remat != "none":  # "full" names nothing that is there
+        policy = jax.checkpoint_policies.save_only_these_names(*config.remat.split("+"))
+        block = nn.remat(Block, prevent_cse=False, policy=policy)
     return nn.scan(
         block,
         variable_axes={"params": 0, "spectral": 0, "annealing": 0, "cache": 0},
@@ -109,9 +112,9 @@ def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:
 
 
 def logits(hidden_BxTxD: jax.Array, head_VxD: jax.Array) -> jax.Array:
-    """Scores of the next token, [B, T, V], accumulated in float32 or better."""
+    """Scores of the next token, [..., V], accumulated in float32 or better."""
     head_VxD, wide = head_VxD.astype(hidden_BxTxD.dtype), jnp.promote_types(hidden_BxTxD.dtype, jnp.float32)
-    return jnp.einsum("BTD,VD->BTV", hidden_BxTxD, head_VxD, preferred_element_type=wide)
+    return jnp.einsum("...D,VD->...V", hidden_BxTxD, head_VxD, preferred_element_type=wide)
 
 
 def empty_cache(config: ModelConfig, batch_size: int) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
             eps=config.epsilon,
             weight_decay=config.weight_decay,
             mask=decay_mask,
+            mu_dtype=config.moments,
         ),
     )
 

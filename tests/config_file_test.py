@@ -103,13 +103,13 @@ def test_fields_are_changed_by_text():
     config = default_config("SM")
     config.model.ffn_dim = 7
     texts = {
-        "model.ffn_dim": "None", "model.activation": "None", "train.num_steps": "7", "model.remat": "true",
+        "model.ffn_dim": "None", "model.activation": "None", "train.num_steps": "7", "model.tied_head": "false",
         "optimizer.learning_rate": "1e-2", "mesh.rules": "((r'.*', ('data', None)),)", "data.source": "None",
         "data.files": "~/x/*.py", "architecture": "SM+R",
     }  # fmt: skip
     change(config, texts)
     assert config.model.ffn_dim is None and config.model.activation is None and config.train.num_steps == 7
-    assert config.model.remat is True and config.optimizer.learning_rate == 0.01 and config.architecture == "SM+R"
+    assert config.model.tied_head is False and config.optimizer.learning_rate == 0.01 and config.architecture == "SM+R"
     assert config.mesh.rules == ((".*", ("data", None)),)
     assert config.data.files == os.path.expanduser("~/x/*.py")
     assert config.data.source == "None"  # a text like any other; check has the last word
@@ -121,7 +121,7 @@ def test_fields_are_changed_by_text():
         ("model.ffn_dim", "wide", "config.model.ffn_dim=wide must be a whole number"),
         ("train.num_steps", "1e3", "config.train.num_steps=1e3 must be a whole number"),
         ("optimizer.learning_rate", "fast", "config.optimizer.learning_rate=fast must be a number"),
-        ("model.remat", "perhaps", "config.model.remat=perhaps must be true or false"),
+        ("model.tied_head", "perhaps", "config.model.tied_head=perhaps must be true or false"),
         ("mesh.rules", "(", "config.mesh.rules=( must be a tuple"),
         ("train.num_step", "3", "config.train.num_step is not a field; did you mean 'train.num_steps'?"),
         ("data.files", "s3://bucket", "config.data.files='s3://bucket' is an address on a network"),

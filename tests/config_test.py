@@ -139,7 +139,7 @@ model.activation=swish model.activation=gelu model.temperature_init=0.0 model.te
 model.temperature_init=nan model.temperature_parameter=exp model.final_norm=batch model.final_norm=layers:layer
 model.final_norm=LN model.bias=some model.tied_head=maybe model.embedding_dropout=1.0 model.embedding_dropout=-0.1
 model.init_std=-0.1 model.init_std=nan model.residual_init_std=-1.0 model.norm_epsilon=-1e-05 model.scan_unroll=0
-model.remat=2
+model.remat=yes model.remat=atention:attention
 data.source= data.source=stdlibb:stdlib data.source=wiki data.vocab_size=0 data.vocab_size=10
 data.validation_fraction=0.0 data.validation_fraction=1.0 data.validation_fraction=-0.5 data.validation_fraction=nan
 data.max_documents=-1 data.num_threads=0 data.prefetch=0
@@ -151,6 +151,7 @@ optimizer.learning_rate=inf optimizer.end_learning_rate=-1.0 optimizer.end_learn
 optimizer.schedule=lineer:linear optimizer.warmup=-0.5 optimizer.warmup=nan optimizer.beta1=1.0 optimizer.beta1=-0.1
 optimizer.beta1=1.5 optimizer.beta2=1.0 optimizer.beta2=-0.1 optimizer.beta2=nan optimizer.epsilon=-1e-08
 optimizer.weight_decay=-0.1 optimizer.clip_norm=-1.0 optimizer.clip_norm=nan optimizer.accumulate=0
+optimizer.moments=float16:bfloat16
 penalty.weight=-1.0 penalty.weight=nan penalty.warmup=-0.5 penalty.warmup=2.0 penalty.tolerance=-0.2
 penalty.reduction=sum penalty.reduction=row_summ:row_sum penalty.shape=square penalty.shape=dead
 penalty.threshold_init=nan

@@ -154,7 +154,10 @@ def test_no_position_depends_on_a_later_one(name):
 
 
 @pytest.mark.parametrize("name", VARIED[2:4])
-@pytest.mark.parametrize("how", [dict(scan_unroll=2), dict(scan_unroll=99, remat=True), dict(remat=True)])
+@pytest.mark.parametrize(
+    "how",
+    [dict(scan_unroll=2), dict(scan_unroll=99, remat="attention"), dict(remat="attention+ffn"), dict(remat="full")],
+)
 def test_unrolling_and_recomputing_do_not_change_the_numbers(name, how):
     config = tiny(name, num_layers=3, ffn_free_layers=1 if "^" in name else 0)
     loss, gradients, collections = loss_and_gradients(config)
@@ -167,6 +170,16 @@ def test_unrolling_and_recomputing_do_not_change_the_numbers(name, how):
         np.testing.assert_allclose(two, one, rtol=1e-4, atol=atol)
     for one, two in zip(jax.tree.leaves(collections), jax.tree.leaves(collections_other), strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
+
+
+def test_the_more_is_kept_the_fewer_products_are_computed_again():
+    def products(remat):
+        config = tiny("SM+LN+G", num_layers=2, context_length=80, remat=remat, attention="blockwise")
+        step = jax.grad(functools.partial(loss_fn, model=Transformer(config)), has_aux=True)
+        return str(jax.make_jaxpr(step)(shapes(config)["params"], random_tokens(2, 81))).count("dot_general")
+
+    counts = [products(remat) for remat in ("none", "attention+ffn", "attention", "full")]
+    assert counts == sorted(set(counts)), counts
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jax_entropy.attention.dense import MASKED
@@ -30,7 +31,7 @@ def attend(
 def _forward(*arguments: CustomVJPPrimal) -> tuple[tuple[jax.Array, ...], Any]:
     """Largest q·k and log z are kept one by one: their sum has lost the digits that differences of large q·k need."""
     _, _, _, scale_NxT, _ = values = [argument.value for argument in arguments]
-    results = out_BxTxNxH, entropy_BxNxT, log_z_BxNxT, max_BxNxT = _attend(*values)
+    results = out_BxTxNxH, entropy_BxNxT, log_z_BxNxT, max_BxNxT = checkpoint_name(_attend(*values), "attention")
     has_temperature = () if arguments[3].perturbed else None  # residuals are arrays; this one's structure speaks
     max_BxNxT = max_BxNxT * scale_NxT[None]
     return (out_BxTxNxH, entropy_BxNxT, max_BxNxT + log_z_BxNxT, max_BxNxT), (values, results, has_temperature)

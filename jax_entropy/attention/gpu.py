@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -101,6 +102,7 @@ def _forward(
         name="attention_forward",
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
     )(q, k, v, base2(scale_NxT), position[None])
+    out, entropy, m, log_l = checkpoint_name((out, entropy, m, log_l), "attention")
     results = out, entropy, LN2 * (m + log_l), LN2 * m
     return results, (q, k, v, scale_NxT, position, out, entropy, *of_backward(m, log_l, q.dtype))
 

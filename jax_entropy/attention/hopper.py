@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -177,6 +178,7 @@ def _forward(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret
         **_launch(N, tiles, B, interpret),
     )(q, k, v, _padded(base2(scale_NxT), rows.shape[-1]))
     entropy, m, log_l = (x[..., :T] for x in (entropy, m, log_l))
+    out, entropy, m, log_l = checkpoint_name((out, entropy, m, log_l), "attention")
     results = out, entropy, LN2 * (m + log_l), LN2 * m
     return results, (q, k, v, scale_NxT, out, entropy, *of_backward(m, log_l, q.dtype))
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -109,7 +110,7 @@ def _forward(q, k, v, scale, position, kernels: Kernels, interpret: bool) -> tup
         scratch=[((P, Q, LANES), q.dtype), ((LANES, Q), jnp.float32), *[((P, Q), jnp.float32)] * 3],
         interpret=interpret,
     )(position)  # fmt: skip
-    out, (entropy, m, log_l) = out[:, :T], (x[..., :T] for x in stats)
+    out, entropy, m, log_l = checkpoint_name((out[:, :T], *(x[..., :T] for x in stats)), "attention")
     largest = m * scale[None]
     return (out, entropy, largest + LN2 * log_l, largest), (q, k, v, scale, position, out, entropy, m, log_l)
 

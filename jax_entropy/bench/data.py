@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+from absl import flags
 from ml_collections import ConfigDict
 
 from jax_entropy.config import check, model_config
@@ -14,6 +15,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.state import TrainState, init_state, make_train_step
 
 _STEPS = 10
+_READERS = ((1, 0), (2, 0), (4, 0), (1, 1), (1, 2))  # threads, processes
 
 
 def started(config: ConfigDict) -> tuple[Corpus, TrainState, Callable, Iterator]:
@@ -28,48 +30,51 @@ def started(config: ConfigDict) -> tuple[Corpus, TrainState, Callable, Iterator]
 
 
 def bench_data(
-    corpus: Corpus, batch_size: int, *, num_threads: int = 2, prefetch: int = 16, seconds: float = 3.0
+    corpus: Corpus, batch_size: int, *, num_threads: int, num_workers: int, prefetch: int = 16, seconds: float = 3.0
 ) -> dict[str, float]:
     """Reads training batches for a while, without a step behind them.
 
     Args:
       corpus: a prepared corpus.
       batch_size: B, chunks a batch.
-      num_threads, prefetch: as in `config.data`.
+      num_threads, num_workers, prefetch: as for `train_iterator`.
       seconds: how long to read.
     Returns:
-      `tokens_per_second` (predicted tokens, B · T a batch), `batches_per_second` and `first_batch_seconds`.
+      Predicted tokens a second, B · T a batch, and the seconds until the first batch.
     """
     start = time.perf_counter()
-    batches = train_iterator(corpus, batch_size=batch_size, seed=0, num_threads=num_threads, prefetch=prefetch)
+    options = dict(num_threads=num_threads, num_workers=num_workers, prefetch=prefetch)
+    batches = train_iterator(corpus, batch_size=batch_size, seed=0, **options)
     next(batches)
     first_batch_seconds = time.perf_counter() - start
     # What was read ahead during the start would flatter the rate.
-    for _ in range(prefetch):
+    for _ in range(prefetch * max(1, num_workers)):
         next(batches)
     start, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         next(batches)
         count += 1
+    if num_workers:
+        batches.close()
     return {
-        "tokens_per_second": count * batch_size * corpus.context_length / elapsed,
-        "batches_per_second": count / elapsed,
-        "first_batch_seconds": first_batch_seconds,
+        "loader tokens/s": count * batch_size * corpus.context_length / elapsed,
+        "first batch, s": first_batch_seconds,
     }
 
 
-def bench_feeding(config: ConfigDict) -> dict[str, float]:
-    """Tokens/s of the loader and of the training step of a config, and how many times faster the loader is."""
+def bench_feeding(config: ConfigDict, *, seconds: float = 3.0) -> Iterator[dict[str, float]]:
+    """Tokens/s of the loader with threads and with processes, and how many times those of the config's training step."""
     corpus, state, train_step, batches = started(config)
     batch_size = config.train.batch_size * config.optimizer.accumulate
-    loader = bench_data(corpus, batch_size, num_threads=config.data.num_threads, prefetch=config.data.prefetch)[
-        "tokens_per_second"
-    ]
-    seconds = []
+    taken = []
     for _ in range(_STEPS):
         tokens = next(batches)["tokens"]
         start = time.perf_counter()
         state, _ = jax.block_until_ready(train_step(state, tokens, False))
-        seconds.append(time.perf_counter() - start)
-    step = batch_size * corpus.context_length / statistics.median(seconds[1:])
-    return {"loader tokens/s": loader, "step tokens/s": step, "loader / step": loader / step}
+        taken.append(time.perf_counter() - start)
+    step = batch_size * corpus.context_length / statistics.median(taken[1:])
+    flags.FLAGS.mark_as_parsed()  # Grain's workers ask for them
+    for num_threads, num_workers in dict.fromkeys([(config.data.num_threads, 0), *_READERS]):
+        row = bench_data(corpus, batch_size, num_threads=num_threads, num_workers=num_workers, seconds=seconds)
+        ratio = {"step tokens/s": step, "loader / step": row["loader tokens/s"] / step}
+        yield dict(num_threads=num_threads, num_workers=num_workers) | row | ratio

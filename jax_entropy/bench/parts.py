@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -95,6 +96,8 @@ def versions(clock: Clock) -> Iterator[Row]:
         device=device.device_kind, platform=device.platform, memory_GiB=stats.get("bytes_limit", 0) / 2**30,
         python=platform.python_version(), jax=jax.__version__, jaxlib=jax.lib.__version__,
     )  # fmt: skip
+    if flags := os.environ.get("XLA_FLAGS"):
+        row["XLA_FLAGS"] = flags
     for package in ("flax", "optax", "numpy", "torch", "transformers"):
         row[package] = _version(package)
     if device.platform == "gpu":
@@ -247,6 +250,8 @@ def _step_row(clock: Clock, architecture: str, context: int) -> Row:
             break
     rate = batch * context / statistics.median(seconds[2:] or seconds)
     row = dict(architecture=architecture, T=context, batch=batch, tokens_per_second=rate, loss=float(metrics["loss"]))
+    if clock.left() > 0:
+        row["data_wait"] = _data_wait(lambda state, tokens: compiled(state, tokens)[0], state, np.asarray(tokens))
     if peak := peak_flops(jax.devices()[0].device_kind):
         from jax_entropy.census import census
 
@@ -255,6 +260,18 @@ def _step_row(clock: Clock, architecture: str, context: int) -> Row:
     return row | dict(
         compile_seconds=compile_seconds, temporaries_GiB=memory.temp_size_in_bytes / 2**30 if memory else None
     )
+
+
+def _data_wait(step: Callable, state: Any, rows: np.ndarray, steps: int = 20) -> float:
+    """Share of the time that steps wait for their batches, read on the host and placed while the step before runs."""
+    taken = []
+    for fed in (False, True):
+        resident, start = jax.device_put(rows), time.perf_counter()
+        for _ in range(steps):
+            state = step(state, jax.device_put(rows.copy()) if fed else resident)
+        jax.block_until_ready(state)
+        taken.append(time.perf_counter() - start)
+    return max(0.0, 1 - taken[0] / taken[1])
 
 
 def _training(architecture: str, context: int, fields: Row, dtype: str) -> tuple:

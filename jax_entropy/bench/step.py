@@ -64,6 +64,8 @@ def bench_step(
     start = time.monotonic()
     for dtype, context, batch in settings:
         row = dict(dtype=dtype, context=context, batch=batch)
+        if flags := os.environ.get("XLA_FLAGS"):
+            row["XLA_FLAGS"] = flags
         times, memory = _alternate(contenders, model | row, rounds)
         for name, seconds in times.items():
             row[f"{name} tokens/s"] = context * batch / statistics.median(seconds)

@@ -60,4 +60,5 @@ def main(shape: dict, compiled: bool) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # modules beside this one have names that transformers tries to import
     main(json.loads(sys.argv[-1]), compiled="compiled" in sys.argv)

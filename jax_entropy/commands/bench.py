@@ -6,7 +6,8 @@ from typing import Any
 
 from jax_entropy.bench.device import PARTS, bench_device
 from jax_entropy.commands.console import console, table, warn, write_json
-from jax_entropy.commands.parse import CONFIG, JSON, Flag, command
+from jax_entropy.commands.parse import CONFIG, JSON, XLA, Flag, command
+from jax_entropy.commands.process import set_compiler
 from jax_entropy.errors import UserError
 
 
@@ -22,15 +23,28 @@ def attention(values: Namespace) -> None:
 @command(
     Flag("rounds", 10, "steps of each contender, in turn"),
     Flag("peer_python", "", "a Python with torch and transformers; unset: this one, if it has them"),
+    Flag("compiled", False, "the peer once more under torch.compile with fused attention, which has no entropies"),
+    XLA,
     JSON,
-    examples=["bench step", "bench step --rounds=3 --peer_python=/path/to/torch/bin/python"],
+    examples=["bench step", "bench step --rounds=3 --peer_python=/path/to/torch/bin/python --compiled"],
 )
 def step(values: Namespace) -> None:
     """A step of training, beside PyTorch's where that is installed: some minutes."""
     _check_rounds(values.rounds)
+    set_compiler(values.xla)
     from jax_entropy.bench.step import bench_step
 
-    _print_rows(bench_step(rounds=values.rounds, peer_python=values.peer_python, notify=warn), values)
+    options = dict(rounds=values.rounds, peer_python=values.peer_python, compiled=values.compiled)
+    _print_rows(bench_step(**options, notify=warn), values)
+
+
+@command(Flag("rounds", 3, "steps of each row"), JSON, examples=["bench growth --json=growth.json"])
+def growth(values: Namespace) -> None:
+    """How time and memory of a step grow with layers, context, vocabulary and heads: some minutes."""
+    _check_rounds(values.rounds)
+    from jax_entropy.bench.growth import bench_growth
+
+    _print_rows(list(bench_growth(rounds=values.rounds, notify=warn)), values)
 
 
 @command(CONFIG, JSON, examples=["bench data --config=quickstart"])
@@ -38,7 +52,7 @@ def data(values: Namespace) -> None:
     """The loader, beside a step of training."""
     from jax_entropy.bench.data import bench_feeding
 
-    _print_rows([bench_feeding(values.config)], values)
+    _print_rows(list(bench_feeding(values.config)), values)
 
 
 @command(CONFIG, JSON, examples=["bench monitoring --config=quickstart"])
@@ -53,10 +67,12 @@ def monitoring(values: Namespace) -> None:
     Flag("out", Path("device"), "folder for device.json, written as it is measured, and device.md"),
     Flag("parts", ",".join(PARTS), "what to measure, separated by commas"),
     Flag("minutes", 8.0, "that all parts together may take"),
+    XLA,
     examples=["bench device --out=device", "bench device --parts=attention,step --minutes=3"],
 )
 def device(values: Namespace) -> None:
     """What one accelerator reaches: kernels, steps and memory, in minutes; no corpus, no network."""
+    set_compiler(values.xla)
     bench_device(values.out, parts=values.parts.split(","), minutes=values.minutes, notify=warn)
     print((values.out / "device.md").read_text())
 
@@ -77,7 +93,7 @@ def blocks(values: Namespace) -> None:
     _print_rows(list(bench_blocks(warn)), values)
 
 
-COMMANDS = {found.name: found for found in (attention, step, data, monitoring, device, kernels, blocks)}
+COMMANDS = {found.name: found for found in (attention, step, growth, data, monitoring, device, kernels, blocks)}
 
 
 def _check_rounds(rounds: int) -> None:

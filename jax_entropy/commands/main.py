@@ -31,6 +31,7 @@ FAMILIES = {
     "bench": "Speed and memory of attention, a step, the loader, and monitoring.",
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+_COMPILE = ("train", "evaluate", "generate")  # the same programs again and again
 _HELP = ("help", "--help", "-h")
 _INTERRUPTED = "jax-entropy: interrupted; the same command starts again"
 # glibc reads it when a process starts, and from nowhere else
@@ -84,6 +85,8 @@ def _run(arguments: list[str], is_process: bool) -> int:
             return 0
         if is_process and arguments[0] in ("train", "sweep", "bench") and not {"-h", "--help"} & set(rest):
             _use_huge_pages()
+        if is_process and command.name in _COMPILE:
+            process.keep_compilations()
         read = parse.read(command, rest)
         if read is None:
             print(parse.describe(called, command))

@@ -117,6 +117,7 @@ WORKDIR = Flag("workdir", None, "folder of the run; may be given without --workd
 CONFIG = Flag("config", None, "file.py, or quickstart, codeparrot, languini; :ARCHITECTURE may follow", required=True)
 BEST = Flag("best", False, "the best checkpoint by validation loss instead of the newest")
 JSON = Flag("json", None, "file for the numbers; - is standard output", kind=Path, endings=("",))
+XLA = Flag("xla", "", "compiler options beside XLA's own choice, written down with the numbers", choices=("fast",))
 DEBUG = Flag("debug", False, "show where in the code a mistake was found")
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jax_entropy.commands.console import console, table, warn, write_json
-from jax_entropy.commands.parse import CONFIG, JSON, Flag, command
+from jax_entropy.commands.parse import CONFIG, JSON, XLA, Flag, command
+from jax_entropy.commands.process import set_compiler
 from jax_entropy.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     Flag(
         "search", False, "try the meshes that batch and heads allow, with remat where needed, and rank those that fit"
     ),
+    XLA,
     Flag("efficiency", 0.5, "share of the chips' published rates that a run is taken to reach"),
     JSON,
     examples=[
@@ -37,6 +39,7 @@ def plan(values: Namespace) -> None:
         if not re.fullmatch(r"-?\d{1,6},-?\d{1,6},-?\d{1,6}", values.mesh):
             raise UserError(f"--mesh={values.mesh!r} must be three whole numbers, DATA,FSDP,TENSOR")
         values.config.mesh.update(zip(("data", "fsdp", "tensor"), map(int, values.mesh.split(",")), strict=True))
+    set_compiler(values.xla)
     from jax_entropy.plan import plan as compile_for
     from jax_entropy.plan import search
 
@@ -58,8 +61,9 @@ def _numbers(plan: "Plan", efficiency: float) -> dict:
 def print_plan(plan: "Plan", efficiency: float, console: "Console") -> None:
     """Prints whether a plan fits, where its time goes, and what the run costs in hours."""
     chip, mesh = plan.chip, "×".join(map(str, plan.mesh))
+    remat = "" if plan.remat == "none" else f", remat {plan.remat}"
     say = console.print
-    say(f"{plan.topology}: {plan.num_devices} chips, mesh {mesh} (data×fsdp×tensor){', remat' if plan.remat else ''}")
+    say(f"{plan.topology}: {plan.num_devices} chips, mesh {mesh} (data×fsdp×tensor){remat}")
     left = chip.memory - plan.peak
     parts = f"arguments {_gib(plan.arguments)}"
     if plan.temporaries is not None:
@@ -72,6 +76,8 @@ def print_plan(plan: "Plan", efficiency: float, console: "Console") -> None:
         f"a step: {plan.tokens:,} tokens, {_flops(plan.flops * plan.num_devices)} (forward and backward), "
         f"{_flops(plan.executed_flops)} on each chip; compiled in {plan.compile_seconds:.0f} s"
     )
+    if plan.launches:
+        say(f"kernels that a GPU starts: {plan.launches:,} a step")
     if plan.warnings:
         say(f"XLA gathers {plan.warnings} arrays whole to lay them out anew; see config.mesh.rules")
     rows = [(kind, f"{c.calls:,.0f}", f"{c.sent / 2**20:,.1f} MiB") for kind, c in sorted(plan.collectives.items())]
@@ -101,7 +107,7 @@ def print_search(plans: Sequence["Plan"], efficiency: float, console: "Console")
         seconds = plan.seconds(efficiency)
         terms = (f"{term / efficiency * 1e3:.1f}" for term in (*plan.terms.values(), max(plan.terms.values())))
         rows.append((
-            "×".join(map(str, plan.mesh)), "yes" if plan.remat else "no", _gib(plan.peak), *terms,
+            "×".join(map(str, plan.mesh)), plan.remat, _gib(plan.peak), *terms,
             f"{plan.tokens / seconds:,.0f}", f"{seconds * plan.num_steps / 3600 * plan.num_devices:,.1f}",
         ))  # fmt: skip
     console.print(table(columns, rows, left=2), crop=False)

@@ -1,14 +1,23 @@
-"""What a command needs of the process that it runs in, whoever runs it and wherever: threads, a place for settings."""
+"""What a command needs of the process that it runs in, whoever runs it and wherever: threads, places for what is kept."""
 
 import atexit
+import hashlib
+import importlib.util
 import os
+import platform
+import re
 import shutil
 import tempfile
 import threading
 from pathlib import Path
 
+from jax_entropy.commands.console import warn
 from jax_entropy.errors import UserError
+from jax_entropy.paths import cache_directory
 
+_KEPT = 2 << 30  # bytes of compiled programs
+# Of GPUs; other devices' compilers do not read them. Tried by counting (docs/benchmarks/step.md).
+_XLA = dict(fast="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_triton_gemm_any=true")
 _THREADS = 64  # XLA, TensorStore and the loader have so many on two cores, and end the process where one is missing
 
 
@@ -20,6 +29,44 @@ def prepare() -> None:
     """
     _check_threads()
     _give_matplotlib_a_folder()
+
+
+def set_compiler(options: str) -> None:
+    """Sets XLA's options by the name that `--xla` gives them; what the user's own XLA_FLAGS say wins. Before jax runs."""
+    if options:
+        os.environ["XLA_FLAGS"] = f"{_XLA[options]} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
+def keep_compilations() -> None:
+    """Lets JAX, once it is imported, keep what it compiles for the next process; JAX_COMPILATION_CACHE_DIR wins.
+
+    Compiled programs are code for one kind of processor: their folder is the user's own, one for each kind.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder = cache_directory() / "compilations" / _processor()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{folder} is not a folder that this user alone writes")
+    except (OSError, UserError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        warn(f"jax-entropy: the next start compiles anew, nothing is kept: {reason}; set JAX_COMPILATION_CACHE_DIR")
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if importlib.util.find_spec("filelock"):  # JAX needs it to throw away what was not used for longest
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_KEPT))
+
+
+def _processor() -> str:
+    """A name for the instructions that this machine's processor has."""
+    try:
+        flags = re.search(r"^(flags|Features)\s*:.*", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        flags = None
+    known = f"{platform.machine()} {flags[0] if flags else platform.processor()}"
+    return hashlib.sha256(known.encode()).hexdigest()[:12]
 
 
 def _check_threads() -> None:

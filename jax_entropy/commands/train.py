@@ -7,7 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 from jax_entropy.commands.console import console
-from jax_entropy.commands.parse import CONFIG, WORKDIR, Flag, command
+from jax_entropy.commands.parse import CONFIG, WORKDIR, XLA, Flag, command
+from jax_entropy.commands.process import set_compiler
 from jax_entropy.errors import UserError
 
 
@@ -16,6 +17,7 @@ from jax_entropy.errors import UserError
     WORKDIR,
     Flag("from", None, "workdir or Hugging Face folder to start from: what fits of its model is taken over", kind=Path),
     Flag("distributed", False, "one of several processes of one run, see docs/launching.md"),
+    XLA,
     Flag("profile", 0, "steps to trace into the workdir's folder `profile`"),
     examples=[
         "train --config=quickstart --workdir=runs/quickstart",
@@ -26,6 +28,7 @@ from jax_entropy.errors import UserError
 )
 def train(values: Namespace) -> None:
     """Trains the run of a config in a workdir, or goes on with it; there, and with --from, --config may be left out."""
+    set_compiler(values.xla)
     count, index = _place_among_processes() if values.distributed else (None, None)
     import jax
 

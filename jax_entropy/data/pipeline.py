@@ -21,6 +21,7 @@ def train_iterator(
     process_count: int = 1,
     num_threads: int = 2,
     prefetch: int = 16,
+    num_workers: int = 0,
 ) -> grain.DatasetIterator:
     """Iterates for ever over shuffled training batches, in a new order each epoch.
 
@@ -34,6 +35,7 @@ def train_iterator(
       process_index, process_count: this process reads its share of every global batch.
       num_threads: threads that read ahead.
       prefetch: batches that are read ahead.
+      num_workers: processes that read instead of this one's threads; `get_state` is then of another form.
     Returns:
       Iterator of {"tokens": int32 [B / process_count, T + 1]}.
     Raises:
@@ -55,7 +57,9 @@ def train_iterator(
         .batch(batch_per_process, drop_remainder=True)
         .map(lambda indices: {"tokens": _read(chunks, indices)})
     )
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    reader = dataset.to_iter_dataset(options)
+    return iter(reader.mp_prefetch(grain.MultiprocessingOptions(num_workers)) if num_workers else reader)
 
 
 def validation_batches(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jax_entropy.annealing import trained_model
-from jax_entropy.census import census
+from jax_entropy.architecture import REMAT, ModelConfig
+from jax_entropy.census import Census, census
 from jax_entropy.chips import Chip
 from jax_entropy.config import check
 from jax_entropy.data.tokenizer import vocabulary
@@ -35,16 +36,17 @@ class Plan:
     topology: str
     chip: Chip
     mesh: tuple[int, ...]  # data, fsdp, tensor
-    remat: bool
+    remat: str  # as in config.model
     tokens: int  # in a step, over all devices
     num_steps: int
     flops: float  # of the model: forward once, backward twice
-    executed_flops: float  # with what remat computes again
+    executed_flops: float  # with what the backward pass computes again
     arguments: int  # parameters, optimiser state and the batch
     temporaries: int | None  # None: the compiler stopped before it knew
     peak: float  # what the compiler needs
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
     traffic: float = 0.0
+    launches: int = 0  # kernels that a GPU starts
     compile_seconds: float = 0.0
     warnings: int = 0  # arrays that XLA says it gathers whole to lay them out anew
 
@@ -94,7 +96,7 @@ def plan(config: ConfigDict, topology: str) -> Plan:
         for leaf, sharding in zip(placed[:half], placed[half:], strict=True)
     )
     counted = census(model.config)
-    again = counted.blocks_flops if config.model.remat else 0
+    again = _computed_again(model.config, counted)
     common = dict(
         topology=topology, chip=chip, mesh=tuple(mesh.shape.values()), remat=config.model.remat,
         tokens=sequences * config.model.context_length, num_steps=config.train.num_steps,
@@ -122,27 +124,42 @@ def plan(config: ConfigDict, topology: str) -> Plan:
         peak=kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         collectives=program.collectives(),
         traffic=program.traffic(),
+        launches=program.launches() if chip.platform == "gpu" else 0,
         compile_seconds=time.perf_counter() - begin,
         warnings=said().count(_REMATERIALIZED),
     )
 
 
+def _computed_again(config: ModelConfig, counted: Census) -> int:
+    """FLOPs of a forward pass that the backward pass repeats under `config.remat`."""
+    T, D, L = config.context_length, config.model_dim, config.num_layers
+    attention = 3 * T**2 * D * L  # as the census counts
+    kept = {
+        "none": counted.blocks_flops,
+        "attention+ffn": attention + 2 * T * D**2 * (L - config.ffn_free_layers),
+        "attention": attention,
+        "full": 0,
+    }
+    return counted.blocks_flops - kept[config.remat]
+
+
 def search(config: ConfigDict, topology: str, notify: Callable[[str], None]) -> list[Plan]:
     """Plans of all meshes that batch and heads allow, the fastest first; those that do not fit are left out.
 
-    Remat is tried where a mesh does not fit without: it only computes more.
+    Remat is tried where a mesh does not fit without, the kind that computes least first.
     """
     check(config)
     _, devices = devices_of(topology)
     plans = []
     for mesh in _meshes(config, devices):
-        for remat in (False, True):
+        for remat in REMAT:
             trial = config.copy_and_resolve_references()
             trial.model.remat = remat
             trial.mesh.update(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])
             tried = plan(trial, topology)
             verdict = f"{max(tried.terms.values()) * 1e3:.1f} ms at published rates" if tried.fits else "does not fit"
-            notify(f"{'×'.join(map(str, mesh))}{', remat' if remat else ''}: {tried.peak / 2**30:.2f} GiB, {verdict}")
+            kind = "" if remat == "none" else f", remat {remat}"
+            notify(f"{'×'.join(map(str, mesh))}{kind}: {tried.peak / 2**30:.2f} GiB, {verdict}")
             if tried.fits:
                 plans.append(tried)
                 break

@@ -133,6 +133,14 @@ class Program:
             total += turns * self._moved(instruction, self.computations[computation])
         return total
 
+    def launches(self) -> int:
+        """Kernels that a GPU starts in one step: fusions, products, copies and what else computes or moves."""
+        launched = (
+            turns for _, instruction, turns in self.executed()
+            if instruction.opcode not in _FREE and not instruction.opcode.endswith(("-done", "-update"))
+        )  # fmt: skip
+        return round(sum(launched))
+
     def _moved(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
         shapes = [scope[name].shape if name in scope else "" for name in instruction.operands]
         if instruction.opcode == "fusion":

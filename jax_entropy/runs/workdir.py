@@ -257,11 +257,13 @@ _NO_STATUS = Status("", 0, 0, "", 0.0, 0, "")
 
 
 def _versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a run computes."""
+    """Of Python and of the packages that decide what a run computes, and the options that XLA was given."""
     found = dict(Python=platform.python_version())
     for name in ("jax_entropy", "jax", "flax", "optax"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    if flags := os.environ.get("XLA_FLAGS"):
+        found["XLA_FLAGS"] = flags
     return found
 
 

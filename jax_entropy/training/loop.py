@@ -1,6 +1,7 @@
 """The steps of a run, from a restored or fresh state to the last step, a signal, or a loss that cannot be trained on.
 
-A step never waits for its metrics: those of step n−1 are fetched after step n was launched.
+A step never waits for its metrics: those of step n−1 are fetched after step n was launched. Nor for its batch: that of
+step n is read, and on its way to the devices, while step n−1 runs.
 """
 
 import contextlib
@@ -90,9 +91,9 @@ class Loop:
             step += 1
             self.trace.begin(step - start.step)
             with self.clock.spending("data_wait"):
-                rows = next(iterator)["tokens"]
+                batch = self._place(next(iterator)["tokens"])
             watch = step in (1, options.num_steps) or step % options.log_every == 0
-            state, metrics = train_step(state, self._place(rows), watch)
+            state, metrics = train_step(state, batch, watch)
             if pending:
                 self._report(*pending)
             self.clock.tick()

@@ -165,6 +165,5 @@ def test_impossible_batches_are_one_sentence(corpus, options, sentence):
 
 
 def test_loader_benchmark_counts_tokens(corpus):
-    rates = bench_data(corpus, B, prefetch=2, seconds=0.2)
-    assert rates["tokens_per_second"] == pytest.approx(rates["batches_per_second"] * B * T)
-    assert rates["tokens_per_second"] > 10_000
+    rates = bench_data(corpus, B, num_threads=1, num_workers=0, prefetch=2, seconds=0.2)
+    assert rates["loader tokens/s"] > 10_000 and rates["first batch, s"] > 0

@@ -15,7 +15,7 @@ ROOMS = """
     errors paths manifest seeds supervise
     architecture entropy chips data
     fields config config_file sharding
-    products attention parts layers model census loss metrics optimizer state
+    products annealing attention parts layers model census loss metrics optimizer state
     runs report plan evaluate generate huggingface
     training private.engine private.program private.session private.cost private
     sweep bench commands __main__

@@ -138,16 +138,14 @@ def cross_entropy(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax
 def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     count, dtype, wide = targets_BxT.size, hidden_BxTxD.dtype, head_VxD.dtype
 
-    def share(logits_RxV, targets_R):
-        return jnp.sum(jnp.where(targets_R == _NONE, 0, _losses(logits_RxV, targets_R))) / count
-
     def rows_gradients(head_VxD, hidden_BxTxD, targets_BxT):
         head_DxV, (B, T) = transposed(head_VxD), targets_BxT.shape
 
         def step(carry, chunk):
             (loss, d_head_DxV), (hidden_RxD, targets_R) = carry, chunk
-            more, d_logits_RxV = jax.value_and_grad(share)(wide_product(hidden_RxD, head_DxV), targets_R)
-            d_logits_RxV = d_logits_RxV.astype(dtype)
+            logits_RxV = wide_product(hidden_RxD, head_DxV)
+            more = jnp.sum(jnp.where(targets_R == _NONE, 0, _losses(logits_RxV, targets_R))) / count
+            d_logits_RxV = _losses_gradient(logits_RxV, targets_R, 1 / count).astype(dtype)
             d_head_DxV += outer_product(hidden_RxD, d_logits_RxV).astype(wide)
             return (loss + more, d_head_DxV), wide_product(d_logits_RxV, head_VxD).astype(dtype)
 
@@ -173,6 +171,14 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 def _losses(logits_RxV: jax.Array, targets_R: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits_RxV, targets_R)
+
+
+def _losses_gradient(logits_RxV: jax.Array, targets_R: jax.Array, share: float) -> jax.Array:
+    """Of the losses' sum times `share`, 0 where there is no target: softmax − one-hot, in one pass and no scatter."""
+    e_RxV = jnp.exp(logits_RxV - jnp.max(logits_RxV, axis=-1, keepdims=True))
+    share_R = jnp.where(targets_R == _NONE, 0, jnp.asarray(share, e_RxV.dtype))
+    hit_RxV = targets_R[:, None] == jnp.arange(logits_RxV.shape[1], dtype=targets_R.dtype)[None]
+    return e_RxV * (share_R / jnp.sum(e_RxV, axis=-1))[:, None] - jnp.where(hit_RxV, share_R[:, None], 0)
 
 
 def chunk_rows(vocab_size: int) -> int:

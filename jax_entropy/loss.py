@@ -100,7 +100,8 @@ def teacher_divergence(
 ) -> jax.Array:
     """τ²·KL(teacher ‖ model) of the distributions at temperature τ, in nats per token; both are chunked like the loss.
 
-    The teacher is not differentiated. Of what pads a chunk both say the same. τ² keeps the size of the gradient (arXiv 1503.02531).
+    The teacher is not differentiated. Of what pads a chunk both say the same. τ² keeps the size of the gradient
+    (arXiv 1503.02531).
     """
 
     @jax.checkpoint

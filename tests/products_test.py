@@ -31,7 +31,7 @@ def test_a_product_and_its_gradients(K, M, dtype, rtol):
 
 
 def test_bfloat16_is_not_widened_for_a_product_on_cpu():
-    """What XLA would do by itself, at a fifth of the speed: no product of a layer or its gradients has wide operands."""
+    """What XLA would do by itself, at a fifth of the speed: no product of a gradient has wide operands."""
     x, w, dy = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 64), (64, 128), (256, 128)))
     text = jax.jit(lambda x, w, dy: jax.vjp(product, x, w)[1](dy)).lower(x, w, dy).compile().as_text()
     if "ynn" not in text:

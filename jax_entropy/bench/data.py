@@ -63,7 +63,7 @@ def bench_data(
 
 
 def bench_feeding(config: ConfigDict, *, seconds: float = 3.0) -> Iterator[dict[str, float]]:
-    """Tokens/s of the loader with threads and with processes, and how many times those of the config's training step."""
+    """Tokens/s of the loader with threads and with processes, and how many times those of the config's step."""
     corpus, state, train_step, batches = started(config)
     batch_size = config.train.batch_size * config.optimizer.accumulate
     taken = []

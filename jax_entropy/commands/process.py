@@ -1,4 +1,4 @@
-"""What a command needs of the process that it runs in, whoever runs it and wherever: threads, places for what is kept."""
+"""What a command needs of the process that it runs in, whoever runs it and wherever: threads, places for files."""
 
 import atexit
 import hashlib
@@ -32,7 +32,7 @@ def prepare() -> None:
 
 
 def set_compiler(options: str) -> None:
-    """Sets XLA's options by the name that `--xla` gives them; what the user's own XLA_FLAGS say wins. Before jax runs."""
+    """Sets XLA's options by the name that `--xla` gives them, before JAX runs; the user's own XLA_FLAGS win."""
     if options:
         os.environ["XLA_FLAGS"] = f"{_XLA[options]} {os.environ.get('XLA_FLAGS', '')}".strip()
 

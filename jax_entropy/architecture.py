@@ -25,7 +25,7 @@ _CHOICES = {
     "remat": REMAT,
     "dtype": ("float32", "bfloat16"),
 }
-_POSITIVE = ("num_layers", "num_heads", "model_dim", "context_length", "vocab_size", "scan_unroll")
+_POSITIVE = ("num_layers", "num_heads", "model_dim", "context_length", "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class ModelConfig:
 
     # How it is computed.
     attention: str = "auto"  # implementation of the operator
-    scan_unroll: int = 1  # layers unrolled in one turn of the scan
+    scan_unroll: int = 0  # layers unrolled in one turn of the scan; 0: by the rule of the model
     remat: str = "none"  # of a block for its backward pass: nothing, all but what is named, or all, is computed again
     dtype: str = "float32"  # of activations and matrix products; statistics and loss are float32
 
@@ -93,6 +93,8 @@ class ModelConfig:
         for name in (*_POSITIVE, *(("ffn_dim",) if self.ffn_dim is not None else ())):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise UserError(f"model field {name}={value!r} must be a whole number of at least 1")
+        if not isinstance(self.scan_unroll, int) or self.scan_unroll < 0:
+            raise UserError(f"model field scan_unroll={self.scan_unroll!r} must be a whole number of at least 0")
         if self.model_dim % self.num_heads:
             widths = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
             close = min(widths, key=lambda n: abs(n - self.num_heads))

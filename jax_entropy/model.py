@@ -14,7 +14,7 @@ from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats
 from jax_entropy.errors import UserError
 from jax_entropy.layers import Block, Shared, Stream, Watched, normalise
-from jax_entropy.sharding import BATCH, constrain
+from jax_entropy.sharding import BATCH, constrain, platform
 
 
 class Aux(NamedTuple):
@@ -97,18 +97,30 @@ class Transformer(nn.Module):
 
 def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:
     """`length` blocks as one scanned block whose parameters have a leading L axis."""
-    block = Block
+    block, unroll = Block, _unroll(config, length)
     if config.remat != "none":  # "full" names nothing that is there
         policy = jax.checkpoint_policies.save_only_these_names(*config.remat.split("+"))
-        block = nn.remat(Block, prevent_cse=False, policy=policy)
+        # without a loop between the two, the compiler would find the second computation in the first
+        block = nn.remat(Block, prevent_cse=unroll == length, policy=policy)
     return nn.scan(
         block,
         variable_axes={"params": 0, "spectral": 0, "annealing": 0, "cache": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=length,
-        unroll=min(config.scan_unroll, length),
+        unroll=unroll,
     )(config, with_ffn=with_ffn)
+
+
+def _unroll(config: ModelConfig, length: int) -> int:
+    """Layers in one turn of the scan of `length`.
+
+    By itself a GPU unrolls what is compiled soon: what a loop stacks for its backward pass is a quarter of the bytes
+    that a step moves (docs/benchmarks/step.md).
+    """
+    if config.scan_unroll:
+        return min(config.scan_unroll, length)
+    return length if platform() == "gpu" and length <= 12 and config.remat == "none" else 1
 
 
 def logits(hidden_BxTxD: jax.Array, head_VxD: jax.Array) -> jax.Array:

@@ -198,7 +198,7 @@ def test_what_is_no_text_is_refused(name):
 
 FIELDS = {
     "num_layers": (0, -1, 2.0, "12"), "num_heads": (0,), "model_dim": (0,), "context_length": (0,), "vocab_size": (0,),
-    "scan_unroll": (0,), "ffn_dim": (0, -4, 1.5), "norm": ("layers", None), "final_norm": ("LN",),
+    "scan_unroll": (-1, 1.5), "ffn_dim": (0, -4, 1.5), "norm": ("layers", None), "final_norm": ("LN",),
     "activation": ("swish",),
     "slope": ("head",), "ffn": ("fusd",), "reparametrized": ("QQ", "QK"), "reparametrization": ("weight", "wieght"),
     "temperature_parameter": ("exp",), "bias": (True,), "dtype": ("float16",),

@@ -138,7 +138,7 @@ model.model_dim=33 model.ffn_dim=0 model.ffn_dim=100 model.context_length=0 mode
 model.activation=swish model.activation=gelu model.temperature_init=0.0 model.temperature_init=-1.0
 model.temperature_init=nan model.temperature_parameter=exp model.final_norm=batch model.final_norm=layers:layer
 model.final_norm=LN model.bias=some model.tied_head=maybe model.embedding_dropout=1.0 model.embedding_dropout=-0.1
-model.init_std=-0.1 model.init_std=nan model.residual_init_std=-1.0 model.norm_epsilon=-1e-05 model.scan_unroll=0
+model.init_std=-0.1 model.init_std=nan model.residual_init_std=-1.0 model.norm_epsilon=-1e-05 model.scan_unroll=-1
 model.remat=yes model.remat=atention:attention
 data.source= data.source=stdlibb:stdlib data.source=wiki data.vocab_size=0 data.vocab_size=10
 data.validation_fraction=0.0 data.validation_fraction=1.0 data.validation_fraction=-0.5 data.validation_fraction=nan

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jax_entropy import model
 from jax_entropy.errors import UserError
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer, empty_cache
@@ -170,6 +171,14 @@ def test_unrolling_and_recomputing_do_not_change_the_numbers(name, how):
         np.testing.assert_allclose(two, one, rtol=1e-4, atol=atol)
     for one, two in zip(jax.tree.leaves(collections), jax.tree.leaves(collections_other), strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_are_unrolled_by_a_rule_where_nothing_is_asked_for(monkeypatch):
+    for platform, unrolled in (("gpu", [12, 1]), ("cpu", [1, 1]), ("tpu", [1, 1])):
+        monkeypatch.setattr(model, "platform", lambda platform=platform: platform)
+        assert [model._unroll(tiny("SM"), length) for length in (12, 48)] == unrolled
+        assert model._unroll(tiny("SM", scan_unroll=5), 3) == 3
+        assert model._unroll(tiny("SM", remat="full"), 12) == 1
 
 
 def test_the_more_is_kept_the_fewer_products_are_computed_again():

@@ -24,6 +24,7 @@ SETTING = (
     Flag("fraction_bits", Setting().fraction_bits, "of the 64 bits of a number"),
     Flag("exponent", Setting().exponent, "quadratic, taylor or pade: how the exponential is computed"),
     Flag("exponent_iterations", Setting().exponent_iterations, "squarings of quadratic or taylor; 0: 6 and 10"),
+    Flag("low_bit_error", Setting().low_bit_error, "no: products of cheetah are exact below what is dropped"),
     Flag("colocated", Setting().colocated, "no: cheetah has the weights as shares, though the server knows them"),
 )
 WITHOUT = Flag("without", "", "rewrites to switch off, separated by commas; 'all' exports the model plainly")

@@ -52,6 +52,7 @@ class Server:
         )
 
     def __enter__(self):
+        assert "protects NOTHING from a client" in self.process.stdout.readline()  # its first words
         wait_for_line(self.process, "serves ")
         return self
 

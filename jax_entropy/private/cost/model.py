@@ -149,6 +149,7 @@ def write_costs(setting: Setting, coefficients: dict[str, Any]) -> None:
 
 def _name(setting: Setting) -> str:
     weights = " shared weights" if setting.protocol == "cheetah" and not setting.colocated else ""
+    weights += " exact" if setting.protocol == "cheetah" and not setting.low_bit_error else ""
     return f"{setting.protocol} {setting.fraction_bits} bits {setting.exponent} {setting.squarings}{weights}"
 
 

@@ -201,7 +201,7 @@ def linear(work: Work, plain: bool) -> list[float]:
 # those that come back, in products of matrices and of elements, and of both ways of a product of two secrets.
 SLOTS = 8192
 MATRIX_SENT, MATRIX_BACK, MATRIX_RESULT = 184_985, 254_300, 16.8
-SENT, BACK, BOTH = 643_800, 501_700, 1_789_750
+SENT, BACK, BOTH = 486_300, 378_900, 1_351_800
 
 
 def ciphertexts(work: Work, party: int) -> tuple[list[float], list[float]]:

@@ -34,7 +34,7 @@ class Setting(NamedTuple):
 
     fraction_bits: of 64. exponent: "quadratic", (1 + y + y²/2)^(2ⁿ) with y = x/2ⁿ; "taylor", (1 + y)^(2ⁿ); or "pade".
     exponent_iterations: n of the first two; 0: 6 and 10. colocated: CHEETAH may use that the server knows its own
-    weights.
+    weights. low_bit_error: its products of two secrets may be off by one in the bits that truncation drops.
     """
 
     protocol: str = "semi2k"
@@ -42,6 +42,7 @@ class Setting(NamedTuple):
     exponent: str = "quadratic"
     exponent_iterations: int = 0
     colocated: bool = True
+    low_bit_error: bool = True
 
     @property
     def num_parties(self) -> int:
@@ -82,8 +83,9 @@ class Setting(NamedTuple):
         config = dict(protocol=self.protocol.upper(), fxp_fraction_bits=self.fraction_bits)
         config["fxp_exp_mode"] = "EXP_PADE" if self.exponent == "pade" else "EXP_TAYLOR"
         config["fxp_exp_iters"] = self.squarings
-        if self.protocol == "cheetah" and self.colocated:
-            config["experimental_enable_colocated_optimization"] = True
+        if self.protocol == "cheetah":
+            config["experimental_enable_colocated_optimization"] = self.colocated
+            config["cheetah_2pc_config.enable_mul_lsb_error"] = self.low_bit_error
         return config
 
 

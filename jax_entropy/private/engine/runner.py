@@ -31,7 +31,8 @@ def engine_config(options) -> libspu.RuntimeConfig:
         if name == "fxp_exp_mode":
             value = getattr(libspu.RuntimeConfig.ExpMode, value)
         if name != "protocol":
-            setattr(config, name, value)
+            part, _, field = name.rpartition(".")
+            setattr(getattr(config, part) if part else config, field, value)
     return config
 
 

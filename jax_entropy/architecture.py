@@ -23,6 +23,7 @@ _CHOICES = {
     "temperature_parameter": ("direct", "log"),
     "bias": ("none", "qk", "all"),
     "remat": REMAT,
+    "value_embedding_layers": ("alternate", "all"),
     "dtype": ("float32", "bfloat16"),
 }
 _POSITIVE = ("num_layers", "num_heads", "model_dim", "context_length", "vocab_size")
@@ -61,6 +62,11 @@ class ModelConfig:
     qk_norm: bool = False  # QKN: queries and keys have the size of 1, times a learned scalar a head
     logit_cap: int = 0  # Cap(30): logits are 30·tanh(s/30); 0: none
     value_residual: bool = False  # VRes: v of layer 0 is mixed into those of the others
+    log_scale: bool = False  # SM(log): scores times s·log(visible keys), one learned s for each head
+    value_embedding: bool = False  # VEmb: a second table of tokens is added to v
+    num_slots: int = 0  # Mem8: so many learned keys and values a head, seen by every query
+    window_pattern: str = ""  # Win(SSSL,32): S a layer with a window, L one that sees all, repeated over the layers
+    window: int = 0  # keys that a query sees in an S, its own and those before it
 
     # What it leaves open.
     temperature_init: float = 1e-2  # divisor of the scaled logits
@@ -73,6 +79,9 @@ class ModelConfig:
     learned_positions: bool = True  # a table of positions, added to the embeddings
     rotary_base: float = 1e4  # the longest wavelength of RoPE is about 2π times this, in tokens
     value_residual_init: float = 0.5  # share of layer 0 in VRes
+    log_scale_init: float = 0.25  # s of SM(log)
+    value_embedding_init: float = 0.5  # factor of the table of VEmb
+    value_embedding_layers: str = "alternate"  # alternate (the last and every other before it) | all
     tied_head: bool = True
     embedding_scale: float = 1.0  # √D in Languini's GPT
     embedding_dropout: float = 0.0
@@ -130,11 +139,25 @@ class ModelConfig:
                 raise UserError(f"model field {name}={value!r} must be above 0")
         if not 0 <= self.embedding_dropout < 1:
             raise UserError(f"model field embedding_dropout={self.embedding_dropout} must be in [0, 1)")
-        for name in ("conv_width",):
+        for name in ("conv_width", "num_slots", "window"):
             if not isinstance(value := getattr(self, name), int) or value < 0:
                 raise UserError(f"model field {name}={value!r} must be a whole number, 0 for none")
         if self.conv_width == 1:
             raise UserError("Conv1 (conv_width=1) sees no other position; the narrowest convolution is Conv2")
+        if bool(self.window_pattern) != bool(self.window) or not re.fullmatch("[SL]*", self.window_pattern):
+            raise UserError(
+                f"Win({self.window_pattern},{self.window}) is no pattern of windows: S for a layer with one, L for one "
+                "that sees all, and how many keys an S sees, as in Win(SSSL,32)"
+            )
+        if self.window_pattern and "S" not in self.window_pattern:
+            raise UserError(
+                f"no layer of Win({self.window_pattern},{self.window}) has a window; the letter for one is S"
+            )
+        if self.window >= self.context_length:
+            raise UserError(
+                f"Win({self.window_pattern},{self.window}) leaves out nothing: window={self.window} must be below "
+                f"context_length={self.context_length}"
+            )
         if self.rotary and self.head_dim % 2:
             raise UserError(
                 f"RoPE rotates pairs of features, and heads of model_dim={self.model_dim} / num_heads={self.num_heads} "
@@ -142,7 +165,7 @@ class ModelConfig:
             )
         if not (isinstance(self.power, int) and 0 <= self.power <= 16 and self.power % 2 == 0):
             raise UserError(f"the power of PSM({self.power}) must be even, from 2 to 16")
-        if self.power and self.learnable_temperature:
+        if self.power and (self.learnable_temperature or self.log_scale):
             raise UserError(
                 f"PSM({self.power}) has a learned shift in the place of a temperature; leave one of them out"
             )
@@ -172,6 +195,20 @@ class ModelConfig:
         with_ffn = self.num_layers - self.ffn_free_layers
         stacks = {"blocks": range(with_ffn), "blocks_without_ffn": range(with_ffn, self.num_layers)}
         return {name: layers for name, layers in stacks.items() if layers}
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How many tokens a query sees in each layer, its own and those before it."""
+        letters = (self.window_pattern or "L") * self.num_layers
+        return tuple(self.window if letter == "S" else self.context_length for letter in letters[: self.num_layers])
+
+    @property
+    def embedded_values(self) -> tuple[bool, ...]:
+        """Which layers have a table added to their values."""
+        every = self.value_embedding_layers == "all"
+        return tuple(
+            self.value_embedding and (every or (self.num_layers - layer) % 2 == 1) for layer in range(self.num_layers)
+        )
 
     def __str__(self) -> str:
         """The architecture in the paper's notation."""
@@ -239,8 +276,11 @@ def _value(field: str, text: str) -> Any:
 
 
 _ATTENTION = Place("attention", {}, (
-    ("SM", dict(learnable_temperature=False, power=0)), ("SM(t)", dict(learnable_temperature=True, power=0)),
-    ("PSM({power:4})", dict(learnable_temperature=False)),
+    ("SM", dict(learnable_temperature=False, log_scale=False, power=0)),
+    ("SM(t)", dict(learnable_temperature=True, log_scale=False, power=0)),
+    ("SM(log)", dict(learnable_temperature=False, log_scale=True, power=0)),
+    ("SM(t,log)", dict(learnable_temperature=True, log_scale=True, power=0)),
+    ("PSM({power:4})", dict(learnable_temperature=False, log_scale=False)),
 ))  # fmt: skip
 # The paper's pieces come after it in this order, each at most once.
 _PIECES = (
@@ -272,6 +312,9 @@ _PARTS = (
     Place("rotation", dict(rotary=False), (("RoPE", dict(rotary=True)),)),
     Place("soft cap", dict(logit_cap=0), (("Cap({logit_cap:30})", {}),)),
     Place("value residual", dict(value_residual=False), (("VRes", dict(value_residual=True)),)),
+    Place("value embedding", dict(value_embedding=False), (("VEmb", dict(value_embedding=True)),)),
+    Place("slots", dict(num_slots=0), (("Mem{num_slots:8}", {}),)),
+    Place("windows", dict(window_pattern="", window=0), (("Win({window_pattern:SSSL},{window:32})", {}),)),
 )
 PLACES = (_ATTENTION, *_PIECES, *_PARTS)
 PARTS = tuple(example for place in _PARTS for example in place.examples())
@@ -290,13 +333,13 @@ def architecture(name: str, **overrides: Any) -> ModelConfig:
     """Parses the paper's notation, as in Table 1, §4 and Appendix A, and its parts into a `ModelConfig`.
 
     Args:
-      name: `[EReg(] SM[(t)]|PSM(p) [+LN|+RN|+FN|+DyT] [+G|+R|+LR(slope)] [+WNorm(X)|+SNorm(X)|+SReparam(X)]
+      name: `[EReg(] SM[(t)|(log)]|PSM(p) [+LN|+RN|+FN|+DyT] [+G|+R|+LR(slope)] [+WNorm(X)|+SNorm(X)|+SReparam(X)]
         [+ScFFN|+ScFuFFN|+BiFFN] [+part]… [^k] [)]`.
       **overrides: any field of `ModelConfig`; they win over the notation.
     Raises:
       UserError (a ValueError): names the piece that is wrong and the nearest valid spelling.
     """
-    fields = _parse(name)
+    fields = written_fields(name)
     known = [field.name for field in dataclasses.fields(ModelConfig)]
     for key in overrides:
         if key not in known:
@@ -304,7 +347,13 @@ def architecture(name: str, **overrides: Any) -> ModelConfig:
     return ModelConfig(**(fields | overrides))
 
 
-def _parse(name: str) -> dict[str, Any]:
+def written_fields(name: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` that a notation says something of, what is not there included.
+
+    Raises:
+      UserError (a ValueError): as `architecture` does.
+    """
+
     def wrong(piece: str, choices=_SPELLINGS) -> UserError:
         return UserError(f"architecture {name!r}: {piece!r} is not understood{nearest(piece, choices)}")
 

@@ -3,6 +3,7 @@
 Counted as in Tables 3, 4, 7 and 8 of the paper, and what these leave out (the final normalisation) in rows of its own.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -117,9 +118,11 @@ def census(config: ModelConfig) -> Census:
     T, D, F, L, N = config.context_length, config.model_dim, config.hidden_dim, config.num_layers, config.num_heads
     with_ffn = L - config.ffn_free_layers
     matrices = {"full": 2 * D * F, "fused": D * D, "bilinear": 3 * D * F}[config.ffn]
-    operations = [Operation("power softmax" if config.power else "softmax", L * N, T, T)]
+    softmax = "power softmax" if config.power else "softmax"
+    layers = collections.Counter(config.windows)  # by how many tokens a query sees at most
+    operations = [Operation(softmax, layers[seen] * N, T, seen + config.num_slots) for seen in sorted(layers)[::-1]]
     if config.logit_cap:
-        operations.append(Operation("soft cap", L * N, T, T))
+        operations.append(Operation("soft cap", L * N, T, T + config.num_slots))
     if config.qk_norm:
         operations.append(Operation("QK-norm", 2 * L * N, T, config.head_dim))
     if config.norm != "none":
@@ -133,12 +136,19 @@ def census(config: ModelConfig) -> Census:
         config=config,
         ffn_flops=2 * T * matrices * with_ffn,
         # The tables' 3: all pairs of tokens would be 4, those under the causal mask 2.
-        # Two multiply-adds turn a number of q and k.
-        attention_flops=L * (8 * T * D**2 + 3 * T**2 * D + 6 * config.conv_width * T * D + 8 * config.rotary * T * D),
+        attention_flops=L * (8 * T * D**2 + 3 * T**2 * D) + _parts_flops(config),
         parameters=_count_parameters(config),
         operations=tuple(operation for operation in operations if operation.name not in _LINEAR),
         final_operations=tuple(operation for operation in final if operation.name not in _LINEAR),
     )
+
+
+def _parts_flops(config: ModelConfig) -> int:
+    """What parts add: two multiply-adds turn a number of q and k; pairs beyond a window are computed by nobody."""
+    T, D, L = config.context_length, config.model_dim, config.num_layers
+    hidden = sum((T - window) * (T - window + 1) // 2 for window in config.windows)
+    added = L * (6 * config.conv_width + 8 * config.rotary + 2 * config.value_residual + 4 * config.num_slots)
+    return (added + 2 * sum(config.embedded_values)) * T * D - 4 * hidden * D
 
 
 @functools.cache

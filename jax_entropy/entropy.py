@@ -58,10 +58,11 @@ def entropy_penalty(
     tolerance: float,
     reduction: str = "row_sum",
     shape: str = "deadzone",
+    maximum_LxT: jax.Array | None = None,
 ) -> jax.Array:
     """Penalty on entropies that leave the band θ·E_max ± γ·E_max around each head's learned threshold (Algorithm 1).
 
-    With δ the entropy minus θ·E_max and E_max = log T, a scalar in nats²:
+    With δ the entropy minus θ·E_max and E_max = log T, or each row's own, a scalar in nats²:
       shape "deadzone": δ² where |δ| > γ·E_max, else 0 (the paper); "hinge": max(|δ| − γ·E_max, 0)², without the jump.
       reduction "row_sum": δ of every row, summed over batch and rows, mean over heads and layers (the authors' code,
         to which the paper's λ belongs); "row_mean": mean over all rows, so that λ does not depend on batch or context;
@@ -71,9 +72,16 @@ def entropy_penalty(
       entropy_LxBxNxT: row entropies in nats.
       threshold_LxN: θ, fractions of E_max.
       tolerance: γ, a fraction of E_max.
+      maximum_LxT: E_max of each row, the logarithm of how many keys it sees, where slots or windows change that; of a
+        head, their mean. None: log T.
     """
     entropy_LxBxNxT = _at_least_float32(entropy_LxBxNxT)
-    maximum = max_entropy(entropy_LxBxNxT.shape[-1])
+    if maximum_LxT is None:
+        maximum = max_entropy(entropy_LxBxNxT.shape[-1])
+    elif reduction == "head_mean":
+        maximum = jnp.mean(maximum_LxT, axis=1, keepdims=True)
+    else:
+        maximum = maximum_LxT[:, None, None, :]
     if reduction == "head_mean":
         deviation = head_entropy(entropy_LxBxNxT) - threshold_LxN * maximum
     elif reduction in ("row_sum", "row_mean"):
@@ -103,7 +111,7 @@ def head_bands(entropy_LxN: jax.Array, maximum: float | jax.Array | None = None)
 
     Args:
       entropy_LxN: head entropies in nats.
-      maximum: end of the range in nats; None: the largest observed, as in the paper.
+      maximum: end of the range in nats, or [L, 1] of each layer; None: the largest observed, as in the paper.
     """
     entropy_LxN = _at_least_float32(jnp.asarray(entropy_LxN))
     maximum = jnp.nanmax(entropy_LxN) if maximum is None else maximum

@@ -14,21 +14,22 @@ from jax_entropy.errors import UserError
 
 # Axes of a parameter without its leading layer axis; a name, a tuple of names, or None for "not split".
 RULES = (
-    (r"(token_embedding|head)$", ("tensor", "fsdp")),
+    (r"(token_embedding|value_embedding|head)$", ("tensor", "fsdp")),
     (r"position_embedding$", (None, "fsdp")),
     (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"attention/(query|key|value)/(bias|gain)$", ("tensor", None)),
     (r"attention/(query|key|value)_convolution/taps$", (None, "tensor", None)),
     (r"attention/out/kernel$", ("tensor", None, "fsdp")),
     (r"attention/temperature$", ("tensor", None)),
-    (r"attention/(threshold|shift|qk_gain)$", ("tensor",)),
+    (r"attention/(threshold|shift|qk_gain|log_scale)$", ("tensor",)),
+    (r"attention/slot_(key|value)$", (None, "tensor", None)),
     (r"ffn/(up|gate)/kernel$", ("fsdp", "tensor")),
     (r"ffn/(up|gate)/(bias|gain)$", ("tensor",)),
     (r"ffn/down/kernel$", ("tensor", "fsdp")),
     (r"ffn/fused/kernel$", ("fsdp", "tensor")),
     (r"(attention/out|ffn/down|ffn/fused)/(bias|gain)$", (None,)),
     (r"(norm1|norm2|final_norm)/(scale|bias)$", (None,)),
-    (r"(alpha|beta|gamma|negative_slope|value_mix)$|annealing/", ()),
+    (r"(alpha|beta|gamma|negative_slope|value_mix|value_embedding_scale)$|annealing/", ()),
     (r"spectral/.*/singular_vectors/\d$", (None,)),
 )
 
@@ -124,6 +125,10 @@ FIELDS = (
     _model("learned_positions", "yes or no", "a table of positions is added to the embeddings; `RoPE` can do without"),
     _model("rotary_base", "tokens", "of `RoPE`: its longest wavelength is about 2π times this"),
     _model("value_residual_init", "share", "initial share of layer 0 in the values of `VRes`"),
+    _model("log_scale_init", "factor", "initial $s$ of `SM(log)`, which multiplies scores by $s$ · log(visible keys)"),
+    _model("value_embedding_init", "factor", "initial factor of the table of `VEmb`, one for each layer"),
+    _model("value_embedding_layers", "`alternate`, `all`",
+        "which layers `VEmb` adds to: the last and every other before it, or all"),
     _model("final_norm", "`none`, `layer`, `rms`, `frozen`, `tanh`",
         "normalisation before the head; the authors keep it in their normalisation-free models"),
     _model("bias", "`none`, `qk`, `all`",

@@ -133,6 +133,7 @@ class Shared(NamedTuple):
 
     position: int | jax.Array = 0  # at which the first token stands
     negative_slope: jax.Array | None = None  # of the leaky ReLU, where one is learned for all
+    value_BxTxNxH: jax.Array | None = None  # VEmb: what its table has for the tokens
 
 
 class Watched(NamedTuple):
@@ -141,6 +142,7 @@ class Watched(NamedTuple):
     stats: AttentionStats
     threshold_N: jax.Array | None
     temperature_NxT: jax.Array | None
+    maximum_T: jax.Array | None  # of the rows' entropies, where slots or a window change it
 
 
 class Attention(nn.Module):
@@ -178,6 +180,24 @@ class Attention(nn.Module):
         if config.rotary:
             q_BxTxNxH, k_BxSxNxH = (rotate(x, position, config) for x in (q_BxTxNxH, k_BxSxNxH))
 
+        if config.value_embedding:
+            initializer = nn.initializers.constant(config.value_embedding_init)
+            scale = self.param("value_embedding_scale", initializer, (), jnp.float32)
+            scale = jnp.where(jnp.asarray(config.embedded_values)[layer], scale, 0).astype(config.dtype)
+            v_BxSxNxH = v_BxSxNxH + scale * shared.value_BxTxNxH
+        window, maximum_T = None, None
+        if config.window_pattern:
+            window = jnp.asarray(config.windows)[layer]
+        if config.window_pattern or config.num_slots or config.log_scale:
+            visible_T = jnp.arange(T) + position + 1
+            visible_T = (visible_T if window is None else jnp.minimum(visible_T, window)) + config.num_slots
+            maximum_T = jnp.log(visible_T.astype(jnp.float32))
+        if config.log_scale:
+            initializer = nn.initializers.constant(config.log_scale_init)
+            factor_N = self.param("log_scale", initializer, (config.num_heads,), jnp.float32)
+            factor_TxN = (maximum_T[:, None] * factor_N[None]).astype(config.dtype)
+            q_BxTxNxH = q_BxTxNxH * factor_TxN[None, :, :, None]
+
         temperature_NxT = threshold_N = None
         if config.learnable_temperature:
             temperature_NxT = jax.lax.dynamic_slice_in_dim(self._temperature(), position, T, axis=1)
@@ -189,18 +209,31 @@ class Attention(nn.Module):
         if cached:
             k_BxSxNxH = self._remember("key", k_BxSxNxH, position)
             v_BxSxNxH = self._remember("value", v_BxSxNxH, position)
+        if config.num_slots:
+            k_BxSxNxH, v_BxSxNxH = self._after_slots("slot_key", k_BxSxNxH), self._after_slots("slot_value", v_BxSxNxH)
         out_BxTxNxH, stats = attention(
             q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT,
-            position=position if cached else None, transform=self._transform(), implementation=config.attention,
+            position=position + config.num_slots if cached else None, window=window, num_slots=config.num_slots,
+            transform=self._transform(), implementation=config.attention,
         )  # fmt: skip
         out = _linear(config, "O", (D,), in_axes=2, split_inputs=True, init_std=_residual_std(config), name="out")
-        return out(out_BxTxNxH), stream, Watched(stats, threshold_N, temperature_NxT)
+        changed = config.window_pattern or config.num_slots
+        watched = Watched(stats, threshold_N, temperature_NxT, maximum_T if changed else None)
+        return out(out_BxTxNxH), stream, watched
 
     def _remember(self, name: str, new_BxTxNxH: jax.Array, position: int | jax.Array) -> jax.Array:
         """All of the cache, with what is new at its position."""
         all_BxSxNxH = jax.lax.dynamic_update_slice_in_dim(self.get_variable("cache", name), new_BxTxNxH, position, 1)
         self.put_variable("cache", name, all_BxSxNxH)
         return all_BxSxNxH
+
+    def _after_slots(self, name: str, x_BxSxNxH: jax.Array) -> jax.Array:
+        """Mem8: learned keys or values before those of the tokens."""
+        config, initializer = self.config, nn.initializers.normal(self.config.init_std)
+        shape = (config.num_slots, config.num_heads, config.head_dim)
+        slots_MxNxH = self.param(name, initializer, shape, jnp.float32).astype(x_BxSxNxH.dtype)
+        slots_BxMxNxH = jnp.broadcast_to(slots_MxNxH[None], (len(x_BxSxNxH), *shape))
+        return jnp.concatenate([slots_BxMxNxH, x_BxSxNxH], axis=1)
 
     def _transform(self) -> Callable[[jax.Array], jax.Array] | None:
         """What the logits pass through on their way into the softmax."""

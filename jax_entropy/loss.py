@@ -84,8 +84,9 @@ def loss_fn(
         loss = (1 - distillation) * cross + distillation * divergence
     if aux.threshold is not None:
         penalty = entropy_penalty(
-            aux.stats.entropy, aux.threshold, tolerance=tolerance, reduction=reduction, shape=shape
-        )
+            aux.stats.entropy, aux.threshold, tolerance=tolerance, reduction=reduction, shape=shape,
+            maximum_LxT=aux.maximum,
+        )  # fmt: skip
         loss = loss + penalty_weight * penalty
     return loss, LossParts(cross, penalty, aux, updated, divergence)
 

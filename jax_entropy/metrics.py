@@ -18,7 +18,7 @@ _GROUPS = (
     ("embedding", r"embedding$|head$"),
     ("temperature", r"temperature$"),
     ("threshold", r"threshold$"),
-    ("scale", r"alpha$|beta$|gamma$|negative_slope$|value_mix$|shift$|qk_gain$"),
+    ("scale", r"alpha$|beta$|gamma$|negative_slope$|value_mix$|value_embedding_scale$|log_scale$|shift$|qk_gain$"),
     ("norm", r"norm\d?/|final_norm/"),
     ("attention", r"attention/"),
     ("feed_forward", r"ffn/"),
@@ -30,13 +30,15 @@ def entropy_metrics(aux: Aux) -> dict[str, jax.Array]:
     """Entropies of heads and layers in nats, their bands, largest logits, counts of NaN and Inf, what was learned."""
     entropy_LxN = head_entropy(aux.stats.entropy)
     T = aux.stats.entropy.shape[-1]
-    bands = head_bands(entropy_LxN)
+    bands, context, causal = head_bands(entropy_LxN), max_entropy(T), max_entropy(T, "causal")
+    if aux.maximum is not None:
+        context, causal = jnp.max(aux.maximum, axis=1)[:, None], jnp.mean(aux.maximum, axis=1)[:, None]
     metrics = dict(
         head_entropy=entropy_LxN,
         layer_entropy=jnp.mean(entropy_LxN, axis=1),
         bands_observed=bands,
-        bands_context=head_bands(entropy_LxN, max_entropy(T)),
-        bands_causal=head_bands(entropy_LxN, max_entropy(T, "causal")),
+        bands_context=head_bands(entropy_LxN, context),
+        bands_causal=head_bands(entropy_LxN, causal),
         collapse=bands[0],
         overload=bands[3],
         max_logit=jnp.max(aux.stats.max_logit, axis=(1, 2, 3)),

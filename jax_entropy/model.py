@@ -18,11 +18,15 @@ from jax_entropy.sharding import BATCH, constrain, platform
 
 
 class Aux(NamedTuple):
-    """What attention did: stats [L, B, N, T] float32 each; θ [L, N] with EReg; the divisors t [L, N, T] with SM(t)."""
+    """What attention did: stats [L, B, N, T] float32 each; θ [L, N] with EReg; the divisors t [L, N, T] with SM(t).
+
+    maximum: the most entropy that a row can have, [L, T] in nats, where slots or windows change what it sees.
+    """
 
     stats: AttentionStats
     threshold: jax.Array | None
     temperature: jax.Array | None
+    maximum: jax.Array | None = None
 
 
 class Transformer(nn.Module):
@@ -44,6 +48,8 @@ class Transformer(nn.Module):
         if config.learned_positions:
             positions = (config.context_length, config.model_dim)
             self.position_embedding = self.param("position_embedding", normal, positions, jnp.float32)
+        if config.value_embedding:
+            self.value_embedding = self.param("value_embedding", normal, table, jnp.float32)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.negative_slope = None
         if config.activation == "leaky_relu" and config.slope == "global":
@@ -83,8 +89,11 @@ class Transformer(nn.Module):
             x_BxTxD = x_BxTxD + jax.lax.dynamic_slice_in_dim(self.position_embedding, position, T, axis=0)[None]
         x_BxTxD = self.dropout(x_BxTxD, deterministic=not self.has_rng("dropout")).astype(config.dtype)
         stream, shared, watched = Stream(x_BxTxD), Shared(position, self.negative_slope), []
+        heads = (*tokens_BxT.shape, config.num_heads, config.head_dim)
+        if config.value_embedding:
+            values_BxTxD = jnp.take(constrain(self.value_embedding, "tensor", None), tokens_BxT, axis=0)
+            shared = shared._replace(value_BxTxNxH=values_BxTxD.reshape(heads).astype(config.dtype))
         if config.value_residual:
-            heads = (*tokens_BxT.shape, config.num_heads, config.head_dim)
             stream = stream._replace(first_value_BxTxNxH=jnp.zeros(heads, config.dtype))
         for stack, layers in config.stacks.items():
             x_BxTxD = constrain(stream.residual_BxTxD, BATCH, None, None)

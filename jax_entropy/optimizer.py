@@ -15,7 +15,7 @@ from jax_entropy.sharding import path_name
 
 # Only matrices and embeddings decay; norms and biases are exempt as in the published code, temperatures, thresholds,
 # α, β and slopes by our choice.
-_DECAYED = ("kernel", "token_embedding", "position_embedding", "head")
+_DECAYED = ("kernel", "token_embedding", "position_embedding", "value_embedding", "head")
 
 
 def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:

@@ -42,6 +42,18 @@ def rotations(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle_TxI), np.sin(angle_TxI)
 
 
+def visible_keys(config: ModelConfig, layer: int) -> np.ndarray:
+    """Whether the query at each position sees each key, slots first, [T, M + T]."""
+    T, M = config.context_length, config.num_slots
+    ago_TxT = np.arange(T)[:, None] - np.arange(T)[None]
+    return np.concatenate([np.ones((T, M), bool), (ago_TxT >= 0) & (ago_TxT < config.windows[layer])], axis=1)
+
+
+def log_factors(config: ModelConfig, layer: int) -> np.ndarray | float:
+    """What SM(log) multiplies the scores of each position with beside its s, log(visible keys) [T]; 1 without it."""
+    return np.log(visible_keys(config, layer).sum(1)) if config.log_scale else 1.0
+
+
 def rotate(x_BxTxNxH: jax.Array, position: int | jax.Array, config: ModelConfig) -> jax.Array:
     """Turns pairs of features, one of the first half of a head and one of the second, from `position` on."""
     wide = jnp.promote_types(x_BxTxNxH.dtype, jnp.float32)

@@ -87,7 +87,10 @@ def written_fields(draw):
         reparametrization=draw(st.sampled_from(["none", "weight", "spectral", "sigma"])),
     )
     fields |= dict(conv_width=draw(st.sampled_from([0, 2, 4])), rotary=draw(st.booleans()))
-    fields |= dict(value_residual=draw(st.booleans()))
+    fields |= dict(value_residual=draw(st.booleans()), value_embedding=draw(st.booleans()))
+    fields |= dict(num_slots=draw(st.sampled_from([0, 8])), log_scale=not power and draw(st.booleans()))
+    pattern = draw(st.sampled_from(["", "S", "SSSL", "LS"]))
+    fields |= dict(window_pattern=pattern, window=draw(st.integers(1, 127)) if pattern else 0)
     if fields["reparametrization"] != "none":
         fields["reparametrized"] = draw(st.sampled_from(TARGETS))
     if fields["activation"] == "leaky_relu":
@@ -120,6 +123,8 @@ NONSENSE = {
     "ereg(SM)": "ereg(SM)", "SM+LR(0.1)+LR(0.1)": "LR(0.1)", "SM+G)": "G)",
     "SM+Conv4+Conv4": "'Conv4' cannot follow 'Conv4'", "SM+Conv3+RoPE+Conv4": "'Conv4' cannot follow 'RoPE'",
     "SM+RoPE+ScFuFFN": "'ScFuFFN' cannot follow 'RoPE'", "SM+Conv": "'Conv'", "SM+Conv0": "'Conv0'", "SM+rope": "rope",
+    "SM+Mem": "'Mem'", "SM+Mem0": "'Mem0'", "SM+Win(SSSL)": "Win(SSSL)", "SM+Win(SSSL,)": "Win(SSSL,)",
+    "SM(logs)": "SM(logs)", "SM+Win(SL,4)+Win(SL,4)": "'Win(SL,4)' cannot follow 'Win(SL,4)'",
     "SM+Conv-4": "'Conv-4'", "SM+Conv4.0": "'Conv4.0'", "SM+RoPE(2)": "RoPE(2)",
 }  # fmt: skip
 
@@ -204,7 +209,8 @@ FIELDS = {
     "temperature_parameter": ("exp",), "bias": (True,), "dtype": ("float16",),
     "temperature_init": (0.0, -1.0, float("nan")),
     "alpha_init": (0.0,), "init_std": (0.0,), "residual_init_std": (0.0, -1.0), "norm_epsilon": (0.0,),
-    "conv_width": (1, -4, 4.0), "rotary_base": (0.0,),
+    "conv_width": (1, -4, 4.0), "rotary_base": (0.0,), "num_slots": (-1, 2.5), "window": (-2, 8),
+    "window_pattern": ("SL",), "value_embedding_layers": ("first",),
     "embedding_dropout": (1.0, -0.1, float("nan")), "ffn_free_layers": (-1, 13), "negative_slope": (float("inf"),),
 }  # fmt: skip
 
@@ -215,7 +221,8 @@ def test_a_field_that_cannot_work_is_named_with_its_value(field, value):
         ModelConfig(**{field: value})
     message = str(caught.value)
     assert str(value) in message and "\n" not in message
-    assert field in message or field in ("ffn_free_layers", "negative_slope")  # these two as the notation spells them
+    # these as the notation spells them
+    assert field in message or field in ("ffn_free_layers", "negative_slope", "window", "window_pattern")
 
 
 def test_an_unknown_field_is_answered_with_the_nearest():
@@ -256,3 +263,26 @@ def test_a_config_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.num_layers = 3
     assert len({config, architecture("EReg(SM(t)+ScFuFFN)"), architecture("SM")}) == 2
+
+
+def test_parts_may_come_in_any_order_and_are_printed_in_one():
+    assert (
+        str(architecture("SM+ScFuFFN+Win(SL,9)+VRes+RoPE+Mem4+Conv4^2"))
+        == "SM+ScFuFFN+Conv4+RoPE+VRes+Mem4+Win(SL,9)^2"
+    )
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("SM+Win(SXL,32)", r"Win\(SXL,32\) is no pattern"), ("SM+Win(ssl,32)", "is no pattern"),
+    ("SM+Win(LL,32)", "no layer"),
+    ("SM+Win(,32)", "is no pattern"), ("SM+Win(S,128)", "window=128 must be below context_length=128"),
+    ("SM+Conv1", r"Conv1 \(conv_width=1\) sees no other position"),
+])  # fmt: skip
+def test_a_part_that_does_nothing_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        architecture(name)
+
+
+def test_a_rotation_needs_pairs_of_features():
+    with pytest.raises(UserError, match="model_dim=15 / num_heads=3 have 5; the width of a head must be even"):
+        architecture("SM+RoPE", model_dim=15, num_heads=3)

@@ -37,11 +37,14 @@ def definition(q, k, v, t):
     return out, stats
 
 
-def naive(q, k, v, t):
+def naive(q, k, v, t, window=None, num_slots=0):
     """The definition once more, differentiable: −Σ p log p over the keys seen, no trick."""
     T, S = q.shape[1], k.shape[1]
     s = jnp.einsum("BTNH,BSNH->BNTS", q, k) / (t[None, :, :, None] * q.shape[-1] ** 0.5)
-    s = jnp.where(jnp.tril(jnp.ones((T, S), bool), S - T)[None, None], s, -jnp.inf)
+    seen = np.tril(np.ones((T, S), bool), S - T)
+    if window:
+        seen &= np.triu(np.ones((T, S), bool), S - T - window + 1) | (np.arange(S) < num_slots)
+    s = jnp.where(jnp.asarray(seen)[None, None], s, -jnp.inf)
     p = jax.nn.softmax(s, axis=-1)
     entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), axis=-1)
     return jnp.einsum("BNTS,BSNH->BTNH", p, v), entropy, jax.nn.logsumexp(s, axis=-1)
@@ -110,6 +113,27 @@ def test_values_and_gradients_agree_with_the_definition(implementation, T, earli
         for actual, values in zip((*actual_outputs, *actual_gradients), (*outputs, *gradients), strict=True):
             assert actual.dtype == jnp.float64
             assert_close(actual, values)
+
+
+@pytest.mark.parametrize("implementation", [name for name in available() if IMPLEMENTATIONS[name].windows])
+@pytest.mark.parametrize(
+    ("T", "window", "num_slots", "earlier"), [(7, 1, 0, 2), (200, 70, 5, 5), (330, 64, 0, 0), (130, 20, 140, 150)]
+)
+def test_windows_and_slots_agree_with_the_definition(implementation, T, window, num_slots, earlier):
+    """Values and every gradient; with the window known only when it runs, as in a scan over layers."""
+    with jax.enable_x64(True):
+        arguments, rng = inputs(T, T + earlier, temperatures=(0.1, 10.0)), np.random.default_rng(1)
+        cotangents = tuple(jnp.asarray(rng.standard_normal(shape)) for shape in ((B, T, N, H), (B, N, T), (B, N, T)))
+
+        def operator(*arguments):
+            out, stats = attention(
+                *arguments, window=jax.lax.optimization_barrier(window), num_slots=num_slots,
+                implementation=implementation,
+            )  # fmt: skip
+            return out, stats.entropy, stats.logsumexp
+
+        expected = vjp(functools.partial(naive, window=window, num_slots=num_slots), arguments, cotangents)
+        jax.tree.map(assert_close, vjp(operator, arguments, cotangents), expected)
 
 
 @functools.cache
@@ -430,3 +454,16 @@ def test_shapes_that_do_not_fit_are_refused():
     for position in (-1, 3):
         with pytest.raises(UserError, match=f"position={position} must lie between 0 and S − T = 2"):
             attention(q, k, v, t, position=position)
+    for window in (0, -3):
+        with pytest.raises(UserError, match=f"window={window} must be at least 1"):
+            attention(q, k, v, t, window=window)
+    with pytest.raises(UserError, match="num_slots=3 must lie between 0 and S − T = 2"):
+        attention(q, k, v, t, window=2, num_slots=3)
+
+
+def test_a_kernel_without_windows_says_what_has_them(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", Implementation("dense"))
+    with pytest.raises(UserError, match="'kernel' takes no window; with one work 'auto', 'dense', 'blockwise'$"):
+        attention(*inputs(4, 4, dtype=np.float32), window=2, implementation="kernel")
+    q = jax.ShapeDtypeStruct((1, 1024, 4, 64), jnp.bfloat16)
+    assert choose("gpu", "NVIDIA H100", q, 1024, windowed=True) == "blockwise"

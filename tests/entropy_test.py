@@ -64,6 +64,28 @@ def penalty_by_hand(entropy_LxBxNxT, threshold_LxN, tolerance, reduction, shape)
     return sum(layers) / L
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_penalty_of_rows_that_see_more_or_less_has_their_own_maximum(reduction, shape):
+    """Divided by its row's maximum an entropy pays what it would pay under a maximum of 1."""
+    rng, T = np.random.default_rng(0), 8
+    maximum_LxT = np.log(rng.integers(2, 20, (2, T)))
+    relative, threshold_LxN = rng.uniform(0, 1, (2, 3, 4, T)), rng.uniform(0.2, 0.6, (2, 4))
+    entropy = relative * maximum_LxT[:, None, None]
+    found = entropy_penalty(
+        entropy, threshold_LxN, tolerance=0.1, reduction=reduction, shape=shape, maximum_LxT=maximum_LxT
+    )
+    head = maximum_LxT.mean(1)[:, None]
+    if reduction == "head_mean":
+        deviation, scale = entropy.mean((1, 3)) / head - threshold_LxN, head
+    else:
+        deviation, scale = relative - threshold_LxN[:, None, :, None], maximum_LxT[:, None, None]
+    excess = np.abs(deviation) - 0.1
+    paid = np.where(excess > 0, deviation if shape == "deadzone" else excess, 0) * scale
+    expected = (paid**2).mean((0, 2)).sum() if reduction == "row_sum" else (paid**2).mean()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.fixture(params=["reg_small", "reg_margin0", "reg_wide"])
 def golden(request):
     return dict(np.load(GOLDEN / f"{request.param}.npz"))

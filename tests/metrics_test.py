@@ -85,14 +85,34 @@ def test_numbers_that_are_none_are_counted_in_their_layer():
     np.testing.assert_allclose(np.sum(metrics["bands_observed"]), 4 / 6, rtol=1e-6)
 
 
+def test_bands_of_layers_that_see_more_or_less_have_their_own_maximum():
+    """A third of what the rows of a layer can reach is a third of the range, whatever the layer sees."""
+    maximum_LxT = np.log(np.random.default_rng(0).integers(2, 40, (L, T))).astype(np.float32)
+    entropy = np.broadcast_to(maximum_LxT[:, None, None] / 3, (L, B, N, T))
+    metrics = entropy_metrics(Aux(AttentionStats(entropy, entropy, entropy), None, None, maximum_LxT))
+    np.testing.assert_array_equal(metrics["bands_causal"], [0, 1, 0, 0])
+    shares = np.bincount((4 * maximum_LxT.mean(1) / 3 / maximum_LxT.max(1)).astype(int), minlength=4) / L
+    np.testing.assert_allclose(metrics["bands_context"], shares)
+
+
 def group_of(path):
-    if path[-1] in ("token_embedding", "position_embedding", "head"):
+    if path[-1] in ("token_embedding", "position_embedding", "value_embedding", "head"):
         return "embedding"
     if path[-1] in ("temperature", "threshold"):
         return path[-1]
-    if path[-1] in ("alpha", "beta", "negative_slope", "value_mix"):
+    if path[-1] in (
+        "alpha",
+        "beta",
+        "negative_slope",
+        "value_mix",
+        "value_embedding_scale",
+        "log_scale",
+        "gamma",
+        "shift",
+        "qk_gain",
+    ):
         return "scale"
-    return "norm" if "norm" in path[-2] else {"attention": "attention", "ffn": "feed_forward"}[path[-3]]
+    return "norm" if "norm" in path[-2] else "feed_forward" if "ffn" in path else "attention"
 
 
 def test_gradient_norms_are_of_groups_that_part_the_parameters():

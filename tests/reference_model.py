@@ -16,10 +16,13 @@ def forward(config: ModelConfig, variables, tokens_BxT):
     x = embedding[np.asarray(tokens_BxT)] * config.embedding_scale
     x = x + params["position_embedding"][:T] if config.learned_positions else x
     stats, shared = [], {}
+    if config.value_embedding:
+        shared["values"] = params["value_embedding"][np.asarray(tokens_BxT)]
     for layer in range(config.num_layers):
         shallow = config.num_layers - config.ffn_free_layers
         stack, index = ("blocks", layer) if layer < shallow else ("blocks_without_ffn", layer - shallow)
         block = [at(tree.get(stack, {}), index) for tree in (params, vectors)]
+        shared["layer"] = layer
         x, stats_of_layer = apply_block(config, *block, x, shared, params.get("negative_slope"))
         stats.append(stats_of_layer)
     x = normalise(config, config.final_norm, params.get("final_norm"), x)
@@ -56,12 +59,23 @@ def attend(config, params, vectors, x, shared):
         q = q * params["qk_gain"][:, None]
     if config.rotary:
         q, k = rotate(config, q), rotate(config, k)
+    if config.value_embedding and config.embedded_values[shared["layer"]]:
+        v = v + params["value_embedding_scale"] * shared["values"].reshape(v.shape)
+    if config.num_slots:
+        k, v = (
+            np.concatenate([np.broadcast_to(params[f"slot_{name}"], (len(x), *params[f"slot_{name}"].shape)), x], 1)
+            for name, x in (("key", k), ("value", v))
+        )
     scores = np.einsum("BTNH,BSNH->BNTS", q, k) / math.sqrt(config.head_dim)
     if config.learnable_temperature:
         t = params["temperature"][:, :T]
         t = np.exp(t) if config.temperature_parameter == "log" else np.sqrt(t**2 + 1e-8)
         scores = scores / t[None, :, :, None]
-    visible = np.tril(np.ones((T, T), bool))
+    window = config.windows[shared.get("layer", 0)]
+    visible = np.tril(np.ones((T, T), bool)) & ~np.tril(np.ones((T, T), bool), -window)
+    visible = np.concatenate([np.ones((T, config.num_slots), bool), visible], axis=1)
+    if config.log_scale:
+        scores = scores * np.multiply.outer(params["log_scale"], np.log(visible.sum(1)))[..., None]
     largest = np.where(visible, scores, -np.inf).max(-1)
     if config.logit_cap:
         scores = config.logit_cap * np.tanh(scores / config.logit_cap)

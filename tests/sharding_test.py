@@ -241,7 +241,9 @@ def test_a_mesh_does_not_change_initial_values(architecture, shape):
         compare(b, a, err_msg=path_name(path))
 
 
-@pytest.mark.parametrize(("architecture", "shape"), [*itertools.product(TRAINED, MESHES[1:])])
+@pytest.mark.parametrize(("architecture", "shape"), [
+    *itertools.product(TRAINED, MESHES[1:]), pytest.param(ARCHITECTURES[-1], MESHES[-1], marks=pytest.mark.long),
+])  # fmt: skip
 def test_a_mesh_does_not_change_losses_metrics_and_parameters(architecture, shape):
     one, metrics_of_one = trained(architecture, MESHES[0])
     other, metrics = trained(architecture, shape)

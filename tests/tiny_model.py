@@ -21,10 +21,12 @@ ARCHITECTURES = (
     "SM+ScFFN", "SM+ScFuFFN", "SM+ScFuFFN^1", "SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN)", "EReg(SM(t)+ScFuFFN^1)",
     "EReg(SM(t)+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN^1)", "EReg(SM+RN+LR(layer)+WNorm(QKVO+FFN)+ScFFN^2)",
     "EReg(SM(t)+ScFuFFN+Conv4+RoPE+VRes^1)", "SM(t)+DyT+G+RoPE+Cap(5)",
-    "EReg(PSM(6)+FN+SReparam(QKV+FFN)+BiFFN+Conv4+QKN^1)",
+    "EReg(PSM(6)+FN+SReparam(QKV+FFN)+BiFFN+Conv4+QKN^1)", "EReg(SM(log)+LN+R+Conv2+VRes+VEmb+Mem3+Win(LS,5))",
 )  # fmt: skip
 # A few of them that go through every line of the model.
-VARIED = ("SM+LN+G", "SM+WNorm(QKVO+FFN)", "EReg(SM(t)+ScFuFFN^1)", *ARCHITECTURES[-5:-2])
+VARIED = ("SM+LN+G", "SM+WNorm(QKVO+FFN)", "EReg(SM(t)+ScFuFFN^1)", *ARCHITECTURES[-6:-3], ARCHITECTURES[-1])
+# What has a private program.
+PRIVATE, VARIED_PRIVATE = (tuple(name for name in names if "Win" not in name) for names in (ARCHITECTURES, VARIED))
 
 
 def assert_gradients(function, *arguments, step: float = 1e-6, rtol: float = 1e-6) -> None:
@@ -88,7 +90,7 @@ def scattered(config: ModelConfig) -> dict[str, Any]:
     rng = np.random.default_rng(1)
 
     def one(path, leaf):
-        centered = ("scale", "alpha", "beta", "gamma", "gain", "qk_gain", "temperature", "value_mix")
+        centered = ("scale", "alpha", "beta", "gamma", "gain", "qk_gain", "temperature", "value_mix", "log_scale")
         center = 1.0 if path[-1] in centered else 4.0 if path[-1] == "shift" else 0.0
         return center + 0.25 * rng.standard_normal(leaf.shape)
 

@@ -45,11 +45,13 @@ class Implementation(NamedTuple):
     """One way to compute the operator: the file beside this one that it is in, and what it runs on.
 
     devices: how their names begin, as JAX has them.
+    windows: whether it takes a window and slots.
     """
 
     module: str
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
     devices: tuple[str, ...] = ("",)
+    windows: bool = False
 
     def runs_on(self, platform: str, device_kind: str) -> bool:
         """Whether a device of that kind can run it."""
@@ -57,14 +59,17 @@ class Implementation(NamedTuple):
 
     @property
     def function(self) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
-        """`attend(q, k, v, scale [N, T], position) -> (out, entropy, lse, max)`; a kernel's compiler loads only now."""
+        """`attend(q, k, v, scale [N, T], position[, window, num_slots]) -> (out, entropy, lse, max)`.
+
+        A kernel's compiler loads only now.
+        """
         return importlib.import_module(f"{__name__}.{self.module}").attend
 
 
 # A kernel is a file beside these, a line here, and one in `choose`.
 IMPLEMENTATIONS = {
-    "dense": Implementation("dense"),
-    "blockwise": Implementation("blockwise"),
+    "dense": Implementation("dense", windows=True),
+    "blockwise": Implementation("blockwise", windows=True),
     "gpu": Implementation("gpu", ("gpu",)),
     "hopper": Implementation("hopper", ("gpu",), ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")),
     "tpu": Implementation("tpu", ("tpu",)),
@@ -79,6 +84,8 @@ def attention(
     *,
     position: int | jax.Array | None = None,
     transform: Callable[[jax.Array], jax.Array] | None = None,
+    window: int | jax.Array | None = None,
+    num_slots: int = 0,
     implementation: str = "auto",
 ) -> tuple[jax.Array, AttentionStats]:
     """Computes softmax(q_i·k_j / (t_i·√H))·v_j and the entropy of every row of weights (paper §2, App. A).
@@ -92,37 +99,41 @@ def attention(
       temperature_NxT: positive divisor t of the scaled logits by head and query position; None is 1.
       position: key at which the first query stands, traced or not, as in a cache of fixed size; keys behind a query may
         hold anything finite. None: S − T, the queries are the last T of the keys.
+      window: how many keys a query sees, its own and those before it, traced or not; None: all.
+      num_slots: so many of the first keys are seen by all queries, whatever the window is.
       transform: of the logits [B, N, T, S] on their way into the softmax, as in transformed.py; only "dense" and "auto"
         take one, and then no T×T array is kept either. max_logit stays that of the logits before it.
       implementation: "dense" keeps every weight; "blockwise" none of them, nor do the kernels "gpu", "hopper" and
         "tpu"; all but dense in reverse mode only (no jvp, no second derivative). "auto": the fastest, see `choose`.
+        Kernels take no window: with one, "auto" is one of the first two.
     Returns:
       out [B, T, N, H] in the type of q, and AttentionStats.
     Raises:
       UserError: shapes that do not fit together, or an implementation that this device lacks.
     """
-    _check(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT, position)
+    _check(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT, position, window, num_slots)
     (_, T, N, H), S = q_BxTxNxH.shape, k_BxSxNxH.shape[1]
     if transform is None:
-        attend = _implementation(implementation, q_BxTxNxH, S, position is None).function
+        attend = _implementation(implementation, q_BxTxNxH, S, position is None, window is not None).function
     elif implementation in ("auto", "dense"):
         attend = functools.partial(importlib.import_module(f"{__name__}.transformed").attend, transform=transform)
     else:
         raise UserError(
             f"attention {implementation!r} is for the softmax of plain logits; PSM and Cap work with 'auto' or 'dense'"
         )
+    windowed = () if window is None else (window, num_slots)
     dtype = jnp.result_type(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, jnp.float32)
     scale_NxT = jnp.full((N, T), H**-0.5, dtype)
     if temperature_NxT is not None:
         scale_NxT = scale_NxT / temperature_NxT.astype(dtype)
     out_BxTxNxH, entropy_BxNxT, lse_BxNxT, max_BxNxT = attend(
-        q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, S - T if position is None else position
+        q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, S - T if position is None else position, *windowed
     )
     return out_BxTxNxH, AttentionStats(entropy_BxNxT, lse_BxNxT, jax.lax.stop_gradient(max_BxNxT))
 
 
-def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool = True) -> str:
-    """The rule of "auto", for queries [B, T, N, H] to S keys, at whose end they stand or not.
+def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool = True, windowed: bool = False) -> str:
+    """The rule of "auto", for queries [B, T, N, H] to S keys, at whose end they stand or not, with a window or not.
 
     On CPU, measured (docs/benchmarks/attention.md): up to 64 × 64 logits a head dense and blockwise take the same time
     and dense compiles faster; beyond, blockwise takes less time, forward and backward, in float32 and bfloat16.
@@ -130,7 +141,7 @@ def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool =
     measured: tpu where there are queries enough for its lanes.
     """
     (_, T, _, H), half = q.shape, q.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and H <= 128 and (half or q.dtype == jnp.float32):
+    if platform == "gpu" and not windowed and H <= 128 and (half or q.dtype == jnp.float32):
         for_hopper = half and at_end and H in (32, 64, 96, 128) and _assembler_is_sound()
         return "hopper" if for_hopper and IMPLEMENTATIONS["hopper"].runs_on(platform, device_kind) else "gpu"
     if platform == "tpu" and H <= 128 and q.dtype in (jnp.bfloat16, jnp.float32):
@@ -154,9 +165,9 @@ def _assembler_is_sound() -> bool:
     return not (12, 8, 0) <= tuple(map(int, version.split(".")[:3])) < (12, 9, 86)
 
 
-def _implementation(name: str, q: jax.Array, S: int, at_end: bool) -> Implementation:
+def _implementation(name: str, q: jax.Array, S: int, at_end: bool, windowed: bool) -> Implementation:
     here, kind = platform(), device_kind()
-    name = choose(here, kind, q, S, at_end) if name == "auto" else name
+    name = choose(here, kind, q, S, at_end, windowed) if name == "auto" else name
     if name not in IMPLEMENTATIONS:
         raise UserError(f"unknown attention implementation {name!r}{nearest(name, ('auto', *IMPLEMENTATIONS))}")
     if not (found := IMPLEMENTATIONS[name]).runs_on(here, kind):
@@ -166,10 +177,13 @@ def _implementation(name: str, q: jax.Array, S: int, at_end: bool) -> Implementa
             f"attention {name!r} runs on {needed}, and this is {kind if here in found.platforms else here}; "
             f"here work {', '.join(map(repr, work))}"
         )
+    if windowed and not found.windows:
+        able = [name for name, record in IMPLEMENTATIONS.items() if record.windows]
+        raise UserError(f"attention {name!r} takes no window; with one work {', '.join(map(repr, ('auto', *able)))}")
     return found
 
 
-def _check(q, k, v, temperature, position) -> None:
+def _check(q, k, v, temperature, position, window, num_slots) -> None:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise UserError(f"attention needs q [B, T, N, H], k and v [B, S, N, H], not {shapes}")
@@ -183,3 +197,7 @@ def _check(q, k, v, temperature, position) -> None:
         raise UserError(f"temperature must be [N, T] = {(N, T)} for {shapes}, not {temperature.shape}")
     if isinstance(position, int) and not 0 <= position <= S - T:
         raise UserError(f"position={position} must lie between 0 and S − T = {S - T} for {shapes}")
+    if isinstance(window, int) and window < 1:
+        raise UserError(f"window={window} must be at least 1: a query sees its own key")
+    if not 0 <= num_slots <= S - T:
+        raise UserError(f"num_slots={num_slots} must lie between 0 and S − T = {S - T} for {shapes}")

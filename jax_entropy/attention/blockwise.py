@@ -11,7 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from jax_entropy.attention.dense import MASKED
+from jax_entropy.attention.dense import MASKED, visible
 
 # Positions a block, up to this length and beyond it. Measured on CPU (docs/benchmarks/attention.md): tiles of all heads
 # should stay in the last-level cache, and a short context gains more from skipping what lies above the diagonal.
@@ -20,24 +20,30 @@ SHORT, SHORT_BLOCK, LONG_BLOCK = 256, 64, 128
 
 @jax.custom_vjp
 def attend(
-    q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array, position: int | jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k)."""
-    out_BxTxNxH, entropy_BxNxT, log_z_BxNxT, max_BxNxT = _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position)
+    q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array, position: int | jax.Array,
+    *windowed: int | jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k).
+
+    With a window and a number of slots, blocks outside of both are skipped, forward and backward.
+    """
+    out_BxTxNxH, entropy_BxNxT, log_z_BxNxT, max_BxNxT = _attend(
+        q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position, *windowed
+    )
     max_BxNxT *= scale_NxT[None]
     return out_BxTxNxH, entropy_BxNxT, max_BxNxT + log_z_BxNxT, max_BxNxT
 
 
 def _forward(*arguments: CustomVJPPrimal) -> tuple[tuple[jax.Array, ...], Any]:
     """Largest q·k and log z are kept one by one: their sum has lost the digits that differences of large q·k need."""
-    _, _, _, scale_NxT, _ = values = [argument.value for argument in arguments]
+    _, _, _, scale_NxT, *_ = values = [argument.value for argument in arguments]
     results = out_BxTxNxH, entropy_BxNxT, log_z_BxNxT, max_BxNxT = checkpoint_name(_attend(*values), "attention")
     has_temperature = () if arguments[3].perturbed else None  # residuals are arrays; this one's structure speaks
     max_BxNxT = max_BxNxT * scale_NxT[None]
     return (out_BxTxNxH, entropy_BxNxT, max_BxNxT + log_z_BxNxT, max_BxNxT), (values, results, has_temperature)
 
 
-def _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position) -> tuple[jax.Array, ...]:
+def _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position, *windowed) -> tuple[jax.Array, ...]:
     """out [B, T, N, H]; entropy, log z and largest q·k, each [B, N, T]."""
     T, S, dtype = q_BxTxNxH.shape[1], k_BxSxNxH.shape[1], scale_NxT.dtype
     (num_queries, Q), (num_keys, K) = _blocks(T), _blocks(S)
@@ -48,8 +54,9 @@ def _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position) -> tuple[jax.A
         q_BxNxQxH, scale_NxQ = _block(q_BxTxNxH, i, Q), _take(scale_NxT, i, Q, 1)
         last_key_Q = i * Q + position + jnp.arange(Q)
 
-        def key_block(j, running):
-            visible_QxK = j * K + jnp.arange(K)[None] <= last_key_Q[:, None]
+        def key_block(step, running):
+            j = jnp.where(step < num_first, step, step + skipped) if windowed else step
+            visible_QxK = visible(j * K + jnp.arange(K)[None], last_key_Q[:, None], *windowed)
             s_BxNxQxK = _dot("BNQH,BNKH->BNQK", q_BxNxQxH, _block(k_BxSxNxH, j, K), dtype)
             s_BxNxQxK = jnp.where(visible_QxK[None, None], s_BxNxQxK, MASKED)
             return _accumulate(running, s_BxNxQxK, scale_NxQ, _block(v_BxSxNxH, j, K))
@@ -58,7 +65,8 @@ def _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position) -> tuple[jax.A
         zeros_BxNxQ = zeros_BxNxQxH[..., 0]
         start = (zeros_BxNxQxH, zeros_BxNxQ, zeros_BxNxQ, zeros_BxNxQ + MASKED)
         num_visible = jnp.minimum(last_key_Q[-1] // K + 1, num_keys)
-        out_BxNxQxH, z_BxNxQ, w_BxNxQ, max_BxNxQ = lax.fori_loop(0, num_visible, key_block, start)
+        num_first, skipped = _skipped(last_key_Q[0], K, *windowed)
+        out_BxNxQxH, z_BxNxQ, w_BxNxQ, max_BxNxQ = lax.fori_loop(0, num_visible - skipped, key_block, start)
         out_BxQxNxH = (out_BxNxQxH / z_BxNxQ[..., None]).swapaxes(1, 2).astype(q_BxTxNxH.dtype)
         log_z_BxNxQ = jnp.log(z_BxNxQ)
         stats_BxNxQ = (log_z_BxNxQ - w_BxNxQ / z_BxNxQ, log_z_BxNxQ, max_BxNxQ)
@@ -70,6 +78,14 @@ def _attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position) -> tuple[jax.A
     start = (jnp.zeros_like(q_BxTxNxH), zeros_BxNxT, zeros_BxNxT, zeros_BxNxT)
     out_BxTxNxH, *stats_BxNxT = lax.fori_loop(0, num_queries, query_block, start)
     return out_BxTxNxH[:, :T], *(x[..., :T] for x in stats_BxNxT)
+
+
+def _skipped(last_key, K, window=None, num_slots=0) -> tuple[int | jax.Array, int | jax.Array]:
+    """How many blocks of keys hold slots, and how many after them come before the window of a query."""
+    if window is None:
+        return 0, 0
+    num_first = -(-num_slots // K)
+    return num_first, jnp.maximum((last_key - window + 1) // K - num_first, 0)
 
 
 def _accumulate(running, s_BxNxQxK: jax.Array, scale_NxQ: jax.Array, v_BxNxKxH: jax.Array) -> tuple[jax.Array, ...]:
@@ -91,7 +107,7 @@ def _accumulate(running, s_BxNxQxK: jax.Array, scale_NxQ: jax.Array, v_BxNxKxH: 
 
 def _backward(residuals: Any, cotangents: tuple[jax.Array | SymbolicZero, ...]) -> tuple[jax.Array | None, ...]:
     """With p = e^(x − log z): ds = p · (dout·v − dout·out + dlse − dentropy · (log p + entropy)), tile by tile."""
-    (q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position), results, has_temperature = residuals
+    (q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position, *windowed), results, has_temperature = residuals
     out_BxTxNxH, entropy_BxNxT, log_z_BxNxT, max_BxNxT = results
     dout_BxTxNxH, dentropy_BxNxT, dlse_BxNxT, _ = (
         jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents
@@ -114,7 +130,7 @@ def _backward(residuals: Any, cotangents: tuple[jax.Array | SymbolicZero, ...]) 
             dq_BxTxNxH, dk_BxNxKxH, dv_BxNxKxH, by_scale_BxNxT = running
             q_BxNxQxH, dout_BxNxQxH = (_block(x, i, Q) for x in (q_BxTxNxH, dout_BxTxNxH))
             scale, largest, log_z, row, dentropy = (_take(x, i, Q, 2)[:, :, None] for x in rows)
-            visible_KxQ = j * K + jnp.arange(K)[:, None] <= i * Q + position + jnp.arange(Q)[None]
+            visible_KxQ = visible(j * K + jnp.arange(K)[:, None], i * Q + position + jnp.arange(Q)[None], *windowed)
             # Keys before queries: the products for dk and dv then need no transposed operand.
             s_BxNxKxQ = _dot("BNKH,BNQH->BNKQ", k_BxNxKxH, q_BxNxQxH, dtype)
             log_p_BxNxKxQ = jnp.where(visible_KxQ[None, None], (s_BxNxKxQ - largest) * scale - log_z, MASKED)
@@ -133,10 +149,12 @@ def _backward(residuals: Any, cotangents: tuple[jax.Array | SymbolicZero, ...]) 
             return _put(dq_BxTxNxH, dq_BxQxNxH, i, 1), dk_BxNxKxH, dv_BxNxKxH, by_scale_BxNxT
 
         start = (dq_BxTxNxH, jnp.zeros_like(k_BxNxKxH, dtype), jnp.zeros_like(v_BxNxKxH, dtype), by_scale_BxNxT)
-        first_visible = jnp.maximum((j * K - position) // Q, 0)
-        dq_BxTxNxH, dk_BxNxKxH, dv_BxNxKxH, by_scale_BxNxT = lax.fori_loop(
-            first_visible, num_queries, query_block, start
-        )
+        first_visible, end = jnp.maximum((j * K - position) // Q, 0), num_queries
+        if windowed:
+            window, num_slots = windowed
+            last_query = jnp.minimum(((j + 1) * K + window - 2 - position) // Q + 1, num_queries)
+            end = jnp.where(j * K < num_slots, num_queries, last_query)
+        dq_BxTxNxH, dk_BxNxKxH, dv_BxNxKxH, by_scale_BxNxT = lax.fori_loop(first_visible, end, query_block, start)
         dk_BxSxNxH = _put(dk_BxSxNxH, dk_BxNxKxH.swapaxes(1, 2).astype(dk_BxSxNxH.dtype), j, 1)
         dv_BxSxNxH = _put(dv_BxSxNxH, dv_BxNxKxH.swapaxes(1, 2).astype(dv_BxSxNxH.dtype), j, 1)
         return dq_BxTxNxH, dk_BxSxNxH, dv_BxSxNxH, by_scale_BxNxT
@@ -148,7 +166,7 @@ def _backward(residuals: Any, cotangents: tuple[jax.Array | SymbolicZero, ...]) 
     if has_temperature is not None:
         dscale_NxT = jnp.sum(by_scale_BxNxT[..., :T] / scale_NxT[None] + dlse_BxNxT * max_BxNxT, axis=0)
     dq_BxTxNxH = dq_BxTxNxH[:, :T].astype(q_BxTxNxH.dtype)
-    return dq_BxTxNxH, dk_BxSxNxH[:, :S], dv_BxSxNxH[:, :S], dscale_NxT, None
+    return dq_BxTxNxH, dk_BxSxNxH[:, :S], dv_BxSxNxH[:, :S], dscale_NxT, None, *(None for _ in windowed)
 
 
 attend.defvjp(_forward, _backward, symbolic_zeros=True)

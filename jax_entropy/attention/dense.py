@@ -15,14 +15,14 @@ MASKED = -1e20
 
 def attend(
     q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array, position: int | jax.Array,
-    transform: Callable[[jax.Array], jax.Array] | None = None,
+    *windowed: int | jax.Array, transform: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k).
 
     transform: of the logits [B, N, T, S] on their way into the softmax; max logit is the largest before it.
     """
     T, S = q_BxTxNxH.shape[1], k_BxSxNxH.shape[1]
-    visible_TxS = jnp.arange(S)[None] <= jnp.arange(T)[:, None] + position
+    visible_TxS = visible(jnp.arange(S)[None], jnp.arange(T)[:, None] + position, *windowed)
     s_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q_BxTxNxH, k_BxSxNxH, preferred_element_type=scale_NxT.dtype)
     if transform is not None:
         logits_BxNxTxS = s_BxNxTxS * scale_NxT[None, :, :, None]
@@ -41,3 +41,10 @@ def attend(
     lse_BxNxT = max_BxNxT + jnp.log(z_BxNxT)
     largest_BxNxT = max_BxNxT if transform is None else largest_BxNxT
     return out_BxTxNxH.astype(q_BxTxNxH.dtype), entropy_BxNxT, lse_BxNxT, largest_BxNxT
+
+
+def visible(key: jax.Array, last: jax.Array, window: int | jax.Array | None = None, num_slots: int = 0) -> jax.Array:
+    """Whether a query whose own key is `last` sees a key: one of the `window` up to there, or of the first slots."""
+    if window is None:
+        return key <= last
+    return (key <= last) & ((key > last - window) | (key < num_slots))

@@ -19,13 +19,13 @@ _SMALLEST = 1e-6  # of |1 + s/c|: its logarithm and the gradient stay finite whe
 
 def attend(
     q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, scale_NxT: jax.Array, position: int | jax.Array,
-    transform: Callable[[jax.Array], jax.Array],
+    *windowed: int | jax.Array, transform: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """As `dense.attend`, with the logits transformed."""
     T = q_BxTxNxH.shape[1]
     count = -(-T // BLOCK)
     if count == 1:
-        return dense.attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position, transform)
+        return dense.attend(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, position, *windowed, transform=transform)
     size = -(-T // count)
     # queries that fill up the last block see every key, and are cut off
     q_BxTxNxH = jnp.pad(q_BxTxNxH, ((0, 0), (0, count * size - T), (0, 0), (0, 0)))
@@ -34,7 +34,8 @@ def attend(
     @jax.checkpoint
     def block(of_block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         index, q_BxQxNxH, scale_NxQ = of_block
-        return dense.attend(q_BxQxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxQ, position + index * size, transform)
+        at = position + index * size
+        return dense.attend(q_BxQxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxQ, at, *windowed, transform=transform)
 
     blocks = (
         jnp.arange(count),

@@ -1,6 +1,6 @@
 """GPT-2 as Hugging Face writes it; its weights are [in, out], and its head is its embedding."""
 
-from jax_entropy.architecture import ModelConfig
+from jax_entropy.architecture import ModelConfig, written_fields
 from jax_entropy.huggingface.family import Family
 
 
@@ -47,12 +47,8 @@ GPT2 = Family(
     },
     free_keys={"reorder_and_upcast_attn": False},  # the order of a product and a scale, in float32 the same
     fields=dict(norm="layer", final_norm="layer", bias="all"),
-    fixed_fields=dict(
-        norm="layer", final_norm="layer", ffn="full", scaled=False, ffn_free_layers=0,
-        reparametrization="none", learnable_temperature=False, power=0, qk_norm=False,
-        logit_cap=0, entropy_regularizer=False, tied_head=True,
-        embedding_scale=1.0,
-    ),
+    fixed_fields=dict(norm="layer", final_norm="layer", tied_head=True, embedding_scale=1.0, learned_positions=True)
+    | {name: value for name, value in written_fields("SM+LN+G").items() if name != "activation"},
     tensors={
         "wte.weight": "token_embedding",
         "wpe.weight": "position_embedding",

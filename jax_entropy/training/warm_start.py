@@ -30,7 +30,7 @@ from jax_entropy.seeds import random_key
 
 # Axes along which one model may have more entries than another, of which the first are taken over.
 _BY_POSITION = {"position_embedding": 0, "attention/temperature": 1}
-_BY_TOKEN = {"token_embedding": 0, "head": 0}
+_BY_TOKEN = {"token_embedding": 0, "value_embedding": 0, "head": 0}
 
 _Key = tuple[int | None, str]  # the layer and the name in its block, or None and the path
 

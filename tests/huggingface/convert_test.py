@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jax_entropy.architecture import architecture
+from jax_entropy.architecture import PARTS, architecture
 from jax_entropy.commands.main import main
 from jax_entropy.config import default_config, model_config
 from jax_entropy.data import Tokenizer, load_tokenizer
@@ -21,7 +21,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.evaluate import evaluate
 from jax_entropy.generate import generate
 from jax_entropy.huggingface.convert import export_run, import_run
-from jax_entropy.huggingface.folder import from_huggingface, to_huggingface
+from jax_entropy.huggingface.folder import check_expressible, from_huggingface, to_huggingface
 from jax_entropy.model import Transformer
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.load import load_run
@@ -224,6 +224,12 @@ def test_what_gpt2_cannot_express_is_not_exported(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"norm='none' of EReg\(SM\(t\)\+ScFuFFN\) has no place in GPT-2"):
         export_run(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", [*PARTS, "ScFFN", "WNorm(QK)"])
+def test_no_piece_of_the_notation_is_lost_in_an_export(part):
+    with pytest.raises(UserError, match="has no place in GPT-2, only .* has"):
+        check_expressible(architecture(f"SM+LN+G+{part}"))
 
 
 def test_nothing_to_export(tmp_path, tokenizer):

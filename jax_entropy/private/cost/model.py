@@ -26,7 +26,7 @@ _FILE = Path(__file__).with_name("costs.json")
 # What is measured for the coefficients, every architecture at every size, plain and optimised.
 ARCHITECTURES = (
     ("SM+LN+G", {}), ("SM+LN+G", dict(activation="gelu_tanh")), ("SM+R", {}), ("EReg(SM(t)+ScFuFFN)", {}),
-    ("SM+RN+LR(0.01)", dict(final_norm="rms")),
+    ("SM+RN+LR(0.01)", dict(final_norm="rms")), ("SM+Conv4+RoPE", {}),
 )  # fmt: skip
 SIZES = tuple(
     dict(num_layers=L, num_heads=N, model_dim=D, context_length=T, vocab_size=V)
@@ -48,7 +48,7 @@ SIZES = tuple(
 
 def _key(kind: str, config: ModelConfig, plain: bool) -> str:
     """Costs that differ in more than counts: what a kind does depends on the architecture."""
-    variant = ""
+    variant, plain = "", plain and kind != "temperature"  # which is the same product in both
     if kind == "residual":
         variant = f" {config.scaled}"
     if kind == "scores" and plain:

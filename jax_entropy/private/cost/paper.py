@@ -39,9 +39,10 @@ def paper_cost(config: ModelConfig) -> PaperCost:
     V, with_ffn = config.vocab_size, L - config.ffn_free_layers
     fused, gelu, relu = config.ffn == "fused", config.activation.startswith("gelu"), config.activation == "relu"
     norms = (L + with_ffn) if config.norm == "layer" else 0
-    kilobytes = _SOFTMAX * L * N * T * T + _LAYER_NORM * norms * T * D
+    pairs = T * sum(window + config.num_slots for window in config.windows)  # of queries and keys in all layers
+    kilobytes = _SOFTMAX * N * pairs + _LAYER_NORM * norms * T * D
     kilobytes += (_GELU * gelu + _RELU * relu) * with_ffn * T * F + _VOCABULARY * T * V
     megabytes = T * (with_ffn * (_FFN_FUSED if fused else _FFN_FULL) + L * _ATTENTION + _TOKEN)
-    minutes = 3.33e-6 * L * T**2 + with_ffn * T * (1.55e-3 * gelu + 2.9e-4 * relu) + 6.25e-4 * L * T
+    minutes = 3.33e-6 * pairs + with_ffn * T * (1.55e-3 * gelu + 2.9e-4 * relu) + 6.25e-4 * L * T
     minutes += (0.0336 + 2.64e-4 * T if fused else 0.0704 + 5.34e-4 * T) * with_ffn + 0.372 * T * V / 1e6
     return PaperCost(kilobytes / 1e6 + megabytes / 1e3, minutes)

@@ -12,6 +12,7 @@ from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import ACTIVATIONS, NORMS, PRODUCTS
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.attention import tile_edge
+from jax_entropy.private.program.blueprint import check_executable
 from jax_entropy.private.program.nonlinear import at_once, halvings
 
 
@@ -34,7 +35,12 @@ class Work(NamedTuple):
 
 
 def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logits: str) -> dict[str, list[Work]]:
-    """The work of every kind in a forward pass, for the logits of "every" position or of the "last" one."""
+    """The work of every kind in a forward pass, for the logits of "every" position or of the "last" one.
+
+    Raises:
+      UserError: a model that has no private program.
+    """
+    check_executable(config)
     T, D, F, V = num_tokens, config.model_dim, config.hidden_dim, config.vocab_size
     N = config.num_heads
     L, ffn = config.num_layers, config.num_layers - config.ffn_free_layers
@@ -73,7 +79,7 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
     if config.qk_norm:
         found["QK-norm"] = [Work(L, elements=(2 * T * D, 2 * T * N), multiplied=2 * T * D, scaled=T * N)]
     if config.rotary:
-        found["rotation"] = [Work(L, elements=(2 * T * D,))]
+        found["rotation"] = [Work(L, elements=(3 * T * D,))]
     if tempered and not plain:
         found["temperature"] = [Work(c, elements=(T * D,), scaled=T * D) for c, T in rows]
     if plain:

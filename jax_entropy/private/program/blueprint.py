@@ -92,6 +92,7 @@ class Blueprint:
     embedding: str = "shared"
 
     def __post_init__(self) -> None:
+        check_executable(self.config)
         if self.embedding not in EMBEDDINGS:
             raise UserError(f"embedding={self.embedding!r} is not known{nearest(self.embedding, EMBEDDINGS)}")
         if not (self.heads_at_once > 0 and self.config.num_heads % self.heads_at_once == 0):
@@ -147,6 +148,17 @@ class Blueprint:
         if self.rewrites.one_hot:
             return np.eye(self.config.vocab_size, dtype=np.float32)[np.asarray(tokens_T)]
         return np.asarray(tokens_T, np.int32)
+
+
+def check_executable(config: ModelConfig) -> None:
+    """Checks that a model has a private program.
+
+    Raises:
+      UserError: a part that has none yet.
+    """
+    for field in ("log_scale", "value_embedding", "num_slots", "window_pattern"):
+        if getattr(config, field):
+            raise UserError(f"{config} is not executed privately yet: {field} has no private stage")
 
 
 def _weight_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:

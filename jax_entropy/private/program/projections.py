@@ -6,6 +6,7 @@ numbers.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_entropy.parts import rotations
 from jax_entropy.private.program.blueprint import Blueprint
@@ -46,10 +47,10 @@ def projections(blueprint: Blueprint, layer: int, read: str, num_tokens: int | N
         return tuple(part.reshape(-1, config.num_heads, config.head_dim) for part in parts)
 
     stages.append(Stage("heads", layer, split, tuple(products.values()), names))
-    if config.value_residual:
-        stages.append(_value_residual(blueprint, layer))
     if config.qk_norm:
         stages.append(_qk_norm(blueprint, layer))
+    if config.value_residual:
+        stages.append(_value_residual(blueprint, layer))
     if config.rotary:
         stages.append(_rotation(blueprint, layer, num_tokens))
     return stages
@@ -110,17 +111,21 @@ def _value_residual(blueprint: Blueprint, layer: int) -> Stage:
 
 
 def _rotation(blueprint: Blueprint, layer: int, num_tokens: int | None) -> Stage:
-    """Queries and keys times public cosines and sines."""
+    """Queries and keys turned by public angles, all in one product.
 
-    def function(q_TxNxH: jax.Array, k_TxNxH: jax.Array, *position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tables_SxI = (jnp.asarray(table, jnp.float32) for table in rotations(blueprint.config))
-        cosine, sine = (
-            (table[:num_tokens] if num_tokens else jax.lax.dynamic_slice_in_dim(table, *position, 1))[:, None]
-            for table in tables_SxI
-        )
-        cosine, sine = jnp.concatenate([cosine, cosine], axis=-1), jnp.concatenate([-sine, sine], axis=-1)
-        swapped = (jnp.roll(x, blueprint.config.head_dim // 2, axis=-1) for x in (q_TxNxH, k_TxNxH))
-        return tuple(x * cosine + y * sine for x, y in zip((q_TxNxH, k_TxNxH), swapped, strict=True))
+    (a + ib)·(c + is) takes three: x = c·(a + b), y = a·(s − c), z = b·(s + c) give x − z and x + y.
+    """
+    cosine_SxI, sine_SxI = rotations(blueprint.config)
+    turns_Sx3xI = np.stack([cosine_SxI, sine_SxI - cosine_SxI, sine_SxI + cosine_SxI], axis=1).astype(np.float32)
+
+    def function(q_TxNxH: jax.Array, k_TxNxH: jax.Array, *position: jax.Array) -> tuple[jax.Array, ...]:
+        rows = jnp.asarray(turns_Sx3xI)
+        rows = rows[:num_tokens] if num_tokens else jax.lax.dynamic_slice_in_dim(rows, *position, 1)
+        a, b = jnp.split(jnp.stack([q_TxNxH, k_TxNxH], axis=1), 2, axis=-1)
+        products = jnp.stack([a + b, a, b], axis=3) * rows[:, None, None]
+        x, y, z = (products[:, :, :, i] for i in range(3))
+        turned = jnp.concatenate([x - z, x + y], axis=-1)
+        return turned[:, 0], turned[:, 1]
 
     names = (f"{layer}.q", f"{layer}.k")
     return Stage("rotation", layer, function, (*names, *(() if num_tokens else (POSITION,))), names)

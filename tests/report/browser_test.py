@@ -171,6 +171,18 @@ def test_texts_are_shown_and_never_obeyed(visit):
     assert tab.locator("script").count() == 2  # the block and the page's own
 
 
+def test_what_is_not_a_number_is_said_and_not_drawn_as_one(visit, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(page([read_history(write_run(tmp_path / "run", L=3, N=2, steps=8, nan_from=6, ereg=False))]))
+    tab = visit(file.as_uri(), "#step=400&layer=0&head=0")
+    assert said(tab, "layers").startswith("layer 0: ")
+    tab.locator("h1").click()
+    tab.keyboard.press("Escape")
+    assert said(tab, "layers").endswith("nats, 2 of 3 layers are not a number")
+    assert "grey: not a number" in tab.inner_text("#entropy-surface .legend")
+    assert tab.locator("#heads .unknown").count() == 4
+
+
 def test_print_shows_all_of_the_configuration(visit):
     tab = visit()
     tab.emulate_media(media="print")

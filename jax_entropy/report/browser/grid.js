@@ -121,7 +121,8 @@ function surface(box, spec) {
   const band = svg("rect", { class: "row", x: frame.left, width: frame.right - frame.left, height: tall });
   const line = svg("line", { y1: frame.top, y2: frame.bottom });
   root.append(band, svg("g", { class: "cursor over" }, line));
-  box.append(legend(spec.scale));
+  const lost = spec.values.values.some((value) => !Number.isFinite(value));
+  box.append(legend(lost ? { ...spec.scale, notes: ["grey: not a number"] } : spec.scale));
   watchPointer(frame, spec, (event, [px, py]) => {
     const layer = Math.min(L - 1, Math.max(0, Math.floor((py - frame.top) / tall)));
     const e = indexAt(spec.steps, x.invert(px));

@@ -60,8 +60,9 @@ function layerTable(run, metric) {
 
 function saidOfLayers(run, metric, unit) {
   const values = row(run.train[metric], now(run));
-  const [low, high] = extent(values);
-  const whole = `${exact(low, 4)} to ${exact(high, 4)} ${unit}`.trim();
+  const known = values.filter(Number.isFinite), lost = values.length - known.length;
+  const range = known.length ? `${exact(Math.min(...known), 4)} to ${exact(Math.max(...known), 4)} ${unit}`.trim() : "";
+  const whole = [range, lost ? `${lost} of ${values.length} layers are not a number` : ""].filter(Boolean).join(", ");
   return state.layer === null ? whole : `layer ${state.layer}: ${exact(values[state.layer], 5)} ${unit}`.trim();
 }
 

@@ -58,12 +58,11 @@ class Linear(nn.Module):
         # Rows are flattened: with two batch axes XLA's CPU backend computes the kernel's gradient far more slowly.
         matrix = constrain(matrix.astype(self.dtype), *(("tensor", None) if self.split_inputs else (None, "tensor")))
         y = product(x.reshape(-1, matrix.shape[0]), matrix)
-        y = y.reshape(*batch_shape, *self.out_shape)
-        if self.use_bias:
+        if self.use_bias:  # while heads lie side by side: apart, a TPU would lay them out anew and copy them back
             bias = self.param("bias", nn.initializers.constant(self.bias_init), self.out_shape, jnp.float32)
             # In float32, whose gradient is then summed so.
-            y = y.astype(jnp.promote_types(y.dtype, bias.dtype)) + jnp.expand_dims(bias, range(len(batch_shape)))
-        return y.astype(self.dtype)
+            y = y.astype(jnp.promote_types(y.dtype, bias.dtype)) + bias.reshape(1, -1)
+        return y.astype(self.dtype).reshape(*batch_shape, *self.out_shape)
 
     def _singular_vectors(self, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Those of the largest singular value, by one power iteration a step; kept in the collection `spectral`."""
@@ -301,6 +300,7 @@ class FeedForward(nn.Module):
         return amount * x + (1 - amount) * activated
 
 
+@functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)  # the backward pass keeps x, nothing on the way
 def _activate(x: jax.Array, config: ModelConfig, slope: jax.Array | None) -> jax.Array:
     match config.activation:
         case "identity":
@@ -323,9 +323,11 @@ def normalise(kind: str, config: ModelConfig, name: str) -> Callable[[jax.Array]
         return lambda x: x
     if kind in ("frozen", "tanh"):
         return (FrozenNorm if kind == "frozen" else DynamicTanh)(config, name=name)
+    # the backward pass keeps x, nothing on the way, which is float32
+    layer = nn.remat(nn.LayerNorm if kind == "layer" else nn.RMSNorm, prevent_cse=False)
     # E[x²] − E[x]² would lose the variance of a stream whose mean is large
-    layer = functools.partial(nn.LayerNorm, use_fast_variance=False) if kind == "layer" else nn.RMSNorm
-    return layer(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
+    options = dict(use_fast_variance=False) if kind == "layer" else {}
+    return layer(epsilon=config.norm_epsilon, dtype=config.dtype, name=name, **options)
 
 
 class FrozenNorm(nn.Module):

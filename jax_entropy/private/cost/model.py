@@ -26,7 +26,8 @@ _FILE = Path(__file__).with_name("costs.json")
 # What is measured for the coefficients, every architecture at every size, plain and optimised.
 ARCHITECTURES = (
     ("SM+LN+G", {}), ("SM+LN+G", dict(activation="gelu_tanh")), ("SM+R", {}), ("EReg(SM(t)+ScFuFFN)", {}),
-    ("SM+RN+LR(0.01)", dict(final_norm="rms")), ("SM+Conv4+RoPE", {}),
+    ("SM+RN+LR(0.01)", dict(final_norm="rms")), ("SM+Conv4+RoPE", {}), ("PSM(2)+FN+BiFFN+QKN", {}), ("PSM(8)+DyT", {}),
+    ("SM+Cap(30)", {}),
 )  # fmt: skip
 SIZES = tuple(
     dict(num_layers=L, num_heads=N, model_dim=D, context_length=T, vocab_size=V)

@@ -136,10 +136,12 @@ def whole(tmp_path_factory, corpus_directory):
 def test_a_run_that_changes_its_layout_reads_every_chunk_once(whole, tmp_path, corpus_directory, before, after):
     """Stopped by SIGTERM and started on another layout: the same chunks in the same batches as without a stop."""
     process = reading(before, tmp_path / "run", corpus_directory, "first")
+    said = []
     for line in process.stdout:
+        said.append(line)
         if line.startswith("step 8/60"):
             process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=120) == 0, "".join(said)
     resumed = finish(reading(after, tmp_path / "run", corpus_directory, "second"))
     (expected, losses), first, second = whole, *(chunks(tmp_path / name) for name in ("first", "second"))
     assert f"resumed at step {len(first)} of 60" in resumed and 8 <= len(first) < 60
@@ -153,13 +155,15 @@ def test_a_run_that_changes_its_layout_reads_every_chunk_once(whole, tmp_path, c
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 def test_a_signal_to_one_of_two_processes_stops_both(whole, tmp_path, corpus_directory):
     """SIGTERM to the second process only: both save at one step and end with code 0, within 30 seconds."""
-    launched = reading((2, 1), tmp_path / "run", corpus_directory, "first")
+    launched, said = reading((2, 1), tmp_path / "run", corpus_directory, "first"), []
     for line in launched.stdout:
+        said.append(line)
         if line.startswith("step 8/60"):
             second = [pid for pid in processes_of(launched.pid) if b"JAX_PROCESS_ID=1" in environment_of(pid)]
             os.kill(max(second), signal.SIGTERM)
             told = time.monotonic()
-    assert launched.wait(timeout=30) == 0 and time.monotonic() - told < 30
+    assert launched.wait(timeout=30) == 0, "".join(said)
+    assert time.monotonic() - told < 30
     resumed = finish(reading((2, 1), tmp_path / "run", corpus_directory, "second"))
     first, second = (chunks(tmp_path / name) for name in ("first", "second"))
     assert f"resumed at step {len(first)} of 60" in resumed and 8 <= len(first) < 60

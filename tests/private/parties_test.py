@@ -44,7 +44,8 @@ def keys(tmp_path_factory):
 class Server:
     """`private serve` in a folder of its own."""
 
-    def __init__(self, workdir, keys, folder, peer="client", *flags):
+    def __init__(self, workdir, keys, folder, peer="client", *flags, says="protects NOTHING from a client"):
+        self.says = says
         [self.port] = free_ports(1)
         tls = () if keys is None else (f"--keys={keys / 'server'}", f"--peer={keys / peer / 'certificate.pem'}")
         self.process = start(
@@ -52,7 +53,7 @@ class Server:
         )
 
     def __enter__(self):
-        assert "protects NOTHING from a client" in self.process.stdout.readline()  # its first words
+        assert self.says in self.process.stdout.readline()  # its first words
         wait_for_line(self.process, "serves ")
         return self
 
@@ -351,3 +352,41 @@ def test_neither_side_holds_what_the_other_has(workdir, keys, tmp_path, tls):
     assert len(tap.heard) > 1000
     assert prompt.encode() not in tap.heard and needle not in tap.heard
     assert (b'"blueprint"' in tap.heard) != tls  # the tap hears
+
+
+@pytest.mark.long
+def test_none_of_three_holds_what_another_has(workdir, keys, tmp_path):
+    """As for two; the assistant's memory is searched for both."""
+    from jax_entropy.runs.load import load_run
+
+    params = load_run(workdir, print).variables["params"]
+    needle = np.asarray(params["blocks"]["ffn"]["fused"]["kernel"][0]).astype(np.float32)[3, :8].tobytes()
+    table = np.asarray(params["token_embedding"])[5, :4].tobytes()
+    prompt = "the secret k3y of th3 test"
+    (tmp_path / "prompt").write_text(prompt)
+    with Server(workdir, keys, tmp_path, "client", "--protocol=aby3", says="aby3: protects as long as") as own:
+        [door] = free_ports(1)
+        assisting = start(
+            "assist", f"--server=127.0.0.1:{own.port}", f"--listen=127.0.0.1:{door}", f"--keys={keys / 'assistant'}",
+            cwd=tmp_path / "assistant",
+        )  # fmt: skip
+        wait_for_line(assisting, "assists ")
+        asked = own.ask(
+            tmp_path, keys, f"--assistant=127.0.0.1:{door}", *[f"--prompt_file={tmp_path / 'prompt'}"] * 200, prompt=""
+        )
+        parties = {"server": own.process, "assistant": assisting, "client": asked}
+        engines = {role: wait_for_children(process.pid) for role, process in parties.items()}
+        time.sleep(10)
+        everybody = {role: (process.pid, *engines[role]) for role, process in parties.items()}
+        for pid in sum(everybody.values(), ()):
+            os.kill(pid, signal.SIGSTOP)
+        held = {role: b"\n".join(map(memory_of, pids)) for role, pids in everybody.items()}
+        for pid in sum(everybody.values(), ()):
+            os.kill(pid, signal.SIGKILL)
+        asked.communicate()
+        assisting.communicate()
+    assert prompt.encode() in held["client"] and table in held["server"]  # the search finds what is there
+    for role in ("server", "assistant"):
+        assert prompt.encode() not in held[role]
+    for role in ("client", "assistant"):
+        assert needle not in held[role] and table not in held[role]

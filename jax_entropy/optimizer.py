@@ -78,6 +78,8 @@ def qk_clip(params: Any, max_logit_LxN: jax.Array, limit: float) -> tuple[Any, j
             last = first + attention["query"]["kernel"].shape[0]
             root_LxN = jnp.sqrt(factor_LxN[first:last])
             scaled = {side: _scale_heads(attention[side], root_LxN) for side in ("query", "key")}
+            if "slot_key" in attention:  # learned keys are keys too
+                scaled["slot_key"] = attention["slot_key"] * root_LxN[:, None, :, None]
             clipped[stack], first = params[stack] | {"attention": attention | scaled}, last
     return clipped, factor_LxN
 

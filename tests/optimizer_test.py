@@ -128,7 +128,7 @@ def test_adamw_by_hand():
         np.testing.assert_allclose(params["kernel"], p, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["SM+ScFuFFN^1", "SM+WNorm(QK)^1"])
+@pytest.mark.parametrize("name", ["SM+ScFuFFN+Mem2^1", "SM+WNorm(QK)^1"])
 def test_qk_clip_scales_queries_and_keys_of_a_head_and_nothing_else(name):
     """By the root of what its logits exceed the limit by, in either stack of layers, whatever gives the matrix."""
     before = scattered(tiny(name, num_heads=2))["params"]
@@ -144,6 +144,9 @@ def test_qk_clip_scales_queries_and_keys_of_a_head_and_nothing_else(name):
             scale_O = np.repeat(np.sqrt(factor_N), 8)
             np.testing.assert_allclose(matrices[1], matrices[0] * scale_O[None], rtol=1e-6)
             np.testing.assert_allclose(new["bias"].ravel(), old["bias"].ravel() * scale_O, rtol=1e-6)
+        if "Mem2" in name:
+            old, new = (params[stack]["attention"]["slot_key"] for params in (before, after))
+            np.testing.assert_allclose(new, old * np.sqrt(factor_N)[None, None, :, None], rtol=1e-6)
     pairs = zip(*(flatten_dict(params, sep="/").items() for params in (before, after)), strict=True)
     changed = {path for (path, old), (_, new) in pairs if not np.array_equal(old, new)}
-    assert all("attention/query" in path or "attention/key" in path for path in changed)
+    assert all(path.split("/attention/")[1].startswith(("query/", "key/", "slot_key")) for path in changed)

@@ -2,8 +2,8 @@
 
     jax-entropy sweep short
 
-4 layers of width 64 on 1.6 million tokens, three seeds, learning rates chosen after a quarter of the steps. Smaller than
-the other sweeps' `small`, whose text it reads; the other scales are theirs.
+4 layers of width 64 on 1.6 million tokens, three seeds, learning rates chosen after a quarter of the steps. Smaller
+than the other sweeps' `small`, whose text it reads; the other scales are theirs.
 """
 
 from jax_entropy.sweep import SCALES, Published, Sweep, Tuning, product

@@ -38,7 +38,8 @@ def plan(values: Namespace) -> None:
     if values.mesh:
         if not re.fullmatch(r"-?\d{1,6},-?\d{1,6},-?\d{1,6}", values.mesh):
             raise UserError(f"--mesh={values.mesh!r} must be three whole numbers, DATA,FSDP,TENSOR")
-        values.config.mesh.update(zip(("data", "fsdp", "tensor"), map(int, values.mesh.split(",")), strict=True))
+        sizes = map(int, values.mesh.split(","))
+        values.config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     set_compiler(values.xla)
     from jax_entropy.plan import plan as compile_for
     from jax_entropy.plan import search

@@ -25,8 +25,6 @@ ARCHITECTURES = (
 )  # fmt: skip
 # A few of them that go through every line of the model.
 VARIED = ("SM+LN+G", "SM+WNorm(QKVO+FFN)", "EReg(SM(t)+ScFuFFN^1)", *ARCHITECTURES[-6:-3], ARCHITECTURES[-1])
-# What has a private program.
-PRIVATE, VARIED_PRIVATE = (tuple(name for name in names if "Win" not in name) for names in (ARCHITECTURES, VARIED))
 
 
 def assert_gradients(function, *arguments, step: float = 1e-6, rtol: float = 1e-6) -> None:

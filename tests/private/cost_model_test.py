@@ -18,7 +18,7 @@ from jax_entropy.private.program.blueprint import PLAIN, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.fixed_point import random_tokens
 from jax_entropy.private.program.stage import lower
-from tests.tiny_model import PRIVATE, initial, tiny
+from tests.tiny_model import ARCHITECTURES, initial, tiny
 
 # None of these sizes is among those of docs/benchmarks/private.md's calibration.
 HELD_OUT = dict(num_layers=3, num_heads=5, model_dim=80, context_length=48, vocab_size=150)
@@ -39,7 +39,7 @@ def measure(engine):
 @pytest.mark.parametrize(("name", "fields"), [
     ("SM+LN+G", {}), ("EReg(SM(t)+ScFuFFN)", {}), ("SM+RN+LR(0.01)^1", dict(final_norm="rms")),
     ("SM+LN+G", dict(activation="gelu_tanh", bias="all")), ("SM+LN+R", dict(num_heads=1)),
-    ("SM+ScFuFFN+Conv4+RoPE+VRes", {}),
+    ("SM(log)+LN+ScFuFFN+Conv4+RoPE+VRes+VEmb+Mem3+Win(SL,12)", {}),
 ])  # fmt: skip
 def test_held_out_shapes(measure, name, fields, rewrites):
     config = architecture(name, **HELD_OUT | fields)
@@ -151,7 +151,7 @@ def test_predictions_of_gpt2_small(name, protocol, plain):
 
 @pytest.mark.parametrize("protocol", ["semi2k", "aby3", "cheetah"])
 def test_every_architecture_is_predicted(protocol):
-    for name in PRIVATE:
+    for name in ARCHITECTURES:
         for heads in (1, 4):
             config = architecture(name, num_layers=3, num_heads=heads, model_dim=64, context_length=32, vocab_size=100)
             plain, optimised = (predict_total(config, 32, Setting(protocol=protocol), plain) for plain in (True, False))

@@ -6,16 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
-from jax_entropy.private.cost.model import predict_total
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import NO_REWRITES, REWRITES, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.forward import float32_logits, prefill, step
 from jax_entropy.private.program.stage import caches, compose, external_inputs
 from tests.private.helpers import plain_logits
-from tests.tiny_model import PRIVATE, VARIED_PRIVATE, random_tokens, scattered, tiny
+from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
 
 
 def run(exported, stages, outputs, **values):
@@ -29,7 +27,7 @@ def assert_equal_to_model(config, rewrites, num_tokens=16):
     np.testing.assert_allclose(logits_TxV, expected_TxV, atol=2e-5 * np.abs(expected_TxV).max(), rtol=0)
 
 
-@pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("rewrites", [Rewrites(), NO_REWRITES], ids=["all", "none"])
 def test_every_architecture_is_exported_as_it_is(name, rewrites):
     assert_equal_to_model(tiny(name), rewrites)
@@ -39,7 +37,7 @@ def test_every_architecture_is_exported_as_it_is(name, rewrites):
     dict(bias="all"), dict(bias="none"), dict(final_norm="none"), dict(final_norm="rms"), dict(tied_head=False),
     dict(embedding_scale=4.0),
 ])  # fmt: skip
-@pytest.mark.parametrize("name", VARIED_PRIVATE)
+@pytest.mark.parametrize("name", VARIED)
 def test_biases_heads_and_norms_are_folded_right(name, overrides):
     assert_equal_to_model(tiny(name, **overrides), Rewrites())
 
@@ -56,7 +54,7 @@ def test_any_number_of_tokens(num_tokens):
     assert_equal_to_model(tiny("EReg(SM(t)+ScFuFFN^1)"), Rewrites(), num_tokens)
 
 
-@pytest.mark.parametrize("name", VARIED_PRIVATE)
+@pytest.mark.parametrize("name", VARIED)
 @pytest.mark.parametrize("rewrites", [Rewrites(), NO_REWRITES], ids=["all", "none"])
 def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, rewrites):
     config = tiny(name)
@@ -99,11 +97,3 @@ def test_products_of_beta_beyond_what_fixed_point_takes_are_not_folded():
     expected = Transformer(config).apply(variables, tokens)[0][0]
     logits = float32_logits(exported, tokens[0])
     np.testing.assert_allclose(logits, expected, atol=1e-5 * float(jnp.abs(expected).max()))
-
-
-@pytest.mark.parametrize("name", ["SM(log)", "SM+VEmb", "SM+Mem3", "SM+Win(SL,5)"])
-def test_a_part_without_a_private_program_is_refused_before_it_runs_or_is_priced(name):
-    with pytest.raises(UserError, match="is not executed privately yet"):
-        export(tiny(name), scattered(tiny(name)))
-    with pytest.raises(UserError, match="is not executed privately yet"):
-        predict_total(tiny(name), 16, Setting())

@@ -14,7 +14,7 @@ from jax_entropy.private.program.export import export
 from jax_entropy.private.program.stage import lower
 from jax_entropy.private.session.inference import CLIENT, SERVER, PrivateModel, generate
 from tests.private.helpers import greedy, plain_logits, private_model
-from tests.tiny_model import PRIVATE, VARIED_PRIVATE, random_tokens, scattered, tiny
+from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
 
 PROMPT = (0, 5, 3)
 PRECISE = Setting(fraction_bits=22, exponent_iterations=7)
@@ -33,7 +33,7 @@ def logits_of(engine, config, rewrites=Rewrites()):
     return engine.get(["logits"], CLIENT)["logits"]
 
 
-@pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_are_the_plain_models(semi2k, name):
     config = tiny(name)
     expected, found = plain_logits(config), logits_of(semi2k, config)
@@ -44,7 +44,7 @@ def test_logits_are_the_plain_models(semi2k, name):
     assert (found.argmax(-1) == expected.argmax(-1))[clear].all()
 
 
-@pytest.mark.parametrize("name", VARIED_PRIVATE)
+@pytest.mark.parametrize("name", VARIED)
 def test_logits_of_a_plain_export_are_the_same(semi2k, name):
     config = tiny(name)
     expected = plain_logits(config)

@@ -33,7 +33,7 @@ from jax_entropy.private.session.messages import (
     write,
 )
 from jax_entropy.private.session.parties import ask
-from tests.tiny_model import VARIED_PRIVATE, scattered, tiny
+from tests.tiny_model import VARIED, scattered, tiny
 
 KINDS = (Hello, Refusal, Queued, Offer, Task, Ready, Agreement, More, Prompt, Progress)
 
@@ -62,7 +62,7 @@ def test_a_message_is_read_as_it_was_written(message):
     assert read(line, *KINDS) == message
 
 
-@pytest.mark.parametrize("name", VARIED_PRIVATE)
+@pytest.mark.parametrize("name", VARIED)
 @pytest.mark.parametrize("rewrites", [Rewrites(), PLAIN], ids=str)
 def test_every_export_can_be_offered(name, rewrites):
     made = offer(name, rewrites)

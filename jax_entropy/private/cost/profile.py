@@ -133,9 +133,14 @@ def _run_stages(
             notify(stage.layer)
         layer = stage.layer
         types = dict(zip(stage.inputs, input_types(model.blueprint, stage.inputs, num_tokens, known), strict=True))
-        # stages of different layers differ in names only
+        # stages of different layers differ in names only, or in their windows
+        window = None if layer is None else model.blueprint.config.windows[layer]
         key = "|".join(
-            [stage.kind, *(f"{_bare(name)}{value.shape}" for name, value in types.items()), *map(_bare, stage.outputs)]
+            [
+                f"{stage.kind} {window}",
+                *(f"{_bare(name)}{value.shape}" for name, value in types.items()),
+                *map(_bare, stage.outputs),
+            ]
         )
         if key not in model.programs:
             model.load(key, stage.function, stage.inputs, stage.outputs, num_tokens, known)

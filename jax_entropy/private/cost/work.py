@@ -11,8 +11,7 @@ from typing import NamedTuple
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import ACTIVATIONS, NORMS, PRODUCTS
 from jax_entropy.private.engine.engine import Setting
-from jax_entropy.private.program.attention import tile_edge
-from jax_entropy.private.program.blueprint import check_executable
+from jax_entropy.private.program.attention import Tiles
 from jax_entropy.private.program.nonlinear import at_once, halvings
 
 
@@ -35,14 +34,9 @@ class Work(NamedTuple):
 
 
 def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logits: str) -> dict[str, list[Work]]:
-    """The work of every kind in a forward pass, for the logits of "every" position or of the "last" one.
-
-    Raises:
-      UserError: a model that has no private program.
-    """
-    check_executable(config)
+    """The work of every kind in a forward pass, for the logits of "every" position or of the "last" one."""
     T, D, F, V = num_tokens, config.model_dim, config.hidden_dim, config.vocab_size
-    N = config.num_heads
+    N, S = config.num_heads, num_tokens + config.num_slots
     L, ffn = config.num_layers, config.num_layers - config.ffn_free_layers
     linear = config.activation == "identity" and config.ffn != "bilinear"
     one_matrix = config.ffn == "fused" or (linear and not plain)
@@ -51,7 +45,7 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
     alone = int(logits == "last" and not plain)  # blocks, the last one, that are for a single row behind its keys
     rows = [(L - alone, T), (alone, 1)]
     with_ffn = rows if ffn == L else [(ffn, T)]
-    found: dict[str, list[Work]] = {"embedding": [Work(1, ((T, V, D),))]}
+    found: dict[str, list[Work]] = {"embedding": [Work(1, ((T, V, 2 * D if config.value_embedding else D),))]}
     if joined:
         found["projections"] = [Work(1, ((T, D, 3 * D),))]
         found["feed-forward"] = [Work(L - 1, ((T, 2 * D, 4 * D),)), Work(1, ((1 if alone else T, 2 * D, D),))]
@@ -74,20 +68,26 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
                 Work(c, elements=(size,), squared=(size,), multiplied=size, scaled=size) for c, size in sizes
             ]
     if config.logit_cap:
-        sizes = [(L, N * T * T)] if plain else [(count, N * rows * T) for count, rows in rows]
+        sizes = [(L, N * T * S)] if plain else [(count, N * rows * S) for count, rows in rows]
         found["soft cap"] = [Work(c, elements=(size,), squared=(size,), multiplied=size) for c, size in sizes]
     if config.qk_norm:
         found["QK-norm"] = [Work(L, elements=(2 * T * D, 2 * T * N), multiplied=2 * T * D, scaled=T * N)]
     if config.rotary:
         found["rotation"] = [Work(L, elements=(3 * T * D,))]
-    if tempered and not plain:
-        found["temperature"] = [Work(c, elements=(T * D,), scaled=T * D) for c, T in rows]
+    elif config.log_scale and (plain or not tempered):
+        found["rotation"] = [Work(L, elements=(T * D,))]
+    scaled = rows if tempered and not plain else []
+    # a table of values beside those of layer 0 has a factor that is not in the matrices around attention
+    scaled = [*scaled, (sum(config.embedded_values) * config.value_residual, T)]
+    found["temperature"] = [Work(c, elements=(T * D,), scaled=T * D) for c, T in scaled]
     if plain:
         found |= _attention_as_written(config, T)
     else:
-        each = [_attention(config, T, protocol), _attention_of_one(config, T)]
-        for kind in each[0]:
-            found[kind] = [of[kind]._replace(parts=count) for of, (count, _) in zip(each, rows, strict=True)]
+        layers = {window: config.windows[: L - alone].count(window) for window in config.windows[: L - alone]}
+        each = [(_attention(config, config.windows.index(window), T, protocol), layers[window]) for window in layers]
+        each.append((_attention_of_one(config, L - 1, T), alone))
+        for kind in each[0][0]:
+            found[kind] = [of[kind]._replace(parts=count) for of, count in each]
     final_rows = 1 if logits == "last" else T
     found["vocabulary"] = [Work(1, ((final_rows, D, V),))]
     for norm, kind in NORMS.items():
@@ -106,48 +106,48 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
 
 def _attention_as_written(config: ModelConfig, T: int) -> dict[str, list[Work]]:
     """All blocks', whose softmax sees the whole square and divides each weight."""
-    N, H, L = config.num_heads, config.head_dim, config.num_layers
-    divided = dict(squared=(N * T * T,), multiplied=N * T * T) if config.learnable_temperature else {}
-    halved = math.ceil(math.log2(T)) if T > 1 else 0
+    N, H, L, S = config.num_heads, config.head_dim, config.num_layers, T + config.num_slots
+    divided = dict(squared=(N * T * S,), multiplied=N * T * S) if config.learnable_temperature else {}
+    halved = math.ceil(math.log2(S)) if S > 1 else 0
     softmax = Work(
-        L, elements=(N * T * T, N * T * (T - 1), N * T), squared=(N * T * T, N * T), multiplied=N * T * T,
+        L, elements=(N * T * S, N * T * (S - 1), N * T), squared=(N * T * S, N * T), multiplied=N * T * S,
         waits=(1, halved),
     )  # fmt: skip
     name = "power softmax" if config.power else "softmax"
     if config.power:
-        softmax = _power(config, N * T * T, N * T)._replace(parts=L, multiplied=N * T * T)
+        softmax = _power(config, N * T * S, N * T)._replace(parts=L, multiplied=N * T * S)
     return {name: [softmax]} | dict(
-        scores=[Work(L, ((T, H, T),) * N, False, (N * T * T,), **divided, waits=(1, N))],
-        mix=[Work(L, ((T, T, H),) * N, False, waits=(1, N))],
+        scores=[Work(L, ((T, H, S),) * N, False, (N * T * S,), **divided, waits=(1, N))],
+        mix=[Work(L, ((T, S, H),) * N, False, waits=(1, N))],
     )
 
 
-def _attention(config: ModelConfig, T: int, protocol: str) -> dict[str, Work]:
-    """A block's on all tokens: heads in groups, the softmax on the triangle's tiles."""
-    N, H, D = config.num_heads, config.head_dim, config.model_dim
+def _attention(config: ModelConfig, layer: int, T: int, protocol: str) -> dict[str, Work]:
+    """A block's on all tokens: heads in groups, the softmax on tiles of what is seen."""
+    N, H, D, S = config.num_heads, config.head_dim, config.model_dim, T + config.num_slots
     together = Setting(protocol=protocol).heads_at_once(N)
-    groups, edge = N // together, tile_edge(T)
-    n = T // edge
-    tiles = n * (n + 1) // 2
-    within, across = Compared.of(edge, halvings(edge)), Compared.of(n, at_once(n))
+    groups, tiles = N // together, Tiles.of(config, layer, T, packed=True)
+    in_a_row = [len(row) for row in tiles.rows]
+    rows, most = sum(in_a_row) * tiles.height, max(in_a_row)  # of all tiles
+    within, across = Compared.of(tiles.width, halvings(tiles.width)), Compared.of(most, at_once(most))
     counts = zip(within.sizes, across.sizes, strict=True)
-    compared = [N * (tiles * edge * w + n * edge * a) for w, a in counts]
+    compared = [N * (rows * w + T * a) for w, a in counts]
     waits = [w + a for w, a in zip(within.waits, across.waits, strict=True)]
-    return _softmax(config, N * tiles * edge * edge, N * T, T, compared, waits) | dict(
-        scores=Work(1, ((T, together * H, together * T),) * groups, False, waits=(groups,)),
+    return _softmax(config, N * rows * tiles.width, N * T, S, compared, waits) | dict(
+        scores=Work(1, ((T, together * H, together * S),) * groups, False, waits=(groups,)),
         mix=Work(
-            1, ((T, together * T, together * H),) * groups, False, multiplied=T * D, waits=(1, groups)
+            1, ((T, together * S, together * H),) * groups, False, multiplied=T * D, waits=(1, groups)
         ),
     )  # fmt: skip
 
 
-def _attention_of_one(config: ModelConfig, T: int) -> dict[str, Work]:
-    """A block's for a single query, whose keys are all visible."""
-    N, D = config.num_heads, config.model_dim
-    compared = Compared.of(T, at_once(T))
-    return _softmax(config, N * T, N, T, [N * size for size in compared.sizes], compared.waits) | dict(
-        scores=Work(1, ((T, D, N),), False),
-        mix=Work(1, ((N, T, D),), False, multiplied=D, waits=(1, 1)),
+def _attention_of_one(config: ModelConfig, layer: int, T: int) -> dict[str, Work]:
+    """A block's for a single query, whose keys, within the layer's window, are all visible."""
+    N, D, S = config.num_heads, config.model_dim, min(T, config.windows[layer]) + config.num_slots
+    compared = Compared.of(S, at_once(S))
+    return _softmax(config, N * S, N, S, [N * size for size in compared.sizes], compared.waits) | dict(
+        scores=Work(1, ((S, D, N),), False),
+        mix=Work(1, ((N, S, D),), False, multiplied=D, waits=(1, 1)),
     )
 
 

@@ -1,16 +1,20 @@
 """Causal attention under secure computation, of a whole prompt and of one query to many keys, as stages.
 
-Masked scores never reach the exponential: in the triangle's tiles only the diagonal ones have any.
+Masked scores never reach the exponential: only tiles at the edges of what is seen have any, and those beyond are left
+out.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.parts import visible_keys
 from jax_entropy.private.program.blueprint import Blueprint
 from jax_entropy.private.program.nonlinear import at_once, bent, halvings, largest, reciprocal
 from jax_entropy.private.program.stage import PAST, POSITION, Stage
@@ -47,6 +51,8 @@ def attention(blueprint: Blueprint, layer: int, num_tokens: int) -> list[Stage]:
     q, k, v = (f"{layer}.{name}" for name in "qkv")
     divided = blueprint.present(f"{layer}.temperature")
     rows, together = _Rows(num_tokens), blueprint.heads_at_once
+    after_slots, (keys, values) = _after_slots(blueprint, layer, k, v)
+    tiles = Tiles.of(blueprint.config, layer, num_tokens, blueprint.rewrites.packed)
 
     def scores(q_TxNxH: jax.Array, k_TxNxH: jax.Array, *temperature_NxS: jax.Array) -> jax.Array:
         scores_NxTxT = _product(_of_heads(q_TxNxH, together), _apart(k_TxNxH, together).swapaxes(1, 2), together)
@@ -62,10 +68,21 @@ def attention(blueprint: Blueprint, layer: int, num_tokens: int) -> list[Stage]:
 
     return [
         *_tempered(blueprint, layer, rows),
-        Stage("scores", layer, scores, (q, k, *divided), ("scores",)),
-        *_softmax(blueprint, layer, functools.partial(_causal_weights, blueprint)),
-        _mixed(blueprint, layer, v, mix),
+        *after_slots,
+        Stage("scores", layer, scores, (q, keys, *divided), ("scores",)),
+        *_softmax(blueprint, layer, functools.partial(_causal_weights, blueprint, tiles)),
+        _mixed(blueprint, layer, values, mix),
     ]
+
+
+def _after_slots(blueprint: Blueprint, layer: int, *names: str) -> tuple[list[Stage], tuple[str, ...]]:
+    """Puts the learned slots before keys and values, and gives the names of what attention reads then."""
+    slots = blueprint.present(f"{layer}.slots.k", f"{layer}.slots.v")
+    if not slots:
+        return [], names
+    join = lambda k, v, *slots: tuple(jnp.concatenate(pair) for pair in zip(slots, (k, v), strict=True))  # noqa: E731
+    joined = tuple(f"{name}.all" for name in names)
+    return [Stage("slots", layer, join, (*names, *slots), joined)], joined
 
 
 def _of_heads(x_TxNxH: jax.Array, together: int) -> jax.Array:
@@ -136,48 +153,103 @@ def _mixed(blueprint: Blueprint, layer: int, values: str, mix: Callable[..., jax
     return Stage("mix", layer, function, ("weights", values, *reciprocal), ("mixed",))
 
 
-def _causal_weights(blueprint: Blueprint, scores_NxTxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(score − row maximum), or a power, under the causal mask [N, T, T], and its row sums [N, T].
+class Tiles(NamedTuple):
+    """Rows and columns of scores [T, S] cut into tiles, of which those that no query sees anything in are left out.
 
-    Masked scores are replaced by their row's diagonal one, so that the exponential never sees a large negative number.
+    seen: [rows, columns] of which keys each query sees. Columns of slots are filled up to whole tiles.
     """
-    N, T, _ = scores_NxTxT.shape
-    tile = tile_edge(T) if blueprint.rewrites.packed else T
-    n = T // tile
+
+    height: int
+    width: int
+    slots: int  # columns that are seen by all
+    padding: int  # empty columns after them
+    seen: np.ndarray
+
+    @classmethod
+    def of(cls, config: ModelConfig, layer: int, num_tokens: int, packed: bool) -> "Tiles":
+        """The whole as one tile, or packed: as many as lie on and under the diagonal, within the layer's window."""
+        M = config.num_slots
+        seen_TxS = visible_keys(config, layer)[:num_tokens, : M + num_tokens]
+        if not packed:
+            return cls(num_tokens, M + num_tokens, M, 0, seen_TxS)
+        edge = tile_edge(num_tokens, config.windows[layer])
+        padding = -M % edge
+        nothing_TxP = np.zeros((num_tokens, padding), bool)
+        return cls(edge, edge, M, padding, np.concatenate([seen_TxS[:, :M], nothing_TxP, seen_TxS[:, M:]], axis=1))
+
+    def cut(self, x: Any, i: int, j: int) -> Any:
+        """Tile j of row i of [..., T, S]."""
+        return x[..., i * self.height : (i + 1) * self.height, j * self.width : (j + 1) * self.width]
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """Of each row the tiles that are seen."""
+        T, S = self.seen.shape
+        return [[j for j in range(S // self.width) if self.cut(self.seen, i, j).any()] for i in range(T // self.height)]
+
+
+def _causal_weights(blueprint: Blueprint, tiles: Tiles, scores_NxTxS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(score − row maximum) of what is seen, or a power, elsewhere 0 [N, T, S], and its row sums [N, T].
+
+    Scores that are not seen are replaced by the query's score of its own key, so that the exponential never sees a
+    large negative number.
+    """
+    N, T, _ = scores_NxTxS.shape
     top = largest if blueprint.rewrites.tournament else lambda values, groups: values.max(-1)
-    seen, own = jnp.tril(jnp.ones((tile, tile), bool))[None, None], jnp.eye(tile, dtype=bool)[None, None]
-    tiles = [(i, j) for i in range(n) for j in range(i + 1)]
-    index = {pair: place for place, pair in enumerate(tiles)}
-    cut = lambda i, j: scores_NxTxT[:, i * tile : (i + 1) * tile, j * tile : (j + 1) * tile]  # noqa: E731
-    on_NxIxQxK = jnp.stack([cut(i, i) for i in range(n)], axis=1)
-    diagonal_NxIxQx1 = jnp.where(own, on_NxIxQxK, 0.0).sum(-1, keepdims=True)
-    on_NxIxQxK = jnp.where(seen, on_NxIxQxK, diagonal_NxIxQx1)
-    stack_NxPxQxK = jnp.stack([on_NxIxQxK[:, i] if i == j else cut(i, j) for i, j in tiles], axis=1)
+    if tiles.padding:
+        before, after = scores_NxTxS[..., : tiles.slots], scores_NxTxS[..., tiles.slots :]
+        scores_NxTxS = jnp.concatenate([before, jnp.zeros((N, T, tiles.padding)), after], axis=-1)
+    rows = tiles.rows
+    places = [(i, j) for i, row in enumerate(rows) for j in row]
+    index = {place: number for number, place in enumerate(places)}
+    own = np.eye(*tiles.seen.shape, tiles.slots + tiles.padding, dtype=bool)
+    # in each row one tile holds the queries' own keys, the last
+    last_NxIxQxK = jnp.stack([tiles.cut(scores_NxTxS, i, row[-1]) for i, row in enumerate(rows)], axis=1)
+    own_IxQxK = np.stack([tiles.cut(own, i, row[-1]) for i, row in enumerate(rows)])
+    own_NxIxQx1 = jnp.where(own_IxQxK[None], last_NxIxQxK, 0.0).sum(-1, keepdims=True)
+    partial = [(i, j) for i, j in places if j == rows[i][-1] or not tiles.cut(tiles.seen, i, j).all()]
+    seen_PxQxK = np.stack([tiles.cut(tiles.seen, *place) for place in partial])
+    partial_NxPxQxK = jnp.where(
+        seen_PxQxK[None],
+        jnp.stack([tiles.cut(scores_NxTxS, *place) for place in partial], axis=1),
+        jnp.stack([own_NxIxQx1[:, i] for i, _ in partial], axis=1),
+    )
+    changed = {place: partial_NxPxQxK[:, number] for number, place in enumerate(partial)}
+    stack_NxPxQxK = jnp.stack([changed.get(place, tiles.cut(scores_NxTxS, *place)) for place in places], axis=1)
     if blueprint.config.power:
         e_NxPxQxK = _power(stack_NxPxQxK, blueprint.config.power)
     else:
-        largest_NxPxQ = top(stack_NxPxQxK, halvings(tile))
-        # rows of the triangle are filled up with their last tile, so that one maximum serves them all
+        largest_NxPxQ = top(stack_NxPxQxK, halvings(tiles.width))
+        # rows with fewer tiles are filled up with their last, so that one maximum serves them all
+        most = max(map(len, rows))
+        filled = [[index[i, row[min(j, len(row) - 1)]] for j in range(most)] for i, row in enumerate(rows)]
         rows_NxIxQxJ = jnp.stack(
-            [jnp.stack([largest_NxPxQ[:, index[i, min(i, j)]] for j in range(n)], axis=-1) for i in range(n)], axis=1
+            [jnp.stack([largest_NxPxQ[:, place] for place in row], axis=-1) for row in filled], axis=1
         )
-        row_NxIxQ = top(rows_NxIxQxJ, at_once(n))
-        below_NxPxQ = jnp.stack([row_NxIxQ[:, i] for i, _ in tiles], axis=1)
+        row_NxIxQ = top(rows_NxIxQxJ, at_once(most))
+        below_NxPxQ = jnp.stack([row_NxIxQ[:, i] for i, _ in places], axis=1)
         e_NxPxQxK = _exp(blueprint, stack_NxPxQxK - below_NxPxQ[..., None])
-    visible_1xPxQxK = jnp.stack([seen[0, 0] if i == j else jnp.ones((tile, tile), bool) for i, j in tiles])[None]
-    e_NxPxQxK = jnp.where(visible_1xPxQxK, e_NxPxQxK, 0.0)
+    visible_PxQxK = np.stack([tiles.cut(tiles.seen, *place) for place in places])
+    e_NxPxQxK = jnp.where(visible_PxQxK[None], e_NxPxQxK, 0.0)
     sums_NxPxQ = e_NxPxQxK.sum(-1)
-    total_NxT = jnp.concatenate([sum(sums_NxPxQ[:, index[i, j]] for j in range(i + 1)) for i in range(n)], axis=-1)
-    empty = jnp.zeros((N, tile, tile))
+    total_NxT = jnp.concatenate([sum(sums_NxPxQ[:, index[i, j]] for j in row) for i, row in enumerate(rows)], axis=-1)
+    empty, columns = jnp.zeros((N, tiles.height, tiles.width)), range(tiles.seen.shape[1] // tiles.width)
     square = [
-        jnp.concatenate([e_NxPxQxK[:, index[i, j]] if j <= i else empty for j in range(n)], axis=-1) for i in range(n)
+        jnp.concatenate([e_NxPxQxK[:, index[i, j]] if j in row else empty for j in columns], axis=-1)
+        for i, row in enumerate(rows)
     ]
-    return jnp.concatenate(square, axis=1), total_NxT
+    e_NxTxS = jnp.concatenate(square, axis=1)
+    if tiles.padding:
+        e_NxTxS = jnp.concatenate([e_NxTxS[..., : tiles.slots], e_NxTxS[..., tiles.slots + tiles.padding :]], axis=-1)
+    return e_NxTxS, total_NxT
 
 
-def tile_edge(num_tokens: int) -> int:
-    """Edge of a tile: eight of them a side where that divides, and no smaller than 4."""
-    return next((num_tokens // n for n in (8, 4, 2) if num_tokens % n == 0 and num_tokens // n >= 4), num_tokens)
+def tile_edge(num_tokens: int, window: int) -> int:
+    """Edge of a tile: eight of them a side where that divides, four a window, and no smaller than 4."""
+    edge = next((num_tokens // n for n in (8, 4, 2) if num_tokens % n == 0 and num_tokens // n >= 4), num_tokens)
+    while edge > window // 4 and edge % 2 == 0 and edge // 2 >= 4:
+        edge //= 2
+    return edge
 
 
 def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
@@ -201,6 +273,9 @@ def single_query(blueprint: Blueprint, layer: int, at: str) -> list[Stage]:
     q, k, v = (f"{layer}.{name}" for name in "qkv")
     divided = blueprint.present(f"{layer}.temperature")
     N, H = blueprint.config.num_heads, blueprint.config.head_dim
+    near, names = _within_window(blueprint, layer, at, k, v)
+    after_slots, (keys, values) = _after_slots(blueprint, layer, *names)
+    slots, window = blueprint.config.num_slots, blueprint.config.windows[layer]
 
     def scores(q_1xNxH: jax.Array, k_SxNxH: jax.Array, *temperature: jax.Array) -> jax.Array:
         if blueprint.rewrites.one_dot:
@@ -213,8 +288,9 @@ def single_query(blueprint: Blueprint, layer: int, at: str) -> list[Stage]:
         return scores_Nx1xS / _divisor(blueprint, _column(*temperature) if temperature else None)
 
     def exponentials(scores_Nx1xS: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen_1x1xS = (jnp.arange(scores_Nx1xS.shape[-1]) <= position)[None, None]
-        own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, position, 1, axis=2)
+        own = slots + jnp.minimum(position, window - 1)  # within what the window leaves
+        seen_1x1xS = (jnp.arange(scores_Nx1xS.shape[-1]) <= own)[None, None]
+        own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, own, 1, axis=2)
         scores_Nx1xS = jnp.where(seen_1x1xS, scores_Nx1xS, own_Nx1x1)
         if blueprint.config.power:
             e_Nx1xS = _power(scores_Nx1xS, blueprint.config.power)
@@ -233,7 +309,24 @@ def single_query(blueprint: Blueprint, layer: int, at: str) -> list[Stage]:
 
     return [
         *_tempered(blueprint, layer, _column, at),
-        Stage("scores", layer, scores, (q, k, *divided, *((at,) if divided else ())), ("scores",)),
+        *near,
+        *after_slots,
+        Stage("scores", layer, scores, (q, keys, *divided, *((at,) if divided else ())), ("scores",)),
         *_softmax(blueprint, layer, exponentials, at),
-        _mixed(blueprint, layer, v, mix),
+        _mixed(blueprint, layer, values, mix),
     ]
+
+
+def _within_window(blueprint: Blueprint, layer: int, at: str, *names: str) -> tuple[list[Stage], tuple[str, ...]]:
+    """What a layer's window leaves of keys and values, the last up to a position, and their names."""
+    window = blueprint.config.windows[layer]
+    if window == blueprint.config.context_length:
+        return [], names
+
+    def cut(k_SxNxH: jax.Array, v_SxNxH: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
+        start = jnp.maximum(position - window + 1, 0)
+        size = min(window, len(k_SxNxH))
+        return tuple(jax.lax.dynamic_slice_in_dim(x, start, size) for x in (k_SxNxH, v_SxNxH))
+
+    near = tuple(f"{name}.near" for name in names)
+    return [Stage("window", layer, cut, (*names, at), near)], near

@@ -92,7 +92,6 @@ class Blueprint:
     embedding: str = "shared"
 
     def __post_init__(self) -> None:
-        check_executable(self.config)
         if self.embedding not in EMBEDDINGS:
             raise UserError(f"embedding={self.embedding!r} is not known{nearest(self.embedding, EMBEDDINGS)}")
         if not (self.heads_at_once > 0 and self.config.num_heads % self.heads_at_once == 0):
@@ -136,7 +135,7 @@ class Blueprint:
     def token_type(self, num_tokens: int) -> jax.ShapeDtypeStruct:
         """What tokens enter as: one-hot rows [T, V], rows of a public table [T, D], or indices [T]."""
         if self.embedding == "public":
-            return jax.ShapeDtypeStruct((num_tokens, self.config.model_dim), np.float32)
+            return jax.ShapeDtypeStruct((num_tokens, _table_width(self.config)), np.float32)
         if self.rewrites.one_hot:
             return jax.ShapeDtypeStruct((num_tokens, self.config.vocab_size), np.float32)
         return jax.ShapeDtypeStruct((num_tokens,), np.int32)
@@ -150,15 +149,9 @@ class Blueprint:
         return np.asarray(tokens_T, np.int32)
 
 
-def check_executable(config: ModelConfig) -> None:
-    """Checks that a model has a private program.
-
-    Raises:
-      UserError: a part that has none yet.
-    """
-    for field in ("log_scale", "value_embedding", "num_slots", "window_pattern"):
-        if getattr(config, field):
-            raise UserError(f"{config} is not executed privately yet: {field} has no private stage")
+def _table_width(config: ModelConfig) -> int:
+    """Numbers that an embedding table has for a token: beside the stream's, those that are added to values."""
+    return config.model_dim * (2 if config.value_embedding else 1)
 
 
 def _weight_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
@@ -171,7 +164,7 @@ def _weight_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dic
     def norm(name: str) -> dict[str, tuple[int, ...]]:
         return {f"{name}.scale": (D,), f"{name}.bias": (D,)} | {f"{name}.{one}": (1,) for one in _OF_NORM}
 
-    model = dict(embedding=(V, D), positions=(S, D)) | linear("head", D, V) | norm("final_norm")
+    model = dict(embedding=(V, _table_width(config)), positions=(S, D)) | linear("head", D, V) | norm("final_norm")
     layer = norm("norm1") | norm("norm2") | linear("up", D, F) | linear("down", F, D)
     layer |= linear("gate", D, F) | linear("branches", D, 2 * F)
     for name in ("out", "fused"):
@@ -181,5 +174,6 @@ def _weight_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dic
         if config.conv_width:
             layer[f"{name}.bias"] = (config.conv_width, outputs)
     layer |= linear("joined", 2 * D, 4 * D)
+    layer |= dict.fromkeys(("slots.k", "slots.v"), (config.num_slots, N, config.head_dim))
     layer |= dict.fromkeys(("temperature", "inverse_temperature"), (N, S)) | dict(qk_gain=(N,))
-    return model, layer | dict.fromkeys(("alpha", "beta", "slope", "amount", "value_mix"), (1,))
+    return model, layer | dict.fromkeys(("alpha", "beta", "slope", "amount", "value_mix", "value_scale"), (1,))

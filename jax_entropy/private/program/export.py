@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.layers import effective_matrix, positive, temperature
+from jax_entropy.parts import log_factors
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import Blueprint, Rewrites
 
@@ -54,13 +55,16 @@ def export(
     table = np.asarray(params["token_embedding"], np.float64)
     head = table if config.tied_head else np.asarray(params["head"], np.float64)
     weights = {"embedding": table * config.embedding_scale, "head.kernel": head.T}
+    if config.value_embedding:
+        values = np.asarray(params["value_embedding"], np.float64)
+        weights["embedding"] = np.concatenate([weights["embedding"], values], axis=1)
     if config.learned_positions:
         weights["positions"] = np.asarray(params["position_embedding"], np.float64)
     if config.final_norm != "none":
         weights |= _norm("final_norm", params["final_norm"], variables.get("annealing", {}).get("final_norm"))
-    for layer in layers:
-        _values(layer, rewrites)
-        _heads(layer, config, rewrites)
+    for number, layer in enumerate(layers):
+        _values(layer)
+        _heads(layer, config, rewrites, log_factors(config, number))
         linear = config.activation == "identity" or layer.get("amount") == 1
         if rewrites.merged and linear and config.ffn == "full" and "up.kernel" in layer:
             layer.pop("amount", None)
@@ -131,6 +135,12 @@ def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndar
         block["qk_gain"] = params["attention/qk_gain"]
     if config.value_residual and layer > 0:
         block["value_mix"] = params["attention/value_mix"].reshape(1)
+    if config.log_scale:
+        block["log_scale"] = params["attention/log_scale"]
+    if config.embedded_values[layer]:
+        block["value_scale"] = params["attention/value_embedding_scale"].reshape(1)
+    for name in ("key", "value") if config.num_slots else ():
+        block[f"slots.{name[0]}"] = params[f"attention/slot_{name}"]
     return block
 
 
@@ -145,16 +155,20 @@ def _convolve(layer: dict[str, np.ndarray], name: str) -> None:
         layer[f"{name}.bias"] = np.cumsum(layer[f"{name}.bias"] * taps_KxO, axis=0)
 
 
-def _values(layer: dict[str, np.ndarray], rewrites: Rewrites) -> None:
-    """(1 − λ)·v + λ·v₀: 1 − λ goes into the matrix of v, and λ as its inverse, undone behind attention."""
-    if "value_mix" not in layer:
+def _values(layer: dict[str, np.ndarray]) -> None:
+    """(1 − λ)·v + λ·v₀ + s·e: 1 − λ goes into the matrix of v; λ, or else s, is taken out and put behind attention."""
+    factors = [name for name in ("value_mix", "value_scale") if name in layer]
+    if "value_mix" in layer:
+        _scale(layer, "v", 1 - float(layer["value_mix"][0]))
+    if not factors or not 1 / _FOLDABLE <= abs(taken := float(layer[factors[0]][0])) <= _FOLDABLE:
         return
-    share = float(layer["value_mix"][0])
-    _scale(layer, "v", 1 - share)
-    if rewrites.folded and 1 / _FOLDABLE <= abs(share) <= _FOLDABLE:
-        del layer["value_mix"]
-        _scale(layer, "v", 1 / share)
-        layer["out.kernel"] = layer["out.kernel"] * share
+    _scale(layer, "v", 1 / taken)
+    layer["out.kernel"] = layer["out.kernel"] * taken
+    if "slots.v" in layer:
+        layer["slots.v"] = layer["slots.v"] / taken
+    for name in factors[1:]:
+        layer[name] = layer[name] / taken
+    del layer[factors[0]]
 
 
 def _norm(name: str, params: Any, annealing: Any = None) -> dict[str, np.ndarray]:
@@ -168,15 +182,19 @@ def _norm(name: str, params: Any, annealing: Any = None) -> dict[str, np.ndarray
     return {f"{name}.{part}": value for part, value in found.items()}
 
 
-def _heads(layer: dict[str, np.ndarray], config: ModelConfig, rewrites: Rewrites) -> None:
+def _heads(
+    layer: dict[str, np.ndarray], config: ModelConfig, rewrites: Rewrites, log_factors: np.ndarray | float
+) -> None:
     """1/(t·√H) into the queries: into their kernel what is the same for all positions, beside it what is not.
 
-    So is the shift of power softmax, 1/c; where queries are normalised, it all goes into the scalar behind that.
+    So are the shift of power softmax, 1/c, and the s of SM(log); where queries are normalised, it all goes into the
+    scalar behind that.
     """
-    factor_N, root = 1 / layer.pop("shift", np.ones(config.num_heads)), np.sqrt(config.head_dim)
+    ones_N, root = np.ones(config.num_heads), np.sqrt(config.head_dim)
+    factor_N = layer.pop("log_scale", ones_N) / layer.pop("shift", ones_N)
     if rewrites.temperature:
         if "temperature" in layer:
-            layer["inverse_temperature"] = 1 / (layer.pop("temperature") * root)
+            layer["inverse_temperature"] = log_factors / (layer.pop("temperature") * root)
         else:
             factor_N = factor_N / root
     if "qk_gain" in layer:
@@ -207,18 +225,19 @@ def _fold(config: ModelConfig, layers: list[dict[str, np.ndarray]], model: dict[
     """
     products = np.cumprod([1.0, *(float(layer["beta"][0]) for layer in layers if "beta" in layer)])
     foldable = bool(np.all((np.abs(products) <= _FOLDABLE) & (np.abs(products) >= 1 / _FOLDABLE)))
-    added = [name for name in ("embedding", "positions") if name in model]
-    size = float(np.sqrt(sum(np.mean(model[name] ** 2) for name in added))) or 1.0
+    added = [model["embedding"][:, : config.model_dim], *([model["positions"]] if "positions" in model else [])]
+    size = float(np.sqrt(sum(np.mean(table**2) for table in added))) or 1.0
     scale = start = size if config.norm in ("layer", "rms", "tanh") else 1.0
-    for name in added:
-        model[name] = model[name] / start
+    for table in added:
+        table /= start
     secret_epsilon = foldable and any("beta" in layer for layer in layers)
     for layer in layers:
         _fold_reading(layer, config, "norm1", ("q", "k", "v"), scale, secret_epsilon)
-        moved = config.conv_width or config.rotary or config.qk_norm or config.power or config.logit_cap
+        differ = config.conv_width or config.num_slots  # biases of one key or value and another
+        moved = differ or config.rotary or config.qk_norm or config.power or config.logit_cap
         if "k.bias" in layer and not moved:  # where it adds the same to the logits of all keys
             del layer["k.bias"]  # the softmax does not notice
-        if "v.bias" in layer and not (config.conv_width or config.value_residual):  # the same for all values
+        if "v.bias" in layer and not (differ or config.value_residual):  # the same for all values
             bias = layer.pop("v.bias")  # weights of attention sum to 1
             layer["out.bias"] = layer.get("out.bias", 0) + bias @ layer["out.kernel"]
         _scale(layer, "out", 1 / scale)
@@ -277,6 +296,7 @@ def _side_by_side(layer: dict[str, np.ndarray], names: Sequence[str], joined: st
 
 
 _JOINABLE = {f"{name}.{part}" for name in ("qkv", "out", "fused") for part in ("kernel", "bias")}
+_INSIDE = {"inverse_temperature", "qk_gain", "slots.k", "slots.v", "value_mix", "value_scale"}  # of attention
 
 
 def _join(layers: list[dict[str, np.ndarray]]) -> None:
@@ -285,7 +305,7 @@ def _join(layers: list[dict[str, np.ndarray]]) -> None:
     With W the output projection and F the feed-forward, the stream x grows by x·F + mixed·W(1 + F), and what the next
     projections read is that sum. Where a layer holds anything else, all stay as they are.
     """
-    if any({*layer} - _JOINABLE - {"inverse_temperature", "qk_gain"} or "qkv.kernel" not in layer for layer in layers):
+    if any({*layer} - _JOINABLE - _INSIDE or "qkv.kernel" not in layer for layer in layers):
         return
     for layer, following in zip(layers, [*layers[1:], {}], strict=True):
         out = layer.pop("out.kernel")

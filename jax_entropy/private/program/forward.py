@@ -15,7 +15,7 @@ from jax_entropy.private.program.attention import attention, cached_attention, s
 from jax_entropy.private.program.blueprint import Blueprint
 from jax_entropy.private.program.export import Export
 from jax_entropy.private.program.nonlinear import at_once, largest
-from jax_entropy.private.program.projections import linear, projections
+from jax_entropy.private.program.projections import EMBEDDED_VALUE, linear, projections
 from jax_entropy.private.program.stage import LAST, POSITION, TOKENS, Stage, compose, external_inputs
 
 
@@ -74,24 +74,26 @@ def float32_logits(exported: Export, tokens: Sequence[int]) -> np.ndarray:
 
 def _embed(blueprint: Blueprint, num_tokens: int | None) -> Stage:
     """Tokens at the first positions of the context; without `num_tokens`, one token at `position`."""
-    placed = blueprint.present("positions")
+    config, placed = blueprint.config, blueprint.present("positions")
     at = (POSITION,) if placed and num_tokens is None else ()
 
     table = () if blueprint.embedding == "public" else ("embedding",)
 
-    def function(tokens: jax.Array, *arrays: jax.Array) -> jax.Array:
-        table_VxD, positions = arrays[: len(table)], arrays[len(table) :]
+    def function(tokens: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        table_VxO, positions = arrays[: len(table)], arrays[len(table) :]
         if not table:
-            x_TxD = tokens
+            y_TxO = tokens
         elif blueprint.rewrites.one_hot:
-            x_TxD = tokens @ table_VxD[0]
+            y_TxO = tokens @ table_VxO[0]
         else:
-            x_TxD = jnp.take(table_VxD[0], tokens, axis=0)
-        if not placed:
-            return x_TxD
-        return x_TxD + (jax.lax.dynamic_slice_in_dim(*positions, 1) if at else positions[0][:num_tokens])
+            y_TxO = jnp.take(table_VxO[0], tokens, axis=0)
+        x_TxD, *values = jnp.split(y_TxO, y_TxO.shape[1] // config.model_dim, axis=1)
+        if placed:
+            x_TxD += jax.lax.dynamic_slice_in_dim(*positions, 1) if at else positions[0][:num_tokens]
+        return x_TxD, *(value.reshape(-1, config.num_heads, config.head_dim) for value in values)
 
-    return Stage("embedding", None, function, (TOKENS, *table, *placed, *at), ("x",))
+    outputs = ("x", EMBEDDED_VALUE) if config.value_embedding else ("x",)
+    return Stage("embedding", None, function, (TOKENS, *table, *placed, *at), outputs)
 
 
 def _norm(blueprint: Blueprint, field: str, layer: int | None, name: str) -> tuple[list[Stage], str]:

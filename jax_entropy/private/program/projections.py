@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_entropy.parts import rotations
+from jax_entropy.parts import log_factors, rotations
 from jax_entropy.private.program.blueprint import Blueprint
 from jax_entropy.private.program.stage import LAST, PAST, POSITION, Stage
 
-_FIRST_VALUE = "first_value"
+EMBEDDED_VALUE, _FIRST_VALUE = "embedded_value", "first_value"
 
 
 def linear(blueprint: Blueprint, kind: str, layer: int | None, name: str, source: str, target: str) -> Stage:
@@ -49,11 +49,7 @@ def projections(blueprint: Blueprint, layer: int, read: str, num_tokens: int | N
     stages.append(Stage("heads", layer, split, tuple(products.values()), names))
     if config.qk_norm:
         stages.append(_qk_norm(blueprint, layer))
-    if config.value_residual:
-        stages.append(_value_residual(blueprint, layer))
-    if config.rotary:
-        stages.append(_rotation(blueprint, layer, num_tokens))
-    return stages
+    return [*stages, *_values(blueprint, layer), *_at_positions(blueprint, layer, num_tokens)]
 
 
 def _qk_norm(blueprint: Blueprint, layer: int) -> Stage:
@@ -101,31 +97,49 @@ def _convolution(blueprint: Blueprint, layer: int, name: str, target: str, num_t
     return Stage("projections", layer, function, ("near", f"{name}.kernel", *found, *at), (target,))
 
 
-def _value_residual(blueprint: Blueprint, layer: int) -> Stage:
-    """Adds v of layer 0; times its share, where that is not in the matrices already."""
-    v, share = f"{layer}.v", blueprint.present(f"{layer}.value_mix")
-    if layer == 0:
-        return Stage("values", layer, lambda v_TxNxH: v_TxNxH, (v,), (_FIRST_VALUE,))
-    function = lambda v, first, *share: v + (first * share[0].reshape(1, 1, 1) if share else first)  # noqa: E731
-    return Stage("mix" if share else "values", layer, function, (v, _FIRST_VALUE, *share), (v,))
+def _values(blueprint: Blueprint, layer: int) -> list[Stage]:
+    """Adds v of layer 0 and the tokens' own, times what is not in the matrices around attention already."""
+    v, stages = f"{layer}.v", []
+    added = {_FIRST_VALUE: "value_mix"} if blueprint.config.value_residual and layer else {}
+    added |= {EMBEDDED_VALUE: "value_scale"} if blueprint.config.embedded_values[layer] else {}
+    if blueprint.config.value_residual and layer == 0:
+        stages.append(Stage("values", layer, lambda v_TxNxH: v_TxNxH, (v,), (_FIRST_VALUE,)))
+    for name, factor in added.items():
+        found = blueprint.present(f"{layer}.{factor}")
+        function = lambda v, more, *factor: v + (more * factor[0].reshape(1, 1, 1) if factor else more)  # noqa: E731
+        stages.append(Stage("temperature" if found else "values", layer, function, (v, name, *found), (v,)))
+    return stages
 
 
-def _rotation(blueprint: Blueprint, layer: int, num_tokens: int | None) -> Stage:
-    """Queries and keys turned by public angles, all in one product.
+def _at_positions(blueprint: Blueprint, layer: int, num_tokens: int | None) -> list[Stage]:
+    """Queries, and where they are rotated keys, times public numbers of their positions, all in one product.
 
-    (a + ib)·(c + is) takes three: x = c·(a + b), y = a·(s − c), z = b·(s + c) give x − z and x + y.
+    A rotation (a + ib)·(c + is) takes three: x = c·(a + b), y = a·(s − c), z = b·(s + c) give x − z and x + y.
     """
-    cosine_SxI, sine_SxI = rotations(blueprint.config)
-    turns_Sx3xI = np.stack([cosine_SxI, sine_SxI - cosine_SxI, sine_SxI + cosine_SxI], axis=1).astype(np.float32)
+    config, q, k = blueprint.config, f"{layer}.q", f"{layer}.k"
+    in_temperature = config.learnable_temperature and blueprint.rewrites.temperature
+    log_S = np.broadcast_to(1.0 if in_temperature else log_factors(config, layer), config.context_length)
+    cosine_SxI, sine_SxI = rotations(config)
+    turns_Sx3xI = np.stack([cosine_SxI, sine_SxI - cosine_SxI, sine_SxI + cosine_SxI], axis=1)
+    turns_Sx2x3xI = np.stack([turns_Sx3xI * log_S[:, None, None], turns_Sx3xI], axis=1)
 
-    def function(q_TxNxH: jax.Array, k_TxNxH: jax.Array, *position: jax.Array) -> tuple[jax.Array, ...]:
-        rows = jnp.asarray(turns_Sx3xI)
-        rows = rows[:num_tokens] if num_tokens else jax.lax.dynamic_slice_in_dim(rows, *position, 1)
+    def rows(table_S: np.ndarray, *position: jax.Array) -> jax.Array:
+        table_S = jnp.asarray(table_S, jnp.float32)
+        return table_S[:num_tokens] if num_tokens else jax.lax.dynamic_slice_in_dim(table_S, *position, 1)
+
+    def scale(q_TxNxH: jax.Array, *position: jax.Array) -> jax.Array:
+        return q_TxNxH * rows(log_S, *position)[:, None, None]
+
+    def turn(q_TxNxH: jax.Array, k_TxNxH: jax.Array, *position: jax.Array) -> tuple[jax.Array, ...]:
         a, b = jnp.split(jnp.stack([q_TxNxH, k_TxNxH], axis=1), 2, axis=-1)
-        products = jnp.stack([a + b, a, b], axis=3) * rows[:, None, None]
+        products = jnp.stack([a + b, a, b], axis=3) * rows(turns_Sx2x3xI, *position)[:, :, None]
         x, y, z = (products[:, :, :, i] for i in range(3))
         turned = jnp.concatenate([x - z, x + y], axis=-1)
         return turned[:, 0], turned[:, 1]
 
-    names = (f"{layer}.q", f"{layer}.k")
-    return Stage("rotation", layer, function, (*names, *(() if num_tokens else (POSITION,))), names)
+    at = () if num_tokens else (POSITION,)
+    if config.rotary:
+        return [Stage("rotation", layer, turn, (q, k, *at), (q, k))]
+    if config.log_scale and not in_temperature:
+        return [Stage("rotation", layer, scale, (q, *at), (q,))]
+    return []

@@ -77,7 +77,8 @@ class PrivateModel:
             if self.engine.has_opened:
                 raise RuntimeError("an engine with opened weights holds one model; reset it first")
             self.engine.has_opened = True
-            multiplied = tuple(name for name in names if not name.endswith((".bias", ".epsilon", ".rate", "positions")))
+            passed = (".bias", ".epsilon", ".rate", "positions", "slots.k", "slots.v")
+            multiplied = tuple(name for name in names if not name.endswith(passed))
             cached = Stage("weights, once", None, lambda *arrays: tuple(map(_cached, arrays)), multiplied, multiplied)
             self.run("open weights", [cached], multiplied, 0)
 

@@ -39,7 +39,7 @@ def measure(engine):
 @pytest.mark.parametrize(("name", "fields"), [
     ("SM+LN+G", {}), ("EReg(SM(t)+ScFuFFN)", {}), ("SM+RN+LR(0.01)^1", dict(final_norm="rms")),
     ("SM+LN+G", dict(activation="gelu_tanh", bias="all")), ("SM+LN+R", dict(num_heads=1)),
-    ("SM(log)+LN+ScFuFFN+Conv4+RoPE+VRes+VEmb+Mem3+Win(SL,12)", {}),
+    ("SM(log)+LN+ScFuFFN+Conv4+RoPE+VRes+VEmb+Mem16+Win(SL,12)", {}),
 ])  # fmt: skip
 def test_held_out_shapes(measure, name, fields, rewrites):
     config = architecture(name, **HELD_OUT | fields)

@@ -78,7 +78,7 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
         found["rotation"] = [Work(L, elements=(T * D,))]
     scaled = rows if tempered and not plain else []
     # a table of values beside those of layer 0 has a factor that is not in the matrices around attention
-    scaled = [*scaled, (sum(config.embedded_values) * config.value_residual, T)]
+    scaled = [*scaled, (sum(config.embedded_values[1:]) * config.value_residual, T)]
     found["temperature"] = [Work(c, elements=(T * D,), scaled=T * D) for c, T in scaled]
     if plain:
         found |= _attention_as_written(config, T)

@@ -146,8 +146,8 @@ def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT) -> tuple[jax.Arr
         def step(carry, chunk):
             (loss, d_head_DxV), (hidden_RxD, targets_R) = carry, chunk
             logits_RxV = wide_product(hidden_RxD, head_DxV)
-            more = jnp.sum(jnp.where(targets_R == _NONE, 0, _losses(logits_RxV, targets_R))) / count
-            d_logits_RxV = _losses_gradient(logits_RxV, targets_R, 1 / count).astype(dtype)
+            losses_R, d_logits_RxV = _losses_and_gradient(logits_RxV, targets_R, 1 / count)
+            more, d_logits_RxV = jnp.sum(losses_R) / count, d_logits_RxV.astype(dtype)
             d_head_DxV += outer_product(hidden_RxD, d_logits_RxV).astype(wide)
             return (loss + more, d_head_DxV), wide_product(d_logits_RxV, head_VxD).astype(dtype)
 
@@ -175,12 +175,19 @@ def _losses(logits_RxV: jax.Array, targets_R: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits_RxV, targets_R)
 
 
-def _losses_gradient(logits_RxV: jax.Array, targets_R: jax.Array, share: float) -> jax.Array:
-    """Of the losses' sum times `share`, 0 where there is no target: softmax − one-hot, in one pass and no scatter."""
-    e_RxV = jnp.exp(logits_RxV - jnp.max(logits_RxV, axis=-1, keepdims=True))
+def _losses_and_gradient(logits_RxV: jax.Array, targets_R: jax.Array, share: float) -> tuple[jax.Array, jax.Array]:
+    """Losses, 0 where there is no target, and the gradient of their sum times `share`: softmax − one-hot.
+
+    Both come from one maximum and one sum, which a split vocabulary has to send, and nothing is scattered.
+    """
+    largest_R = jnp.max(logits_RxV, axis=-1)
+    e_RxV = jnp.exp(logits_RxV - largest_R[:, None])
+    sum_R = jnp.sum(e_RxV, axis=-1)
+    target_R = jnp.take_along_axis(logits_RxV, targets_R[:, None], axis=-1)[:, 0]
+    losses_R = jnp.where(targets_R == _NONE, 0, jnp.log(sum_R) + largest_R - target_R)
     share_R = jnp.where(targets_R == _NONE, 0, jnp.asarray(share, e_RxV.dtype))
     hit_RxV = targets_R[:, None] == jnp.arange(logits_RxV.shape[1], dtype=targets_R.dtype)[None]
-    return e_RxV * (share_R / jnp.sum(e_RxV, axis=-1))[:, None] - jnp.where(hit_RxV, share_R[:, None], 0)
+    return losses_R, e_RxV * (share_R / sum_R)[:, None] - jnp.where(hit_RxV, share_R[:, None], 0)
 
 
 def chunk_rows(vocab_size: int) -> int:

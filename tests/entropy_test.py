@@ -38,12 +38,13 @@ def entropy_by_hand(weights):
     return -(weights * logs).sum(-1)
 
 
-def penalty_by_hand(entropy_LxBxNxT, threshold_LxN, tolerance, reduction, shape):
+def penalty_by_hand(entropy_LxBxNxT, threshold_LxN, tolerance, reduction, shape, maximum_LxT=None):
     """Algorithm 1 of the paper, loop by loop, and the two readings of its code."""
-    L, _, N, T = entropy_LxBxNxT.shape
-    maximum = math.log(T)
+    L, B, N, T = entropy_LxBxNxT.shape
+    if maximum_LxT is None:
+        maximum_LxT = np.full((L, T), math.log(T))
 
-    def penalty(deviation):
+    def penalty(deviation, maximum):
         excess = abs(deviation) - tolerance * maximum
         if shape == "hinge":
             return max(excess, 0) ** 2
@@ -54,11 +55,11 @@ def penalty_by_hand(entropy_LxBxNxT, threshold_LxN, tolerance, reduction, shape)
         heads = []
         for head in range(N):
             rows = entropy_LxBxNxT[layer, :, head].ravel()
-            target = threshold_LxN[layer, head] * maximum
+            maxima, threshold = np.tile(maximum_LxT[layer], B), threshold_LxN[layer, head]
             if reduction == "head_mean":
-                heads.append(penalty(rows.mean() - target))
+                heads.append(penalty(rows.mean() - threshold * maxima.mean(), maxima.mean()))
             else:
-                total = sum(penalty(row - target) for row in rows)
+                total = sum(penalty(row - threshold * m, m) for row, m in zip(rows, maxima, strict=True))
                 heads.append(total if reduction == "row_sum" else total / rows.size)
         layers.append(sum(heads) / N)
     return sum(layers) / L

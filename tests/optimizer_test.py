@@ -64,19 +64,11 @@ def test_schedules_that_cannot_work(fields, num_steps, message):
         learning_rate_schedule(options(**fields), num_steps)
 
 
-EXEMPT = {
-    "bias",
-    "scale",
-    "gain",
-    "temperature",
-    "threshold",
-    "alpha",
-    "beta",
-    "gamma",
-    "negative_slope",
-    "taps",
-    "value_mix",
-}
+EXEMPT = set(
+    "bias scale gain gamma temperature threshold alpha beta negative_slope taps value_mix value_embedding_scale"
+    " slot_key slot_value log_scale qk_gain shift".split()
+)
+DECAYED = {"kernel", "token_embedding", "position_embedding", "value_embedding", "head"}
 
 
 @pytest.mark.parametrize("fields", [{}, dict(bias="all", tied_head=False)])
@@ -87,7 +79,7 @@ def test_matrices_and_embeddings_decay_and_nothing_else(fields):
         assert mask.keys() == flatten_dict(params).keys(), name
         decayed = {path for path, decays in mask.items() if decays}
         assert {path[-1] for path in mask.keys() - decayed} <= EXEMPT, name
-        assert {path[-1] for path in decayed} <= {"kernel", "token_embedding", "position_embedding", "head"}, name
+        assert {path[-1] for path in decayed} <= DECAYED, name
         assert decayed >= {("token_embedding",), ("position_embedding",)}, name
         layers = [stack for stack in ("blocks", "blocks_without_ffn") if stack in params]
         projections = {(s, "attention", p, "kernel") for s in layers for p in ("query", "key", "value", "out")}

@@ -16,7 +16,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.paths import cache_directory
 
 _KEPT = 2 << 30  # bytes of compiled programs
-# Of GPUs; other devices' compilers do not read them. Tried by counting (docs/benchmarks/step.md).
+# Of GPUs; other devices' compilers do not read them. What they gain is not measured.
 _XLA = dict(fast="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_triton_gemm_any=true")
 _THREADS = 64  # XLA, TensorStore and the loader have so many on two cores, and end the process where one is missing
 

@@ -81,7 +81,7 @@ def ciphertext_memory(found: dict[str, list[Work]]) -> float:
     """
     polynomial = 3 * 8 * SLOTS  # three moduli
     parts = [of for parts in found.values() for of in parts]
-    most = max((max((*of.elements, of.multiplied), default=0) for of in parts), default=0)
+    most = max((max((*of.elements, *of.multiplied), default=0) for of in parts), default=0)
     return max(map(_polynomials, {shape for of in parts for shape in of.products})) * polynomial + 16e3 * most
 
 

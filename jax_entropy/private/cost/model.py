@@ -96,12 +96,27 @@ def fit(measured: Iterable[tuple[ModelConfig, Profile]]) -> dict[str, Any]:
             for party, (own, both) in enumerate(parties):
                 before, after = ([0] * len(own) * count for count in (party, len(parties) - party - 1))
                 counts.append([*before, *own, *after, *both])
-        solved, width = _solve(counts, costs), len(own)
+        width = len(own)
+        solved = _solve_whole(counts, costs, first=len(parties) * width)
         coefficients[key] = dict(
             bytes=[solved[i * width : (i + 1) * width] + solved[len(parties) * width :] for i in range(len(parties))],
             rounds=_solve([_round_counts(of) for of, *_ in found], [account.rounds for *_, account in found]),
         )
     return coefficients
+
+
+def _solve_whole(counts: list[list[float]], costs: Any, first: int) -> list[float]:
+    """As `_solve`; from the `first` on, coefficients that come close to whole numbers are these.
+
+    They are how often a kind fills ciphertexts. What a measurement has beside it is the store of random numbers, which
+    one run fills for the next.
+    """
+    counts, costs = np.asarray(counts, np.float64), np.asarray(costs, np.float64)
+    solution = np.asarray(_solve(counts, costs))
+    whole = (np.arange(len(solution)) >= first) & (np.abs(solution - solution.round()) < 0.2)
+    solution[whole] = solution[whole].round()
+    solution[~whole] = _solve(counts[:, ~whole], costs - counts[:, whole] @ solution[whole])
+    return solution.tolist()
 
 
 def _solve(counts: list[list[float]], costs: Any) -> list[float]:

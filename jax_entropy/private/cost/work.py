@@ -5,7 +5,6 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from jax_entropy.architecture import ModelConfig
@@ -19,8 +18,9 @@ class Work(NamedTuple):
     """What one kind of operation is over all layers: equal parts, each of some products and some elementwise sizes.
 
     products: (rows, inner, columns). private: the right factors are the server's own weights. elements: numbers that go
-    through what costs linearly; squared, multiplied, scaled: through squares, products of two secrets, and those with
-    the server's numbers, for which CHEETAH fills ciphertexts. waits: what the rounds are proportional to.
+    through what costs linearly; squared, multiplied, divided, scaled: through squares, products of two secrets, those
+    within a quotient, and products with the server's numbers, for which CHEETAH fills ciphertexts. waits: what the
+    rounds are proportional to.
     """
 
     parts: int
@@ -28,7 +28,8 @@ class Work(NamedTuple):
     private: bool = True
     elements: tuple[int, ...] = ()
     squared: tuple[int, ...] = ()
-    multiplied: int = 0
+    multiplied: tuple[int, ...] = ()
+    divided: int = 0
     scaled: int = 0
     waits: tuple[int, ...] = (1,)
 
@@ -62,16 +63,16 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
         found["residual"] = [Work(c, elements=(T * D,), scaled=T * D) for c, T in with_ffn if ffn]
         sizes = [(count, T * F) for count, T in with_ffn if ffn]
         if config.ffn in PRODUCTS:
-            found[PRODUCTS[config.ffn]] = [Work(c, elements=(size,), multiplied=size) for c, size in sizes]
+            found[PRODUCTS[config.ffn]] = [Work(c, elements=(size,), multiplied=(size,)) for c, size in sizes]
         if config.activation != "identity":
             found[ACTIVATIONS[config.activation]] = [
-                Work(c, elements=(size,), squared=(size,), multiplied=size, scaled=size) for c, size in sizes
+                Work(c, elements=(size,), squared=(size,), multiplied=(size,), scaled=size) for c, size in sizes
             ]
     if config.logit_cap:
         sizes = [(L, N * T * S)] if plain else [(count, N * rows * S) for count, rows in rows]
-        found["soft cap"] = [Work(c, elements=(size,), squared=(size,), multiplied=size) for c, size in sizes]
+        found["soft cap"] = [Work(c, elements=(size,), squared=(size,), multiplied=(size,)) for c, size in sizes]
     if config.qk_norm:
-        found["QK-norm"] = [Work(L, elements=(2 * T * D, 2 * T * N), multiplied=2 * T * D, scaled=T * N)]
+        found["QK-norm"] = [Work(L, elements=(2 * T * D, 2 * T * N), multiplied=(2 * T * D,), scaled=T * N)]
     if config.rotary:
         found["rotation"] = [Work(L, elements=(3 * T * D,))]
     elif config.log_scale and (plain or not tempered):
@@ -94,11 +95,11 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
         counts = [(L, T), *with_ffn] if config.norm == norm else []
         counts += [(1, final_rows)] if config.final_norm == norm else []
         if norm == "tanh":
-            of = lambda T: dict(elements=(T * D,), squared=(T * D,), multiplied=T * D, scaled=T * D)  # noqa: E731
+            of = lambda T: dict(elements=(T * D,), squared=(T * D,), multiplied=(T * D,), scaled=T * D)  # noqa: E731
         elif norm == "frozen":  # folded, unless the model is exported as it is written
             counts, of = counts if plain else [], lambda T: dict(elements=(T * D,), scaled=T * D)
         else:
-            of = lambda T: dict(elements=(T * D, T), multiplied=T * D, scaled=T * D if plain else 0)  # noqa: E731
+            of = lambda T: dict(elements=(T * D, T), multiplied=(T * D,), scaled=T * D if plain else 0)  # noqa: E731
         found[kind] = [Work(count, **of(T)) for count, T in counts]
     found = {kind: [part for part in parts if part.parts] for kind, parts in found.items()}
     return {kind: parts for kind, parts in found.items() if parts}
@@ -107,15 +108,15 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
 def _attention_as_written(config: ModelConfig, T: int) -> dict[str, list[Work]]:
     """All blocks', whose softmax sees the whole square and divides each weight."""
     N, H, L, S = config.num_heads, config.head_dim, config.num_layers, T + config.num_slots
-    divided = dict(squared=(N * T * S,), multiplied=N * T * S) if config.learnable_temperature else {}
+    divided = dict(scaled=N * T * S) if config.learnable_temperature else {}  # temperatures are the server's
     halved = math.ceil(math.log2(S)) if S > 1 else 0
     softmax = Work(
-        L, elements=(N * T * S, N * T * (S - 1), N * T), squared=(N * T * S, N * T), multiplied=N * T * S,
+        L, elements=(N * T * S, N * T * (S - 1), N * T), squared=(N * T * S, N * T), multiplied=(N * T * S,),
         waits=(1, halved),
     )  # fmt: skip
     name = "power softmax" if config.power else "softmax"
     if config.power:
-        softmax = _power(config, N * T * S, N * T)._replace(parts=L, multiplied=N * T * S)
+        softmax = _power(config, N * T * S, N * T)._replace(parts=L, divided=N * T * S)
     return {name: [softmax]} | dict(
         scores=[Work(L, ((T, H, S),) * N, False, (N * T * S,), **divided, waits=(1, N))],
         mix=[Work(L, ((T, S, H),) * N, False, waits=(1, N))],
@@ -129,14 +130,12 @@ def _attention(config: ModelConfig, layer: int, T: int, protocol: str) -> dict[s
     groups, tiles = N // together, Tiles.of(config, layer, T, packed=True)
     in_a_row = [len(row) for row in tiles.rows]
     rows, most = sum(in_a_row) * tiles.height, max(in_a_row)  # of all tiles
-    within, across = Compared.of(tiles.width, halvings(tiles.width)), Compared.of(most, at_once(most))
-    counts = zip(within.sizes, across.sizes, strict=True)
-    compared = [N * (rows * w + T * a) for w, a in counts]
-    waits = [w + a for w, a in zip(within.waits, across.waits, strict=True)]
-    return _softmax(config, N * rows * tiles.width, N * T, S, compared, waits) | dict(
+    within = Compared.of(N * rows, tiles.width, halvings(tiles.width))
+    across = Compared.of(N * T, most, at_once(most))
+    return _softmax(config, N * rows * tiles.width, N * T, S, [within, across]) | dict(
         scores=Work(1, ((T, together * H, together * S),) * groups, False, waits=(groups,)),
         mix=Work(
-            1, ((T, together * S, together * H),) * groups, False, multiplied=T * D, waits=(1, groups)
+            1, ((T, together * S, together * H),) * groups, False, multiplied=(T * D,), waits=(1, groups)
         ),
     )  # fmt: skip
 
@@ -144,51 +143,58 @@ def _attention(config: ModelConfig, layer: int, T: int, protocol: str) -> dict[s
 def _attention_of_one(config: ModelConfig, layer: int, T: int) -> dict[str, Work]:
     """A block's for a single query, whose keys, within the layer's window, are all visible."""
     N, D, S = config.num_heads, config.model_dim, min(T, config.windows[layer]) + config.num_slots
-    compared = Compared.of(S, at_once(S))
-    return _softmax(config, N * S, N, S, [N * size for size in compared.sizes], compared.waits) | dict(
+    return _softmax(config, N * S, N, S, [Compared.of(N, S, at_once(S))]) | dict(
         scores=Work(1, ((S, D, N),), False),
-        mix=Work(1, ((N, S, D),), False, multiplied=D, waits=(1, 1)),
+        mix=Work(1, ((N, S, D),), False, multiplied=(D,), waits=(1, 1)),
     )
 
 
-def _softmax(
-    config: ModelConfig, seen: int, sums: int, T: int, compared: Sequence[int], waits: Sequence[int]
-) -> dict[str, Work]:
+def _softmax(config: ModelConfig, seen: int, sums: int, T: int, maxima: "list[Compared]") -> dict[str, Work]:
     """Exponentials of so many scores, the comparisons for their rows' maxima, and so many sums' reciprocals."""
     if config.power:
         return {"power softmax": _power(config, seen, sums)}
+    compared, waits = (map(sum, zip(*parts, strict=True)) for parts in list(zip(*maxima, strict=True))[:2])
     lines = max(math.ceil(2 * math.log2(T)), 1)  # among which a reciprocal is found
-    elements, multiplied = (seen, *compared, lines * sums, sums), seen + 2 * sums
-    return dict(softmax=Work(1, (), True, elements, (seen, seen, sums), multiplied, waits=(1, *waits)))
+    multiplied = (seen, 2 * sums, sums, sums, *(size for maximum in maxima for size in maximum.multiplied))
+    squared, elements = (seen,), (seen, *compared, lines * sums, sums)
+    return dict(softmax=Work(1, (), True, elements, squared, multiplied, waits=(1, *waits)))
 
 
 def _power(config: ModelConfig, seen: int, sums: int) -> Work:
     """Powers of so many scores."""
     squarings = config.power.bit_length() - 2 + config.power.bit_count()  # and products, as many
     sizes = (squarings * seen, seen, sums)
-    return Work(1, elements=sizes, squared=(squarings * seen, sums), waits=(1, squarings))
+    return Work(1, elements=sizes, squared=(sums,), multiplied=(seen,) * squarings, waits=(1, squarings))
 
 
 class Compared(NamedTuple):
-    """A maximum's work: sizes halved; pairs, their bits' products and picks where all are compared; and its levels."""
+    """The work of so many maxima, by `nonlinear.largest`.
+
+    sizes: halved; pairs, their bits' products and picks where all are compared. waits: levels of halves, those of all
+    at once, and products of bits that wait for one another. multiplied: sizes of products of two secrets.
+    """
 
     sizes: tuple[int, int, int, int]
     waits: tuple[int, int, int]
+    multiplied: tuple[int, ...]
 
     @classmethod
-    def of(cls, size: int, groups: list[int]) -> "Compared":
-        """Of `nonlinear.largest` over so many values."""
-        halved = pairs = bits = picked = levels = at_once = depth = 0
+    def of(cls, rows: int, size: int, groups: list[int]) -> "Compared":
+        """Of so many rows' maxima over so many values."""
+        halved = pairs = bits = picked = levels = at_once = 0
+        products, depth = [], 0
         for group in groups:
             size = math.ceil(size / group)
+            values = rows * size * group
             if group == 2:
-                halved, levels = halved + size, levels + 1
-            else:
-                pairs += size * group * (group - 1) // 2
-                bits += size * group * (group - 2)
-                picked += size * group
-                at_once, depth = at_once + 1, depth + math.ceil(math.log2(group - 1))
-        return cls((halved, pairs, bits, picked), (levels, at_once, depth))
+                halved, levels = halved + rows * size, levels + 1
+                continue
+            left, pairs, picked, at_once = group - 1, pairs + values * (group - 1) // 2, picked + values, at_once + 1
+            while left > 1:
+                products.append(values * (left // 2))
+                bits, depth, left = bits + products[-1], depth + 1, left - left // 2
+            products.append(values)
+        return cls((halved, pairs, bits, picked), (levels, at_once, depth), tuple(products))
 
 
 def linear(work: Work, plain: bool) -> list[float]:
@@ -226,11 +232,17 @@ def ciphertexts(work: Work, party: int) -> tuple[list[float], list[float]]:
     for size in work.squared:
         sent.append(own if size <= SLOTS else math.ceil(size / 2 / SLOTS) * (own + other))
     if work.multiplied:
-        m = work.multiplied
-        sent.append(math.ceil(m / 2 / SLOTS) * BOTH if m >= 2 * SLOTS else m * (2 / SLOTS * own + 16))
+        sent.append(sum(_multiplied_bytes(size, own) for size in work.multiplied))
+    if work.divided:
+        sent.append(_multiplied_bytes(work.divided, own))
     if work.scaled:
         sent.append(math.ceil(work.scaled / SLOTS) * own)
     return [work.parts * count for count in numbers], [work.parts * count for count in sent]
+
+
+def _multiplied_bytes(size: int, own: int) -> float:
+    """What a party sends, `own` for a ciphertext, in a product of so many pairs of secrets."""
+    return math.ceil(size / 2 / SLOTS) * BOTH if size >= 2 * SLOTS else size * (2 / SLOTS * own + 16)
 
 
 def blocks(shape: tuple[int, int, int]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it to the 
     from jax_entropy.architecture import architecture as architecture
     from jax_entropy.attention import AttentionStats as AttentionStats
     from jax_entropy.attention import attention as attention
+    from jax_entropy.attention.attention_fn import attention_fn as attention_fn
     from jax_entropy.config import default_config as default_config
     from jax_entropy.entropy import entropy_penalty as entropy_penalty
     from jax_entropy.entropy import head_bands as head_bands
@@ -37,6 +38,7 @@ _HOME = {
     "architecture": "architecture",
     "AttentionStats": "attention",
     "attention": "attention",
+    "attention_fn": "attention.attention_fn",
     "default_config": "config",
     "entropy_penalty": "entropy",
     "head_bands": "entropy",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it to the 
     from jax_entropy.generate import generate as generate
     from jax_entropy.huggingface.folder import from_huggingface as from_huggingface
     from jax_entropy.huggingface.folder import to_huggingface as to_huggingface
+    from jax_entropy.inspection import inspect as inspect
     from jax_entropy.loss import loss_fn as loss_fn
     from jax_entropy.model import Aux as Aux
     from jax_entropy.model import Transformer as Transformer
@@ -50,6 +51,7 @@ _HOME = {
     "generate": "generate",
     "from_huggingface": "huggingface.folder",
     "to_huggingface": "huggingface.folder",
+    "inspect": "inspection",
     "loss_fn": "loss",
     "Aux": "model",
     "Transformer": "model",

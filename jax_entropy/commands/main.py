@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from jax_entropy.commands import parse, process
 from jax_entropy.commands.census import census
 from jax_entropy.commands.console import output_failure, prepare_streams, warn
+from jax_entropy.commands.inspect import inspect
 from jax_entropy.commands.parse import Command
 from jax_entropy.commands.plan import plan
 from jax_entropy.commands.runs import convert, evaluate, generate, report, status, watch
@@ -24,7 +25,8 @@ from jax_entropy.commands.train import train
 from jax_entropy.errors import UserError, nearest
 
 COMMANDS = {
-    found.name: found for found in (train, sweep, status, watch, evaluate, generate, report, convert, census, plan)
+    found.name: found
+    for found in (train, sweep, status, watch, evaluate, generate, report, inspect, convert, census, plan)
 }
 FAMILIES = {
     "private": "A trained model under secure computation.",

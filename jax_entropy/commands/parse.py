@@ -114,6 +114,7 @@ class Command(NamedTuple):
 Argument = Flag | OneOf | Names | Fields
 
 WORKDIR = Flag("workdir", None, "folder of the run; may be given without --workdir=, too", kind=Path, required=True)
+MODEL = Flag("model", None, "folder of Hugging Face; may be given without --model=, too", kind=Path, required=True)
 CONFIG = Flag("config", None, "file.py, or quickstart, codeparrot, languini; :ARCHITECTURE may follow", required=True)
 BEST = Flag("best", False, "the best checkpoint by validation loss instead of the newest")
 JSON = Flag("json", None, "file for the numbers; - is standard output", kind=Path, endings=("",))
@@ -198,10 +199,11 @@ def _value(flag: Flag, given: Any) -> Any:
 
 
 def _take_words(values: argparse.Namespace, command: Command, words: list[str], flags: Mapping[str, Flag]) -> None:
-    """Words without a flag: the folder of the run, then names where the command takes some."""
-    if words and flags.get("workdir") == WORKDIR and "workdir" not in values.given:
-        values.workdir = flags["workdir"].read(words.pop(0))
-        values.given.add("workdir")
+    """Words without a flag: the folder of the run or model, then names where the command takes some."""
+    for flag in (WORKDIR, MODEL):
+        if words and flags.get(flag.name) == flag and flag.name not in values.given:
+            setattr(values, flag.name, flag.read(words.pop(0)))
+            values.given.add(flag.name)
     for argument in command.arguments:
         if isinstance(argument, Names):
             setattr(values, argument.name, words)

@@ -24,7 +24,7 @@ from jax_entropy.huggingface.gpt2 import GPT2
 from jax_entropy.model import Transformer
 
 _FAMILIES = (GPT2,)
-_EXACT_TYPES = ("F32", "F16", "BF16")  # what float32 holds without rounding
+EXACT_TYPES = ("F32", "F16", "BF16")  # what float32 holds without rounding
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -43,7 +43,7 @@ def from_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]
     if not directory.is_dir():
         raise UserError(f"{directory} is no folder; name a local one that holds config.json and {_WEIGHTS}")
     family, config = read_config(directory)
-    tensors = _read_tensors(family, _weight_files(directory))
+    tensors = _read_tensors(family, weight_files(directory))
     _check_tensors(directory, tensors, family.shapes(config))
     params = {leaf: tensors.pop(name) for name, leaf in family.tensors.items()}
     for name, leaves in family.block_tensors.items():
@@ -149,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return stored
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     if (directory / _WEIGHTS).exists():
         return [directory / _WEIGHTS]
     if (directory / _INDEX).exists():
@@ -174,7 +174,7 @@ def _read_tensors(family: Family, paths: Iterable[Path]) -> dict[str, np.ndarray
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     if name.endswith(family.constants):
                         continue
-                    if (kind := file.get_slice(name).get_dtype()) not in _EXACT_TYPES:
+                    if (kind := file.get_slice(name).get_dtype()) not in EXACT_TYPES:
                         raise UserError(f"{path} holds {name!r} as {kind}, which float32 cannot hold exactly")
                     tensors[name.removeprefix(family.tensor_prefix)] = file.get_tensor(name).astype(np.float32)
         except FileNotFoundError:

@@ -23,7 +23,7 @@ def read_tokenizer(directory: Path, vocab_size: int, notify: Callable[[str], Non
     Raises:
       UserError: it is damaged, changes text, has more tokens than the model, or no end of text.
     """
-    text = _text(directory)
+    text = tokenizer_text(directory)
     if text is None:
         notify(
             f"{directory} has neither tokenizer.json nor vocab.json and merges.txt: the run can be exported, but "
@@ -44,7 +44,7 @@ def read_tokenizer(directory: Path, vocab_size: int, notify: Callable[[str], Non
     return tokenizer
 
 
-def _text(directory: Path) -> str | None:
+def tokenizer_text(directory: Path) -> str | None:
     """What a tokenizer.json holds."""
     path, vocabulary, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:

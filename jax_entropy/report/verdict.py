@@ -67,7 +67,7 @@ def _finite(history: History) -> Iterator[_Finding]:
     lost_ExL = history.train["nan_count"] + history.train["inf_count"]
     lost = np.argwhere(np.nan_to_num(lost_ExL, nan=1) > 0)
     if lost.size:
-        layers = _these("layer", sorted({int(layer) for _, layer in lost}))
+        layers = these("layer", sorted({int(layer) for _, layer in lost}))
         rate = (history.config.get("optimizer") or {}).get("learning_rate")
         lower = f"a learning rate below {rate:g}" if isinstance(rate, float) else "a lower learning rate"
         yield _Finding(
@@ -97,7 +97,7 @@ def _heads(history: History) -> Iterator[_Finding]:
         ),
     ):
         if count := int(found_LxN.sum()):
-            layers = _these("layer", np.flatnonzero(found_LxN.any(axis=1)).tolist())
+            layers = these("layer", np.flatnonzero(found_LxN.any(axis=1)).tolist())
             level = LOOK if count > _MANY * total else GOOD
             seen = f"{count} of {total} heads {'is' if count == 1 else 'are'} {what} ({bound} on {where}), {layers}."
             yield _Finding(level, seen, advice if level == LOOK else "")
@@ -122,7 +122,7 @@ def _incidents(history: History) -> Iterator[_Finding]:
     if history.incidents:
         steps = [incident["step"] for incident in history.incidents]
         times = {1: "once", 2: "twice"}.get(len(steps), f"{len(steps)} times")
-        at = _these("step", steps)
+        at = these("step", steps)
         yield _Finding(
             LOOK, f"The guard sent training back {times}, at {at}.",
             "Before it happened is where to look: entropies that sink, logits that grow.",
@@ -156,7 +156,7 @@ def _losses(history: History) -> Iterator[_Finding]:
     )  # fmt: skip
 
 
-def _these(name: str, numbers: list[int], most: int = 6) -> str:
+def these(name: str, numbers: list[int], most: int = 6) -> str:
     """ "layer 3", "layers 0 and 1", "steps 5, 9 and 12", "layers 0, 1, …, 11"."""
     texts = [f"{number:,}" for number in numbers]
     if len(texts) == 1:

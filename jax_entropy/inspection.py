@@ -1,0 +1,298 @@
+"""A doctor for other people's models: what the heads of a Hugging Face decoder do on a text, and its private cost.
+
+`inspect` returns arrays; `findings` says them in sentences, and `history` puts them on the page of a run.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.census import ACTIVATION, ACTIVATIONS, KINDS, NORM, PRODUCT, SOFTMAX
+from jax_entropy.data import load_tokenizer
+from jax_entropy.entropy import head_bands, max_entropy
+from jax_entropy.errors import UserError
+from jax_entropy.huggingface.decoder import Decoder, read_decoder
+from jax_entropy.huggingface.decoders import FAMILIES
+from jax_entropy.huggingface.forward import losses
+from jax_entropy.huggingface.tokenizer import tokenizer_text
+from jax_entropy.paths import local_path
+from jax_entropy.private.cost.account import NETWORKS, add, on_network
+from jax_entropy.private.cost.model import predict
+from jax_entropy.private.engine.engine import Account, Setting
+from jax_entropy.report.history import History
+from jax_entropy.report.verdict import LARGE_LOGIT, these
+from jax_entropy.runs.reading import TOKENS, Reading
+from jax_entropy.runs.workdir import Workdir
+
+_NONLINEAR = {kind.name for kind in KINDS if kind.group in (SOFTMAX, NORM, ACTIVATION, PRODUCT) and not kind.linear}
+_PRIVATE_TOKENS = 128  # the paper's context
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What a model's heads did on R pieces of T tokens.
+
+    Attributes:
+      decoder: its sizes and functions.
+      tokens: what was read and, one later, predicted, [R, T+1].
+      loss: nats, [R, T].
+      entropy: of every row of attention, nats, [L, N, R, T].
+      sink: weight on the first token, a mean over the queries behind it, [L, N].
+      max_logit: the largest, [L, N].
+      maximum: the most entropy that a head of the layer can have, nats, [L].
+      private: predicted cost of a forward pass over `private_tokens` by kind of operation; empty where `unpriced` says
+        why.
+    """
+
+    directory: Path
+    decoder: Decoder
+    tokens: np.ndarray
+    loss: np.ndarray
+    entropy: np.ndarray
+    sink: np.ndarray
+    max_logit: np.ndarray
+    maximum: np.ndarray
+    private: dict[str, Account]
+    private_tokens: int
+    unpriced: str = ""
+
+    @property
+    def head_entropy(self) -> np.ndarray:
+        """A mean over pieces and positions, nats, [L, N]."""
+        return self.entropy.mean(axis=(2, 3))
+
+    @property
+    def entropy_by_position(self) -> np.ndarray:
+        """A mean over pieces, nats, [L, N, T]."""
+        return self.entropy.mean(axis=2)
+
+    @property
+    def bands(self) -> np.ndarray:
+        """Shares of heads by quarter of the largest head entropy, from collapse to overload, [4]."""
+        return np.asarray(head_bands(self.head_entropy))
+
+    @property
+    def overloaded(self) -> np.ndarray:
+        """Heads above three quarters of what causal attention can have, [L, N]."""
+        return self.head_entropy > 0.75 * self.maximum[:, None]
+
+    @property
+    def collapsed(self) -> np.ndarray:
+        """Heads below one quarter of it, [L, N]."""
+        return self.head_entropy < 0.25 * self.maximum[:, None]
+
+    @property
+    def sinks(self) -> np.ndarray:
+        """Heads with more than half of their weight on the first token, [L, N]."""
+        return self.sink > 0.5
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(float(self.loss.mean()), 700))
+
+
+def inspect(
+    directory: str | os.PathLike,
+    text: str | Sequence[int] | np.ndarray | None = None,
+    *,
+    num_tokens: int = 1024,
+    context_length: int = 256,
+) -> Inspection:
+    """Reads a text with a model of GPT-2's, GPT-Neo's, GPT-NeoX's, Llama's or Qwen2's kind, and watches its heads.
+
+    Args:
+      directory: local folder with config.json, safetensors, whole or in shards, and a tokenizer for a text.
+      text: the text, or its token ids; None: from Python's language reference.
+      num_tokens: that are read at most.
+      context_length: of a piece; no longer than the model's.
+    Raises:
+      UserError: what cannot be read, in a sentence.
+    """
+    directory = local_path(directory, "directory")
+    for name, value in (("num_tokens", num_tokens), ("context_length", context_length)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    decoder, weights = read_decoder(directory, FAMILIES)
+    tokens = _tokens(directory, decoder, _reference() if text is None else text)
+    T = min(context_length, decoder.context_length, num_tokens, len(tokens) - 1)
+    rows = max(1, min(num_tokens // T, (len(tokens) - 1) // T))
+    tokens_RxT1 = np.stack([tokens[i * T : i * T + T + 1] for i in range(rows)])
+    loss, heads = losses(decoder, weights, tokens_RxT1)
+    private_tokens = min(_PRIVATE_TOKENS, T)
+    private, unpriced = _private(decoder, private_tokens)
+    return Inspection(
+        directory=directory,
+        decoder=decoder,
+        tokens=tokens_RxT1,
+        loss=loss,
+        entropy=np.moveaxis(heads.entropy, 1, 2),
+        sink=heads.sink[..., min(1, T - 1) :].mean(axis=(1, 3)),
+        max_logit=heads.max_logit.max(axis=(1, 3)),
+        maximum=np.array([np.log(np.minimum(np.arange(1, T + 1), window)).mean() for window in decoder.windows]),
+        private=private,
+        private_tokens=private_tokens,
+        unpriced=unpriced,
+    )
+
+
+def findings(inspection: Inspection) -> Iterator[str]:
+    """What was found, most important first, a sentence each."""
+    entropy_LxN = inspection.head_entropy
+    if not np.isfinite(entropy_LxN).all():
+        yield f"Attention is not finite in {_layers(~np.isfinite(entropy_LxN))}."
+    for found_LxN, what in (
+        (inspection.overloaded, "overloaded, above ¾ of the entropy that causal attention can have"),
+        (inspection.collapsed, "collapsed, below ¼ of it"),
+        (inspection.sinks, "sinks, more than half of their weight on the first token"),
+    ):
+        count = int(found_LxN.sum())
+        where = f": {_layers(found_LxN)}" if count else ""
+        yield f"{count} of {found_LxN.size} heads are {what}{where}."
+    layer, head = np.unravel_index(np.nanargmax(inspection.max_logit), inspection.max_logit.shape)
+    largest = inspection.max_logit[layer, head]
+    risky = f", beyond {LARGE_LOGIT:g}, where training becomes unstable" if largest > LARGE_LOGIT else ""
+    yield f"The largest attention logit is {largest:,.4g}, in layer {layer}, head {head}{risky}."
+    if inspection.unpriced:
+        yield f"Private execution is not predicted: {inspection.unpriced}."
+        return
+    total = add(inspection.private.values())
+    nonlinear = {kind: cost for kind, cost in inspection.private.items() if kind in _NONLINEAR}
+    share = add(nonlinear.values()).bytes[0] / total.bytes[0]
+    most = max(nonlinear, key=lambda kind: nonlinear[kind].bytes[0])
+    yield (
+        f"A private forward pass over {inspection.private_tokens} tokens would send {total.bytes[0] / 1e6:,.0f} MB in "
+        f"{total.rounds:,} rounds ({Setting().protocol}, predicted), {100 * share:.0f} % of it for nonlinearities and "
+        f"{100 * nonlinear[most].bytes[0] / total.bytes[0]:.0f} % for {most} alone."
+    )
+
+
+def history(inspection: Inspection) -> History:
+    """The inspection as a run of one step, for `report.page.page`."""
+    decoder, entropy_LxN = inspection.decoder, inspection.head_entropy
+    T, step = inspection.loss.shape[1], np.zeros(1)
+    finite_L = np.isfinite(entropy_LxN).all(axis=1)
+    train = dict(
+        step=step,
+        head_entropy=entropy_LxN[None],
+        layer_entropy=entropy_LxN.mean(axis=1)[None],
+        head_max_logit=inspection.max_logit[None],
+        max_logit=inspection.max_logit.max(axis=1)[None],
+        head_sink=inspection.sink[None],
+        bands_observed=inspection.bands[None],
+        bands_context=np.asarray(head_bands(entropy_LxN, max_entropy(T)))[None],
+        bands_causal=np.asarray(head_bands(entropy_LxN, max_entropy(T, "causal")))[None],
+        nan_count=(~finite_L)[None].astype(float),
+        inf_count=np.zeros((1, decoder.num_layers)),
+        cross_entropy=inspection.loss.mean(keepdims=True)[0],
+    )
+    sizes = ("num_layers", "num_heads", "model_dim", "vocab_size")
+    return History(
+        workdir=Workdir(inspection.directory),
+        config=dict(
+            architecture=architecture_words(decoder),
+            data=dict(source="a text"),
+            model={name: getattr(decoder, name) for name in sizes} | dict(context_length=T),
+        ),
+        train=train,
+        evaluate={},
+        private=_private_words(inspection),
+        text=_text(inspection),
+    )
+
+
+def architecture_words(decoder: Decoder) -> str:
+    """What a decoder is made of, in words."""
+    norm = {"layer": "LayerNorm", "rms": "RMSNorm"}[decoder.norm]
+    activation = {"silu": "SiLU"}.get(decoder.activation) or ACTIVATIONS[decoder.activation]
+    grouped = f", {decoder.num_groups} heads of keys" if decoder.num_groups != decoder.num_heads else ""
+    positions = "rotary positions" if decoder.frequencies else "learned positions"
+    return f"softmax, {norm}, {'gated ' if decoder.gated else ''}{activation}, {positions}{grouped}"
+
+
+def _text(inspection: Inspection) -> list[Reading]:
+    """How the first tokens were read; nothing where their texts are not known, for want of a byte-level tokenizer."""
+    try:
+        load_tokenizer(Workdir(inspection.directory).tokenizer)
+    except UserError:
+        return []
+    R, T = max(1, TOKENS // inspection.loss.shape[1]), min(TOKENS, inspection.loss.shape[1])
+    tokens, loss = inspection.tokens[:R, : T + 1], inspection.loss[:R, :T]
+    return [Reading(tokens, loss, inspection.entropy[:, :, :R, :T], step=0)]
+
+
+def _layers(found_LxN: np.ndarray) -> str:
+    return these("layer", np.flatnonzero(found_LxN.any(axis=1)).tolist())
+
+
+def _reference() -> str:
+    """English prose that every Python has."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))[: 1 << 16]
+
+
+def _tokens(directory: Path, decoder: Decoder, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
+    if isinstance(text, str):
+        stored = tokenizer_text(directory)
+        if stored is None:
+            raise UserError(f"{directory} has no tokenizer.json, nor vocab.json and merges.txt; put them there")
+        try:
+            text = tokenizers.Tokenizer.from_str(stored).encode(text).ids
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"the tokenizer of {directory} cannot be used: {error}") from None
+    tokens = np.asarray(text)
+    if tokens.ndim != 1 or len(tokens) < 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"text must be at least two tokens long, not {tokens.size}")
+    if not 0 <= tokens.min() <= tokens.max() < decoder.vocab_size:
+        raise UserError(
+            f"text has the token {tokens.max() if tokens.min() >= 0 else tokens.min()}, and the model of {directory} "
+            f"has vocab_size={decoder.vocab_size}"
+        )
+    return tokens.astype(np.int32)
+
+
+def _private(decoder: Decoder, num_tokens: int) -> tuple[dict[str, Account], str]:
+    """Costs by kind, of the model of ours that computes the same kinds of operation; or why there are none.
+
+    SiLU is priced as GELU, which takes as many products; heads that share keys, as if each had its own.
+    """
+    norm, activation = decoder.norm, {"silu": "gelu_tanh"}.get(decoder.activation, decoder.activation)
+    try:
+        config = ModelConfig(
+            num_layers=decoder.num_layers, num_heads=decoder.num_heads, model_dim=decoder.model_dim,
+            ffn_dim=decoder.hidden_dim, context_length=num_tokens, vocab_size=decoder.vocab_size, norm=norm,
+            final_norm=norm, bias="all", rotary=bool(decoder.frequencies), learned_positions=not decoder.frequencies,
+            activation="identity" if decoder.gated else activation, ffn="bilinear" if decoder.gated else "full",
+        )  # fmt: skip
+        costs = predict(config, num_tokens, Setting())
+        if decoder.gated:
+            ungated = dataclasses.replace(config, ffn="full", activation=activation)
+            costs[ACTIVATIONS[activation]] = predict(ungated, num_tokens, Setting())[ACTIVATIONS[activation]]
+        return costs, ""
+    except UserError as error:
+        return {}, str(error)
+
+
+def _private_words(inspection: Inspection) -> dict[str, Any] | None:
+    """What the page takes, with times on a network that leave computing out."""
+    if inspection.unpriced:
+        return None
+    costs = {
+        kind: dict(bytes=cost.bytes[0], rounds=cost.rounds, seconds=on_network(cost, NETWORKS["wan"]))
+        for kind, cost in inspection.private.items()
+    }
+    total = add(inspection.private.values())
+    return dict(
+        costs=costs,
+        total=dict(warm=dict(bytes=total.bytes, rounds=total.rounds)),
+        setting=dict(protocol=f"{Setting().protocol}, predicted", fraction_bits=Setting().fraction_bits),
+        num_tokens=inspection.private_tokens,
+        network="wan, computing left out",
+    )

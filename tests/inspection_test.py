@@ -1,0 +1,64 @@
+"""The doctor's findings: arrays that agree with each other, a page, numbers, and sentences for what cannot be."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from jax_entropy.commands.main import main
+from jax_entropy.errors import UserError
+from jax_entropy.huggingface.decoders import FAMILIES
+from jax_entropy.inspection import findings, inspect
+from tests import REPOSITORY
+from tests.huggingface.decoders import CASES, FILE, weights, write_folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A small Llama with a tokenizer that is not byte-level."""
+    with np.load(FILE) as golden:
+        shapes = json.loads(str(golden["llama/shapes"]))
+    folder = write_folder(tmp_path_factory.mktemp("models") / "llama", CASES["llama"], weights(shapes))
+    words = {"[UNK]": 0} | {f"w{i}": i for i in range(1, 37)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_model_is_inspected_from_the_command_line(llama, tmp_path, capsys):
+    text, page, numbers = tmp_path / "text.txt", tmp_path / "page.html", tmp_path / "numbers.json"
+    text.write_text(" ".join(f"w{i % 36 + 1}" for i in range(33)))
+    arguments = [str(llama), f"--text={text}", "--context_length=16", f"--page={page}", f"--json={numbers}"]
+    assert main(["inspect", *arguments]) == 0
+    found = inspect(llama, text.read_text(), context_length=16)
+    assert found.tokens.shape == (2, 17) and found.entropy.shape == (2, 4, 2, 16)
+    np.testing.assert_allclose(found.maximum, np.log(np.arange(1, 17)).mean())
+    assert not (found.overloaded & found.collapsed).any()
+    assert ((found.sink > 0) & (found.sink < 1)).all()
+    assert {"RMSNorm", "softmax", "GELU (tanh)", "bilinear product", "rotation"} <= set(found.private)
+    written, said = json.loads(numbers.read_text()), capsys.readouterr().out
+    np.testing.assert_allclose(written["head_entropy"], found.head_entropy, rtol=1e-5)
+    assert all(sentence in said for sentence in written["findings"]) and written["findings"] == [*findings(found)]
+    assert "gated SiLU, rotary positions, 2 heads of keys" in page.read_text()
+
+
+def test_a_prefix_is_read_the_same_without_what_follows(llama):
+    ids = np.arange(1, 30)
+    whole, part = (inspect(llama, ids[:count], context_length=count) for count in (29, 9))
+    np.testing.assert_allclose(part.entropy, whole.entropy[..., :8], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [("w1", "at least two tokens"), ([1, 37], "token 37, and the model of"), ([-1, 2], "token -1, and the model of")],
+)
+def test_texts_that_cannot_be_read(llama, text, sentence):
+    with pytest.raises(UserError, match=sentence):
+        inspect(llama, text)
+
+
+def test_the_page_names_every_family():
+    page = (REPOSITORY / "docs" / "inspect.md").read_text()
+    assert all(f"`{family.model_type}`" in page for family in FAMILIES)

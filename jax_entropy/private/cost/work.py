@@ -153,7 +153,8 @@ def _softmax(config: ModelConfig, seen: int, sums: int, T: int, maxima: "list[Co
     """Exponentials of so many scores, the comparisons for their rows' maxima, and so many sums' reciprocals."""
     if config.power:
         return {"power softmax": _power(config, seen, sums)}
-    compared, waits = (map(sum, zip(*parts, strict=True)) for parts in list(zip(*maxima, strict=True))[:2])
+    compared = map(sum, zip(*(maximum.sizes for maximum in maxima), strict=True))
+    waits = map(sum, zip(*(maximum.waits for maximum in maxima), strict=True))
     lines = max(math.ceil(2 * math.log2(T)), 1)  # among which a reciprocal is found
     multiplied = (seen, 2 * sums, sums, sums, *(size for maximum in maxima for size in maximum.multiplied))
     squared, elements = (seen,), (seen, *compared, lines * sums, sums)

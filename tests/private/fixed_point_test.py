@@ -33,9 +33,10 @@ def test_scores_beyond_the_exponential_are_refused():
     attention = dict(block["attention"])
     attention["query"] = jax.tree.map(lambda x: x * 12000, attention["query"])
     variables["params"]["blocks"] = block | dict(attention=attention)
-    with pytest.raises(UserError, match="softmax of layer 1 .* exponent=pade"):
+    with pytest.raises(UserError, match="softmax of layer 0 .* exponent=pade"):
         check_range(export(config, variables), list(PROMPT), Setting())
-    check_range(export(config, variables), list(PROMPT), Setting(exponent="pade"))
+    pade = Setting(exponent="pade")
+    check_range(export(config, variables, setting=pade), list(PROMPT), pade)
 
 
 def widened(config, scale):

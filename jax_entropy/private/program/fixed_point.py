@@ -27,7 +27,7 @@ def largest_value(setting: Setting) -> float:
 
 def lowest_exponent(setting: Setting) -> float:
     """The lowest argument that the exponential takes to 0."""
-    share = {"quadratic": -1.8, "taylor": -1.9, "pade": -np.inf}[setting.exponent]
+    share = {"quadratic": -1.7, "taylor": -1.9, "pade": -np.inf}[setting.exponent]
     return share * 2.0**setting.squarings
 
 

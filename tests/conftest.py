@@ -9,7 +9,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # chosen before jax is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("PIP_CONSTRAINT", None)  # the versions of this environment, not of the engine's own
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it, and all that it starts
 # programs this small are compiled for longer than they run
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jax").startswith("0.10."):  # a third of the time again; later XLA knows no such option
@@ -24,6 +23,7 @@ from tests.tiny_config import get_config
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it, and all that it starts
 
 
 def pytest_collection_modifyitems(items):

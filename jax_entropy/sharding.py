@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -42,6 +43,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
             f"config.mesh.data=-1 takes what fsdp×tensor leaves, and that product must divide {count}"
         )
     shape = tuple(count // fixed if size == -1 else size for size in shape)
+    if devices[0].platform == "cpu" and count > 1:
+        _keep_no_compilations()
     processes = {device.process_index for device in devices}
     if shape[0] * shape[1] % len(processes):
         raise UserError(
@@ -56,6 +59,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         if _rows_are_apart(mesh):
             return mesh
     return _hybrid(shape, len(processes), devices, by_process=True)
+
+
+def _keep_no_compilations() -> None:
+    """Programs for several CPU devices that were compiled by another process exchange their messages in another order:
+    Gloo ends the processes. JAX neither keeps such programs nor reads them back, whoever named the folder."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_entropy.config import model_config
@@ -177,6 +178,30 @@ def test_a_mesh_takes_all_devices(sizes, shape):
 def test_a_mesh_that_the_devices_do_not_make_is_named(sizes):
     with pytest.raises(UserError, match="mesh " + "×".join(map(str, sizes))):
         make_mesh(*sizes)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """How many programs JAX has kept so far, in a cache of the test's own."""
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path), True, 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield lambda: len(list(tmp_path.glob("*-cache")))
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_programs_for_several_cpu_devices_are_not_kept(kept):
+    """Read back, they would exchange their messages in another order; on one device there are none."""
+    make_mesh(devices=jax.devices()[:1])
+    jax.jit(lambda x: 5 * x + 11)(np.arange(7.0))
+    assert kept() == 1
+    rows = NamedSharding(make_mesh(8), PartitionSpec("data"))
+    total = jax.jit(lambda x: (5 * x + 11).sum(), in_shardings=rows)(np.arange(8.0))
+    assert total == 228 and kept() == 1
 
 
 def test_outside_a_mesh_nothing_is_constrained():

@@ -40,11 +40,10 @@ def set_compiler(options: str) -> None:
 def keep_compilations() -> None:
     """Lets JAX, once it is imported, keep what it compiles for the next process; JAX_COMPILATION_CACHE_DIR wins.
 
-    Compiled programs are code for one kind of processor: their folder is the user's own, one for each kind. A process
-    with several virtual CPU devices keeps nothing: jax 0.10 aborted in two of three that read their programs back.
+    Compiled programs are code for one kind of processor: their folder is the user's own, one for each kind. Programs
+    for several CPU devices are not kept (`sharding.make_mesh`).
     """
-    virtual = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if virtual or "JAX_NUM_CPU_DEVICES" in os.environ or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
         folder = cache_directory() / "compilations" / _processor()

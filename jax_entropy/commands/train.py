@@ -76,8 +76,6 @@ def _join(jax: ModuleType, count: int | None, index: int | None) -> None:
     """
     # jax would take SIGTERM for itself; the loop saves and stops on it
     jax.config.update("jax_enable_preemption_service", False)
-    # a CPU runs what it is given side by side, and processes whose messages come in another order end each other
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(num_processes=count, process_id=index)
     except (KeyError, ValueError) as error:  # not RuntimeError: of processes that were to come, some did not

@@ -151,8 +151,7 @@ def test_a_run_that_changes_its_layout_reads_every_chunk_once(whole, tmp_path, c
     np.testing.assert_allclose([line["loss"] for line in lines(tmp_path / "run")], losses, rtol=1e-5)
 
 
-# long: now and then two processes on CPUs mix up Gloo's messages ("32 vs 4"), docs/log.md
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 def test_a_signal_to_one_of_two_processes_stops_both(whole, tmp_path, corpus_directory):
     """SIGTERM to the second process only: both save at one step and end with code 0, within 30 seconds."""

@@ -42,13 +42,13 @@ def beginning(config: ConfigDict, model: ModelConfig) -> dict[str, Any]:
     def norm(kind: str, *layers: int) -> dict[str, jax.Array] | None:
         return {"amount": jnp.zeros(layers), "rate": jnp.zeros(layers)} if kind == "frozen" else None
 
-    without_ffn, tree = model.ffn_free_layers, {}
-    for stack, layers in (("blocks", model.num_layers - without_ffn), ("blocks_without_ffn", without_ffn)):
+    tree = {}
+    for stack, layers in model.stacks.items():
         with_ffn = stack == "blocks"
-        parts = dict(norm1=norm(model.norm, layers), norm2=norm(model.norm, layers) if with_ffn else None)
+        parts = dict(norm1=norm(model.norm, len(layers)), norm2=norm(model.norm, len(layers)) if with_ffn else None)
         if with_ffn and config.anneal.activation:
-            parts["ffn"] = {"amount": jnp.zeros(layers)}
-        tree[stack] = {name: part for name, part in parts.items() if part} if layers else {}
+            parts["ffn"] = {"amount": jnp.zeros(len(layers))}
+        tree[stack] = {name: part for name, part in parts.items() if part}
     tree["final_norm"] = norm(model.final_norm)
     return {name: part for name, part in tree.items() if part}
 
@@ -60,12 +60,8 @@ def advanced(tree: dict[str, Any], config: ConfigDict, model: ModelConfig, step:
     done = jnp.clip((step + 1 - begin) / max(end - begin, 1), 0, 1)
     place = jnp.arange(count) if options.order != "deepest_first" else jnp.arange(count)[::-1]
     amount = jnp.full(count, done) if options.order == "together" else jnp.clip(done * count - place, 0, 1)
-    shallow = model.num_layers - model.ffn_free_layers
-    of_stack = {
-        "blocks": amount[:shallow],
-        "blocks_without_ffn": amount[shallow : model.num_layers],
-        "final_norm": amount[model.num_layers],
-    }
+    of_stack = {stack: amount[layers.start : layers.stop] for stack, layers in model.stacks.items()}
+    of_stack["final_norm"] = amount[model.num_layers]
 
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
         # what is gone stays gone where a run gets a longer schedule

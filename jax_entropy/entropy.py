@@ -119,3 +119,13 @@ def head_bands(entropy_LxN: jax.Array, maximum: float | jax.Array | None = None)
     known = jnp.sum(~jnp.isnan(entropy_LxN))
     counts_4 = jnp.stack([known - above[0], above[0] - above[1], above[1] - above[2], above[2]])
     return counts_4 / entropy_LxN.size
+
+
+def extreme_heads(entropy_LxN: jax.Array, maximum: float | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which heads are overloaded and which collapsed: in the top and the bottom quarter of `maximum`, [L, N] each.
+
+    Args:
+      entropy_LxN: head entropies in nats.
+      maximum: the entropy that a head can have, in nats, or [L, 1] of each layer.
+    """
+    return entropy_LxN > 0.75 * maximum, entropy_LxN < 0.25 * maximum

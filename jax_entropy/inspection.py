@@ -16,7 +16,7 @@ import tokenizers
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import ACTIVATION, ACTIVATIONS, KINDS, NORM, PRODUCT, SOFTMAX
 from jax_entropy.data import load_tokenizer
-from jax_entropy.entropy import head_bands, max_entropy
+from jax_entropy.entropy import extreme_heads, head_bands, max_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.decoder import Decoder, read_decoder
 from jax_entropy.huggingface.decoders import FAMILIES
@@ -81,12 +81,12 @@ class Inspection:
     @property
     def overloaded(self) -> np.ndarray:
         """Heads above three quarters of what causal attention can have, [L, N]."""
-        return self.head_entropy > 0.75 * self.maximum[:, None]
+        return extreme_heads(self.head_entropy, self.maximum[:, None])[0]
 
     @property
     def collapsed(self) -> np.ndarray:
         """Heads below one quarter of it, [L, N]."""
-        return self.head_entropy < 0.25 * self.maximum[:, None]
+        return extreme_heads(self.head_entropy, self.maximum[:, None])[1]
 
     @property
     def sinks(self) -> np.ndarray:

@@ -30,7 +30,7 @@ COMMANDS = {
 }
 FAMILIES = {
     "private": "A trained model under secure computation.",
-    "bench": "Speed and memory of attention, a step, the loader, and monitoring.",
+    "bench": "Speed, memory and growth: attention and its kernels, a step, the loader, monitoring, a whole device.",
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 _COMPILE = ("train", "evaluate", "generate")  # the same programs again and again

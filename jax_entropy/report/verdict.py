@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jax_entropy.entropy import extreme_heads
 from jax_entropy.report.history import History
 
 GOOD, LOOK, TROUBLE = "good", "look", "trouble"
@@ -34,13 +35,6 @@ def verdict(history: History) -> Verdict:
     level = max((finding.level for finding in findings), key=(GOOD, LOOK, TROUBLE).index)
     advice = dict.fromkeys(finding.advice for finding in findings if finding.advice)
     return Verdict(level, [finding.seen for finding in findings], list(advice))
-
-
-def extremes(history: History) -> tuple[np.ndarray, np.ndarray]:
-    """Which heads are overloaded, and which collapsed: the top and the bottom quarter of the causal maximum, [L, N]."""
-    entropy_LxN = newest_entropy(history)[0]
-    most = history.maxima()["causal"]
-    return entropy_LxN > 0.75 * most, entropy_LxN < 0.25 * most
 
 
 def newest_entropy(history: History) -> tuple[np.ndarray, str]:
@@ -78,8 +72,8 @@ def _finite(history: History) -> Iterator[_Finding]:
 
 def _heads(history: History) -> Iterator[_Finding]:
     entropy_LxN, where = newest_entropy(history)
-    overloaded_LxN, collapsed_LxN = extremes(history)
     total, most = entropy_LxN.size, history.maxima()["causal"]
+    overloaded_LxN, collapsed_LxN = extreme_heads(entropy_LxN, most)
     regular = history.architecture.startswith("EReg")
     weight = (history.config.get("penalty") or {}).get("weight")
     for found_LxN, what, bound, advice in (

@@ -7,7 +7,7 @@ from jax_entropy.sweep import SCALES, Published, Sweep, product
 
 
 def get_sweep(scale: str) -> Sweep:
-    few, half = {"small": (1, 3), "gpu": (2, 6), "full": (2, 6)}[scale]
+    few, half = {"short": (1, 2), "small": (1, 3), "gpu": (2, 6), "full": (2, 6)}[scale]
     bodies = ["ScFuFFN", f"ScFuFFN^{few}", f"ScFuFFN^{half}"]
     paper = {"SM+ScFuFFN": Published(3.48, 6.43, 4.76), "EReg(SM(t)+ScFuFFN)": Published(3.21, 6.43, 4.76)}
     paper |= {

@@ -23,7 +23,7 @@ def get_sweep(scale: str) -> Sweep:
         options = options | dict(config="languini")
         lengths = zipped({"train.num_steps": [18_265, 36_529, 36_529], "optimizer.accumulate": [4, 4, 8]})
     else:
-        batch, steps = {"small": (8, 1954), "gpu": (32, 2000)}[scale]
+        batch, steps = {"short": (2, 1000), "small": (8, 1954), "gpu": (32, 2000)}[scale]
         options = options | dict(fields={"model.context_length": 512, "train.batch_size": batch})
         lengths = product({"train.num_steps": [steps // 4, steps // 2, steps]})
 

@@ -14,7 +14,7 @@ PAPER = {
 
 
 def get_sweep(scale: str) -> Sweep:
-    batch = {"small": 16, "gpu": 64, "full": 64}[scale]  # as many tokens a step as at 128
+    batch = {"short": 4, "small": 16, "gpu": 64, "full": 64}[scale]  # as many tokens a step as at 128
     return Sweep(
         title="Table 7: a context of 256 tokens",
         points=product({"architecture": list(PAPER)}),

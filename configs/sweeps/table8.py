@@ -14,7 +14,7 @@ PAPER = {
 
 
 def get_sweep(scale: str) -> Sweep:
-    layers = {"small": 9, "gpu": 18, "full": 18}[scale]
+    layers = {"short": 6, "small": 9, "gpu": 18, "full": 18}[scale]
     return Sweep(
         title=f"Table 8: {layers} layers",
         points=product({"architecture": list(PAPER)}),

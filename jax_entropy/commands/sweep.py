@@ -11,7 +11,12 @@ from jax_entropy.errors import UserError
 
 @command(
     Names("files", "file with get_sweep(scale), or a name of configs/sweeps: table2, table3, …"),
-    Flag("scale", "small", "how large: on two cores, on one GPU, or as the paper", choices=("small", "gpu", "full")),
+    Flag(
+        "scale",
+        "small",
+        "how large: two cores for an hour, or for days, one GPU, or as the paper",
+        choices=("short", "small", "gpu", "full"),
+    ),
     Flag("jobs", 1, "runs at a time, each on its share of the cores or GPUs"),
     Flag("workdir", None, "folder of the runs and the table; left out: sweeps/NAME-SCALE", kind=Path),
     JSON,

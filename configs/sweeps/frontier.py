@@ -1,0 +1,29 @@
+"""Eight architectures, the paper's and those with free parts, beside their private cost: the table of README.md.
+
+jax-entropy sweep frontier --scale=short
+"""
+
+from jax_entropy.sweep import SCALES, Published, Sweep, product
+
+PARTS = "+Conv4+RoPE+VRes"
+PAPER = {
+    "SM+LN+G": Published(2.69, 25.32, 8.21),
+    "SM+LN+R": Published(2.76, 9.44, 6.06),
+    "SM": Published(),
+    "SM+ScFuFFN": Published(3.48, 6.43, 4.76),
+    "SM(t)+ScFuFFN": Published(),
+    "EReg(SM(t)+ScFuFFN)": Published(3.21, 6.43, 4.76),
+    f"SM+ScFuFFN{PARTS}": Published(),
+    f"SM+LN+G{PARTS}": Published(),
+}
+
+
+def get_sweep(scale: str) -> Sweep:
+    return Sweep(
+        title="Perplexity beside private cost",
+        points=product({"architecture": list(PAPER)}),
+        baselines=["SM+LN+G", f"SM+LN+G{PARTS}"],
+        published=PAPER,
+        pictures=["comparison"],
+        **SCALES[scale],
+    )

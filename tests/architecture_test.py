@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_entropy.architecture import PARTS, ModelConfig, architecture
+from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.errors import UserError
+from jax_entropy.notation import PARTS
 
 TARGETS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")
 PLAIN = (

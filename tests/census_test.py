@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jax_entropy.architecture import _CHOICES, EXAMPLES, architecture
+from jax_entropy.architecture import _CHOICES, architecture
 from jax_entropy.census import ACTIVATIONS, GROUPS, KINDS, NORMS, PRODUCTS, census
 from jax_entropy.commands.census import print_census, print_costs
 from jax_entropy.commands.main import main
 from jax_entropy.config import default_config
 from jax_entropy.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary
 from jax_entropy.model import Transformer
+from jax_entropy.notation import EXAMPLES
 
 # Table: layers, context, and as printed there FLOPs in billions of the full FFN, of the fused one, and of attention.
 TABLES = {

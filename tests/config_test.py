@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jax_entropy.architecture import PLACES, ModelConfig
+from jax_entropy.architecture import ModelConfig
 from jax_entropy.config import (
     check,
     default_config,
@@ -15,6 +15,7 @@ from jax_entropy.config import (
 )
 from jax_entropy.config_file import change
 from jax_entropy.errors import UserError
+from jax_entropy.notation import PLACES
 from tests import REPOSITORY
 from tests.tiny_config import get_config
 

@@ -102,7 +102,7 @@ def test_every_architecture_in_a_table_is_one():
 
 
 def test_every_row_of_the_paper_has_its_row():
-    from jax_entropy.architecture import EXAMPLES
+    from jax_entropy.notation import EXAMPLES
 
     first_cells = {row[0].strip("`") for columns in (3, 4, 5, 6) for row in rows("architectures.md", columns)}
     assert set(EXAMPLES) - first_cells == set()

@@ -13,7 +13,7 @@ from tests import REPOSITORY
 # Each room imports from those before it. Mathematics first, then what is done with it.
 ROOMS = """
     errors paths manifest seeds supervise
-    architecture entropy chips data
+    notation architecture entropy chips data
     fields config config_file sharding
     products annealing attention parts layers model census loss metrics optimizer state
     runs report plan evaluate generate huggingface

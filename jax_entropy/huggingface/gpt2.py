@@ -1,7 +1,8 @@
 """GPT-2 as Hugging Face writes it; its weights are [in, out], and its head is its embedding."""
 
-from jax_entropy.architecture import ModelConfig, written_fields
+from jax_entropy.architecture import ModelConfig
 from jax_entropy.huggingface.family import Family
+from jax_entropy.notation import written_fields
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

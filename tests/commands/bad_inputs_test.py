@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_entropy.architecture import EXAMPLES, ModelConfig, architecture
+from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.commands.main import main
 from jax_entropy.config import check, default_config, flatten
 from jax_entropy.errors import UserError
+from jax_entropy.notation import EXAMPLES
 from tests import REPOSITORY
 
 TINY = f"--config={REPOSITORY}/tests/tiny_config.py"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jax_entropy.architecture import PARTS, architecture
+from jax_entropy.architecture import architecture
 from jax_entropy.commands.main import main
 from jax_entropy.config import default_config, model_config
 from jax_entropy.data import Tokenizer, load_tokenizer
@@ -23,6 +23,7 @@ from jax_entropy.generate import generate
 from jax_entropy.huggingface.convert import export_run, import_run
 from jax_entropy.huggingface.folder import check_expressible, from_huggingface, to_huggingface
 from jax_entropy.model import Transformer
+from jax_entropy.notation import PARTS
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.load import load_run
 from jax_entropy.runs.workdir import Workdir

@@ -8,6 +8,8 @@ from jax_entropy.commands.console import console, table, write_json
 from jax_entropy.commands.parse import JSON, Fields, Flag, Names, command
 from jax_entropy.errors import UserError
 
+_WIDEST = 1000  # characters: a line of a table is wrapped by a narrow terminal rather than cut
+
 
 @command(
     Names("files", "file with get_sweep(scale), or a name of configs/sweeps: table2, table3, …"),
@@ -38,7 +40,8 @@ def sweep(values: Namespace) -> None:
     out = console(values.json)
     rows = run(name, values.workdir, scale=values.scale, jobs=values.jobs, fields=values.fields, notify=out.print)
     for columns, cells in (write.quality(rows), write.private(rows)):
-        out.print(table(columns, cells), crop=False)
+        headings = [name.replace(": ", "\n").replace("÷ ", "÷\n") for name in columns]
+        out.print(table(headings, cells), crop=False, width=_WIDEST)
     folder = values.workdir or Path("sweeps", f"{Path(name).stem}-{values.scale}")
     out.print(f"table     {folder}/table.md, .csv, .json\npictures  {folder}/pictures")
     if unfinished := sum(row.unfinished for row in rows):

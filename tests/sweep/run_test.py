@@ -146,6 +146,7 @@ def test_a_real_run_of_a_sweep_is_a_workdir_like_any_other(tmp_path, corpus_dire
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "[1/1] SM, rate 0.003, seed 1: perplexity" in said and "table.md" in said and "stopped" not in said
+    assert said.count("s on wan") == 3  # headings are whole, one for each protocol
     run = tmp_path / "sweep/runs/SM-rate0.003-seed1"
     assert main(["status", str(run)]) == 0 and "complete at step 4 of 4" in capsys.readouterr().out
     assert je.load_run(run).step == 4

@@ -1,4 +1,4 @@
-"""Eight architectures, the paper's and those with free parts, beside their private cost: the table of README.md.
+"""Nine architectures, the paper's and those with free parts, beside their private cost: the table of README.md.
 
 jax-entropy sweep frontier --scale=short
 """
@@ -14,6 +14,7 @@ PAPER = {
     "SM(t)+ScFuFFN": Published(),
     "EReg(SM(t)+ScFuFFN)": Published(3.21, 6.43, 4.76),
     f"SM+ScFuFFN{PARTS}": Published(),
+    f"EReg(SM(t)+ScFuFFN{PARTS})": Published(),
     f"SM+LN+G{PARTS}": Published(),
 }
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it to the 
     from jax_entropy.entropy import row_entropy as row_entropy
     from jax_entropy.errors import UserError as UserError
     from jax_entropy.evaluate import evaluate as evaluate
+    from jax_entropy.export import export_run as export_run
+    from jax_entropy.export.native import from_safetensors as from_safetensors
+    from jax_entropy.export.native import to_safetensors as to_safetensors
     from jax_entropy.generate import generate as generate
     from jax_entropy.huggingface.folder import from_huggingface as from_huggingface
     from jax_entropy.huggingface.folder import to_huggingface as to_huggingface
@@ -48,6 +51,9 @@ _HOME = {
     "row_entropy": "entropy",
     "UserError": "errors",
     "evaluate": "evaluate",
+    "export_run": "export",
+    "from_safetensors": "export.native",
+    "to_safetensors": "export.native",
     "generate": "generate",
     "from_huggingface": "huggingface.folder",
     "to_huggingface": "huggingface.folder",

@@ -18,7 +18,7 @@ ROOMS = """
     products annealing attention parts layers model census loss metrics optimizer state
     runs report plan evaluate generate huggingface
     training private.engine private.program private.session private.cost private
-    inspection sweep bench commands __main__
+    inspection export sweep bench commands __main__
 """.split()
 
 PACKAGE = REPOSITORY / "jax_entropy"

@@ -146,27 +146,39 @@ def _leave_accelerators() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+_FOLDERS = ("huggingface", "safetensors", "transformer_lens")
+
+
 @command(
     WORKDIR,
-    Flag("huggingface", None, "folder with config.json, model.safetensors and tokenizer.json", kind=Path),
-    Flag("to", None, "what to write", choices=("workdir", "huggingface"), required=True),
+    Flag("to", None, "what to write", choices=("workdir", *_FOLDERS), required=True),
+    Flag("huggingface", None, "a GPT-2 of Hugging Face: read with --to=workdir, else written", kind=Path),
+    Flag("safetensors", None, "folder for any model, as config.json and model.safetensors", kind=Path),
+    Flag("transformer_lens", None, "folder for a model without normalisation, for HookedTransformer", kind=Path),
     BEST,
     examples=[
         "convert --huggingface=gpt2/ --to=workdir --workdir=runs/gpt2",
         "convert runs/baseline --to=huggingface --huggingface=exported/",
+        "convert runs/quickstart --to=safetensors --safetensors=exported/ --best",
     ],
 )
 def convert(values: Namespace) -> None:
-    """A Hugging Face GPT-2 folder as a workdir, or a workdir as such a folder."""
-    if not values.huggingface:
-        raise UserError("--huggingface is missing")
-    from jax_entropy.huggingface.convert import export_run, import_run
-
+    """A Hugging Face GPT-2 folder as a workdir, or a run's model as a folder for other programs, with its card."""
+    name = "huggingface" if values.to == "workdir" else values.to
+    if not (folder := getattr(values, name)):
+        raise UserError(f"--{name} is missing")
+    for other in _FOLDERS:
+        if other != name and other in values.given:
+            raise UserError(f"--{other} does not go with --to={values.to}, whose folder is --{name}")
     if values.to == "workdir":
-        import_run(values.huggingface, values.workdir, notify=warn)
-    else:
-        export_run(values.workdir, values.huggingface, notify=warn, best=values.best)
-    say(f"wrote {values.workdir if values.to == 'workdir' else values.huggingface}")
+        from jax_entropy.huggingface.convert import import_run
+
+        import_run(folder, values.workdir, notify=warn)
+        return say(f"wrote {values.workdir}")
+    from jax_entropy.export import export_run
+
+    export_run(values.workdir, folder, values.to, notify=warn, best=values.best)
+    say(f"wrote {folder}")
 
 
 def read_prompt(prompt: str, prompt_file: Path | None) -> str:

@@ -1,7 +1,6 @@
-"""Workdirs from Hugging Face GPT-2 folders, and such folders from workdirs, each with its tokenizer."""
+"""Workdirs from Hugging Face GPT-2 folders, each with its tokenizer."""
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,13 @@ import jax
 from ml_collections import ConfigDict
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.config import default_config, model_config
-from jax_entropy.data import Tokenizer, load_tokenizer
+from jax_entropy.config import default_config
+from jax_entropy.data import Tokenizer
 from jax_entropy.errors import UserError
-from jax_entropy.huggingface.folder import (
-    check_expressible,
-    from_huggingface,
-    read_config,
-    read_json,
-    to_huggingface,
-)
+from jax_entropy.huggingface.folder import from_huggingface, read_config, read_json
 from jax_entropy.huggingface.tokenizer import read_tokenizer
 from jax_entropy.model import Transformer
 from jax_entropy.runs.checkpoint import Checkpointer
-from jax_entropy.runs.load import load_state
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.state import init_state
 
@@ -72,29 +64,3 @@ def import_run(directory: str | Path, path: str | Path, notify: Callable[[str], 
     with Checkpointer(workdir.checkpoints, notify=notify) as checkpointer:
         meta = dict(config=config.to_dict(), corpus=None, guard=None)
         checkpointer.save(0, state._replace(params=variables["params"]), None, meta)
-
-
-def export_run(
-    path: str | Path, directory: str | Path, notify: Callable[[str], None] = print, *, best: bool = False
-) -> None:
-    """Writes a workdir's newest good checkpoint, or the best by validation loss, as a GPT-2 folder with its tokenizer.
-
-    Raises:
-      UserError: there is no run or checkpoint, and as `to_huggingface` does.
-    """
-    workdir, directory = Workdir(path), Path(directory)
-    config = workdir.read_config()
-    tokenizer = load_tokenizer(workdir.tokenizer) if workdir.tokenizer.exists() else None
-    vocab_size = tokenizer.vocab_size if tokenizer else config.model.vocab_size
-    if not vocab_size:
-        raise UserError(f"{workdir.path} has no checkpoint yet; train it first")
-    model = model_config(config, vocab_size)
-    check_expressible(model)
-    state, _, _ = load_state(workdir, config, Transformer(model), notify, best=best)
-    to_huggingface(model, state.variables, directory, tokenizer and tokenizer.end_of_text)
-    if tokenizer:
-        tokenizer.save(directory / "tokenizer.json")
-        # Without it transformers takes GPT-2's own way of cutting text into words for granted.
-        settings = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=model.context_length)
-        settings |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.decode([tokenizer.end_of_text]))
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -25,7 +25,7 @@ from jax_entropy.model import Transformer
 
 _FAMILIES = (GPT2,)
 EXACT_TYPES = ("F32", "F16", "BF16")  # what float32 holds without rounding
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def from_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -41,7 +41,7 @@ def from_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory} is no folder; name a local one that holds config.json and {_WEIGHTS}")
+        raise UserError(f"{directory} is no folder; name a local one that holds config.json and {WEIGHTS}")
     family, config = read_config(directory)
     tensors = _read_tensors(family, weight_files(directory))
     _check_tensors(directory, tensors, family.shapes(config))
@@ -82,7 +82,10 @@ def to_huggingface(
             parts = [params[leaf][layer].reshape(*shapes[name][:-1], -1) for leaf in leaves]
             tensors[name] = np.concatenate(parts, axis=-1)
     tensors = {GPT2.tensor_prefix + name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    _write(Path(directory), _config_json(config, end_of_text), tensors)
+    path = Path(directory) / "config.json"
+    if path.exists() and read_json(path).get("model_type") != GPT2.model_type:
+        raise UserError(f"{path} is not a GPT-2's and would be overwritten; choose another folder")
+    write_folder(Path(directory), _config_json(config, end_of_text), tensors)
 
 
 def check_expressible(config: ModelConfig) -> None:
@@ -93,7 +96,10 @@ def check_expressible(config: ModelConfig) -> None:
     """
     for name, value in GPT2.fixed_fields.items():
         if getattr(config, name) != value:
-            raise UserError(f"{name}={getattr(config, name)!r} of {config} has no place in GPT-2, only {value!r} has")
+            raise UserError(
+                f"{name}={getattr(config, name)!r} of {config} has no place in GPT-2, only {value!r} has; safetensors "
+                "have a place for every model"
+            )
     if config.activation not in GPT2.activations.values():
         choices = nearest(config.activation, dict.fromkeys(GPT2.activations.values()))
         raise UserError(f"activation={config.activation!r} of {config} has no place in GPT-2{choices}")
@@ -150,8 +156,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    if (directory / _WEIGHTS).exists():
-        return [directory / _WEIGHTS]
+    if (directory / WEIGHTS).exists():
+        return [directory / WEIGHTS]
     if (directory / _INDEX).exists():
         shards = read_json(directory / _INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -163,7 +169,7 @@ def weight_files(directory: Path) -> list[Path]:
             f"{directory} has its weights only as {pickled[0].name}, a pickle, which is never read because it can run "
             "programs; save the model again with transformers' save_pretrained, which writes safetensors"
         )
-    raise UserError(f"{directory} has no {_WEIGHTS} and no {_INDEX}")
+    raise UserError(f"{directory} has no {WEIGHTS} and no {_INDEX}")
 
 
 def _read_tensors(family: Family, paths: Iterable[Path]) -> dict[str, np.ndarray]:
@@ -241,16 +247,18 @@ def _config_json(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
     }
 
 
-def _write(directory: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    path = directory / "config.json"
-    if path.exists() and read_json(path).get("model_type") != GPT2.model_type:
-        raise UserError(f"{path} is not a GPT-2's and would be overwritten; choose another folder")
-    partial = directory / f"{_WEIGHTS}.partial"
+def write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """Writes config.json and model.safetensors; the folder is made if it is not there.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    partial = directory / f"{WEIGHTS}.partial"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(directory / _WEIGHTS)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(directory / WEIGHTS)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -8,13 +8,14 @@ import jax
 from ml_collections import ConfigDict
 
 from jax_entropy.annealing import settled, trained_model
+from jax_entropy.architecture import ModelConfig
 from jax_entropy.config import model_config
 from jax_entropy.data import Tokenizer, load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
-from jax_entropy.state import TrainState, abstract_state
+from jax_entropy.state import abstract_state
 
 
 class Run(NamedTuple):
@@ -44,29 +45,20 @@ def load_run(workdir: str | os.PathLike, notify: Callable[[str], None] = print, 
     if not workdir.tokenizer.exists():
         raise UserError(f"{workdir.path} has no tokenizer.json; the run stopped before it trained")
     tokenizer = load_tokenizer(workdir.tokenizer)
-    trained, end = trained_model(config, tokenizer.vocab_size), model_config(config, tokenizer.vocab_size)
-    state, step, meta = load_state(workdir, config, Transformer(trained), notify, best=best)
-    model, variables = settled(end, trained, state.variables)
+    model, variables, step, meta = load_model(workdir, config, tokenizer.vocab_size, notify, best=best)
     return Run(workdir, config, Transformer(model), variables, tokenizer, step, meta.get("corpus"))
 
 
-def own_tokens(workdir: Workdir, config: ConfigDict) -> ConfigDict:
-    """`config.data`, with the workdir's own tokenizer in place of one that was named: the folder may have moved."""
-    section = config.data.copy_and_resolve_references()
-    if section.tokenizer and workdir.tokenizer.exists():
-        section.tokenizer = str(workdir.tokenizer)
-    return section
-
-
-def load_state(
-    workdir: Workdir, config: ConfigDict, model: Transformer, notify: Callable[[str], None], *, best: bool = False
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """The training state in a workdir's newest good checkpoint, or the best by validation loss, its step and its notes.
+def load_model(
+    workdir: Workdir, config: ConfigDict, vocab_size: int, notify: Callable[[str], None], *, best: bool = False
+) -> tuple[ModelConfig, dict[str, Any], int, dict[str, Any]]:
+    """What a run's checkpoint computes: its model and variables, the step, and the checkpoint's notes.
 
     Raises:
       UserError: there is no checkpoint, or none that is undamaged.
     """
-    abstract = abstract_state(config, model)
+    trained, end = trained_model(config, vocab_size), model_config(config, vocab_size)
+    abstract = abstract_state(config, Transformer(trained))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
     nothing = UserError(f"{workdir.path} has no checkpoint yet; train it first")
@@ -77,4 +69,12 @@ def load_state(
         if step is None:
             raise nothing
         state, meta = checkpointer.restore(step, abstract, None)
-        return state, step, meta
+    return *settled(end, trained, state.variables), step, meta
+
+
+def own_tokens(workdir: Workdir, config: ConfigDict) -> ConfigDict:
+    """`config.data`, with the workdir's own tokenizer in place of one that was named: the folder may have moved."""
+    section = config.data.copy_and_resolve_references()
+    if section.tokenizer and workdir.tokenizer.exists():
+        section.tokenizer = str(workdir.tokenizer)
+    return section

@@ -19,8 +19,9 @@ from jax_entropy.data import Tokenizer, load_tokenizer
 from jax_entropy.data.tokenizer import train_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.evaluate import evaluate
+from jax_entropy.export import export_run
 from jax_entropy.generate import generate
-from jax_entropy.huggingface.convert import export_run, import_run
+from jax_entropy.huggingface.convert import import_run
 from jax_entropy.huggingface.folder import check_expressible, from_huggingface, to_huggingface
 from jax_entropy.model import Transformer
 from jax_entropy.notation import PARTS
@@ -84,7 +85,7 @@ def test_folder_to_workdir_and_back(tmp_path, folder, tokenizer):
     assert jax.tree.all(jax.tree.map(np.array_equal, run.variables, variables))
     assert run.tokenizer.digest() == tokenizer.digest()
 
-    export_run(tmp_path / "run", tmp_path / "again", pytest.fail)
+    export_run(tmp_path / "run", tmp_path / "again", notify=pytest.fail)
     assert weights(tmp_path / "again") == weights(folder)
     first, second = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again"))
     assert first == second
@@ -133,9 +134,10 @@ def test_without_a_tokenizer(tmp_path, folder):
     assert len(told) == 1 and "has neither tokenizer.json nor vocab.json and merges.txt" in told[0]
     with pytest.raises(UserError, match="has no tokenizer.json"):
         load_run(tmp_path / "run", pytest.fail)
-    export_run(tmp_path / "run", tmp_path / "again", pytest.fail)
+    export_run(tmp_path / "run", tmp_path / "again", notify=pytest.fail)
     assert weights(tmp_path / "again") == weights(folder)
-    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "again").iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_a_trained_run_is_exported(tmp_path, tokenizer):
@@ -143,9 +145,9 @@ def test_a_trained_run_is_exported(tmp_path, tokenizer):
     tokens = jnp.arange(32)[None]
     for best in (False, True):
         run = load_run(tmp_path / "run", pytest.fail, best=best)
-        export_run(tmp_path / "run", tmp_path / "out", pytest.fail, best=best)
+        export_run(tmp_path / "run", tmp_path / str(best), notify=pytest.fail, best=best)
         assert run.step == (10 if best else 20)
-        config, variables = from_huggingface(tmp_path / "out")
+        config, variables = from_huggingface(tmp_path / str(best))
         expected = run.model.apply(run.variables, tokens)[0]
         np.testing.assert_allclose(Transformer(config).apply(variables, tokens)[0], expected, rtol=1e-5, atol=1e-5)
 
@@ -155,7 +157,7 @@ def test_a_workdir_is_not_written_over(tmp_path, folder, tokenizer):
     before = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(UserError, match="holds a run already"):
         import_run(folder, tmp_path / "run")
-    with pytest.raises(UserError, match="would be overwritten"):
+    with pytest.raises(UserError, match="is not an empty folder"):
         export_run(tmp_path / "run", tmp_path / "run")
     assert (tmp_path / "run" / "config.json").read_text() == before
     assert not (tmp_path / "run" / "model.safetensors").exists()
@@ -182,7 +184,7 @@ def test_a_padded_vocabulary(tmp_path, folder, tokenizer):
     run = load_run(tmp_path / "run", pytest.fail)
     assert run.model.config == config and run.tokenizer.vocab_size == 400
     assert isinstance(generate(run, "def ", num_tokens=8, seed=1), str)
-    export_run(tmp_path / "run", tmp_path / "again", pytest.fail)
+    export_run(tmp_path / "run", tmp_path / "again", notify=pytest.fail)
     assert weights(tmp_path / "again") == weights(folder)
 
 

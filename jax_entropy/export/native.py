@@ -1,0 +1,90 @@
+"""Our own models as safetensors: every architecture, every value to the bit, and a loader that gives both back.
+
+Names are the paths in the tree of variables, joined by "/", as "params/blocks/attention/query/kernel".
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.errors import UserError, nearest
+from jax_entropy.huggingface.folder import WEIGHTS, read_json, write_folder
+from jax_entropy.model import Transformer
+from jax_entropy.paths import local_path, reading
+
+_MODEL_TYPE = "jax_entropy"
+_ON_ITS_WAY = "annealing/"  # what a run has that still takes nonlinearities out
+
+
+def to_safetensors(config: ModelConfig, variables: dict[str, Any], directory: str | os.PathLike) -> None:
+    """Writes config.json, the fields of `ModelConfig`, and model.safetensors, which `from_safetensors` reads.
+
+    Args:
+      variables: of `Transformer(config)`, all collections.
+      directory: made if it is not there.
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    tensors = {name: np.asarray(value) for name, value in _by_name(variables)}
+    fields = dict(architecture=str(config), **dataclasses.asdict(config))
+    write_folder(Path(directory), dict(model_type=_MODEL_TYPE, **fields), tensors)
+
+
+def from_safetensors(directory: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads what `to_safetensors` wrote.
+
+    Returns:
+      (config, variables) for `Transformer(config).apply`.
+    Raises:
+      UserError: the folder is not of this kind, or a part is missing or damaged.
+    """
+    directory = local_path(directory, "directory")
+    config = _read_config(directory / "config.json")
+    try:
+        with reading(directory / WEIGHTS):
+            tensors = load_file(directory / WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"{directory / WEIGHTS} is damaged: {error}") from None
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes, leaves = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens), []
+    for name, expected in _by_name(shapes):
+        leaves.append(tensors.pop(name, None))
+        has = "nothing" if leaves[-1] is None else list(leaves[-1].shape)
+        if has != list(expected.shape):
+            raise UserError(
+                f"{directory / WEIGHTS} has {has} for {name}, but {config} of this size has {list(expected.shape)}"
+            )
+    for name in tensors:
+        if not name.startswith(_ON_ITS_WAY):
+            raise UserError(f"{directory / WEIGHTS} has the tensor {name!r}, which is no part of {config}")
+    variables = jax.tree.unflatten(jax.tree.structure(shapes), map(jnp.asarray, leaves))
+    return config, variables | jax.tree.map(jnp.asarray, unflatten_dict(tensors, sep="/"))
+
+
+def _by_name(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def _read_config(path: Path) -> ModelConfig:
+    stored = read_json(path)
+    if (kind := stored.pop("model_type", None)) != _MODEL_TYPE:
+        raise UserError(f"{path} describes model_type={kind!r}, which is not a folder of to_safetensors")
+    stored.pop("architecture", None)  # for people
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    for name in stored:
+        if name not in known:
+            raise UserError(f"{path} has the field {name!r}, which no model has here{nearest(name, known)}")
+    try:
+        return ModelConfig(**stored)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None

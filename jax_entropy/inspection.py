@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -23,16 +22,16 @@ from jax_entropy.huggingface.decoders import FAMILIES
 from jax_entropy.huggingface.forward import losses
 from jax_entropy.huggingface.tokenizer import tokenizer_text
 from jax_entropy.paths import local_path
-from jax_entropy.private.cost.account import NETWORKS, add, on_network
+from jax_entropy.private.cost.account import add
 from jax_entropy.private.cost.model import predict
 from jax_entropy.private.engine.engine import Account, Setting
+from jax_entropy.report.costs import PRIVATE_TOKENS, predicted_cost
 from jax_entropy.report.history import History
 from jax_entropy.report.verdict import LARGE_LOGIT, these
 from jax_entropy.runs.reading import TOKENS, Reading
 from jax_entropy.runs.workdir import Workdir
 
 _NONLINEAR = {kind.name for kind in KINDS if kind.group in (SOFTMAX, NORM, ACTIVATION, PRODUCT) and not kind.linear}
-_PRIVATE_TOKENS = 128  # the paper's context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ def inspect(
     rows = max(1, min(num_tokens // T, (len(tokens) - 1) // T))
     tokens_RxT1 = np.stack([tokens[i * T : i * T + T + 1] for i in range(rows)])
     loss, heads = losses(decoder, weights, tokens_RxT1)
-    private_tokens = min(_PRIVATE_TOKENS, T)
+    private_tokens = min(PRIVATE_TOKENS, T)
     private, unpriced = _private(decoder, private_tokens)
     return Inspection(
         directory=directory,
@@ -202,7 +201,7 @@ def history(inspection: Inspection) -> History:
         ),
         train=train,
         evaluate={},
-        private=_private_words(inspection),
+        private=None if inspection.unpriced else predicted_cost(inspection.private, inspection.private_tokens),
         text=_text(inspection),
     )
 
@@ -278,21 +277,3 @@ def _private(decoder: Decoder, num_tokens: int) -> tuple[dict[str, Account], str
         return costs, ""
     except UserError as error:
         return {}, str(error)
-
-
-def _private_words(inspection: Inspection) -> dict[str, Any] | None:
-    """What the page takes, with times on a network that leave computing out."""
-    if inspection.unpriced:
-        return None
-    costs = {
-        kind: dict(bytes=cost.bytes[0], rounds=cost.rounds, seconds=on_network(cost, NETWORKS["wan"]))
-        for kind, cost in inspection.private.items()
-    }
-    total = add(inspection.private.values())
-    return dict(
-        costs=costs,
-        total=dict(warm=dict(bytes=total.bytes, rounds=total.rounds)),
-        setting=dict(protocol=f"{Setting().protocol}, predicted", fraction_bits=Setting().fraction_bits),
-        num_tokens=inspection.private_tokens,
-        network="wan, computing left out",
-    )

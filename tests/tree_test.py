@@ -16,9 +16,9 @@ ROOMS = """
     notation architecture entropy chips data
     fields config config_file sharding
     products annealing attention parts layers model census loss metrics optimizer state
-    runs report plan evaluate generate huggingface
+    runs plan evaluate generate huggingface
     training private.engine private.program private.session private.cost private
-    inspection export sweep bench commands __main__
+    report inspection export sweep bench commands __main__
 """.split()
 
 PACKAGE = REPOSITORY / "jax_entropy"

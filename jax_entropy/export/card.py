@@ -12,15 +12,15 @@ from ml_collections import ConfigDict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import census
-from jax_entropy.entropy import head_bands, max_entropy
+from jax_entropy.entropy import extreme_heads, head_bands, max_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.private.cost.model import predict
 from jax_entropy.private.engine.engine import Setting
+from jax_entropy.report.costs import PRIVATE_TOKENS, predicted_cost
 from jax_entropy.report.history import History, printable, read_history
 from jax_entropy.runs.workdir import Workdir
 
 HUGGINGFACE, SAFETENSORS, TRANSFORMER_LENS = "huggingface", "safetensors", "transformer_lens"
-_PRIVATE_TOKENS = 128  # the paper's context
 
 _LIBRARY = {HUGGINGFACE: "transformers", SAFETENSORS: "jax_entropy", TRANSFORMER_LENS: "transformer_lens"}
 _LOADING = {
@@ -168,13 +168,13 @@ def _quality(history: History, e: int) -> Iterator[tuple[str, str]]:
 def _entropies(entropy_LxN: np.ndarray, model: ModelConfig) -> Iterator[str]:
     """In held-out text, over all heads and by layer."""
     most = max_entropy(model.context_length, "causal")
+    overloaded, collapsed = (int(heads_LxN.sum()) for heads_LxN in extreme_heads(entropy_LxN, most))
     shares = " / ".join(f"{100 * float(share):.0f}" for share in head_bands(entropy_LxN))
     yield (
         f"Mean head entropy {entropy_LxN.mean():.3f} nats, {100 * entropy_LxN.mean() / most:.0f} % of what causal "
-        f"attention over {model.context_length} tokens can have ({most:.3f} nats). {(entropy_LxN > 0.75 * most).sum()} "
-        f"of {entropy_LxN.size} heads are overloaded, above three quarters of it, and "
-        f"{(entropy_LxN < 0.25 * most).sum()} collapsed, below one quarter. By quarter of the largest head entropy: "
-        f"{shares} %, from collapse to overload."
+        f"attention over {model.context_length} tokens can have ({most:.3f} nats). {overloaded} of {entropy_LxN.size} "
+        f"heads are overloaded, above three quarters of it, and {collapsed} collapsed, below one quarter. By quarter "
+        f"of the largest head entropy: {shares} %, from collapse to overload."
     )
     rows = [
         (str(layer), *(f"{value:.3f}" for value in (entropy_N.mean(), entropy_N.min(), entropy_N.max())))
@@ -185,26 +185,19 @@ def _entropies(entropy_LxN: np.ndarray, model: ModelConfig) -> Iterator[str]:
 
 def _private(history: History | None, model: ModelConfig) -> str:
     """What was measured of the run, else what the cost model predicts, by kind of operation."""
-    measured = history and history.private
-    if measured and "costs" in measured:
-        costs = {kind: (cost["bytes"], cost["rounds"]) for kind, cost in measured["costs"].items()}
-        how, tokens = f"{measured['setting']['protocol']}, measured", measured["num_tokens"]
-    else:
-        tokens = min(_PRIVATE_TOKENS, model.context_length)
+    cost = history and history.private
+    if not cost or "costs" not in cost:
+        tokens = min(PRIVATE_TOKENS, model.context_length)
         try:
-            predicted = predict(model, tokens, Setting())
+            cost = predicted_cost(predict(model, tokens, Setting()), tokens)
         except UserError as error:
             return f"Its cost is not predicted: {_text(str(error))}."
-        costs = {kind: (max(cost.bytes), cost.rounds) for kind, cost in predicted.items()}
-        how = f"{Setting().protocol}, predicted"
-    sent, rounds = (sum(values) for values in zip(*costs.values(), strict=True))
-    rows = [
-        (_text(str(kind)), f"{size / 1e6:,.1f}", f"{count:,}")
-        for kind, (size, count) in sorted(costs.items(), key=lambda item: -item[1][0])
-        if size or count
-    ]
+    kinds = sorted(cost["costs"].items(), key=lambda item: -item[1]["bytes"])
+    sent, rounds = (sum(of_kind[name] for _, of_kind in kinds) for name in ("bytes", "rounds"))
+    rows = [(_text(kind), f"{of_kind['bytes'] / 1e6:,.1f}", f"{of_kind['rounds']:,}") for kind, of_kind in kinds]
+    how = _text(cost["setting"]["protocol"])
     words = (
-        f"A forward pass over {tokens} tokens under secure computation ({_text(how)}): the busiest party sends "
+        f"A forward pass over {cost['num_tokens']} tokens under secure computation ({how}): the busiest party sends "
         f"{sent / 1e6:,.1f} MB, in {rounds:,} rounds."
     )
     return "\n\n".join([words, _table(("kind of operation", "MB", "rounds"), rows)])

@@ -1,5 +1,6 @@
 """Runs side by side: where their heads' entropies ended and how their losses got there (Fig. 2a and 2b)."""
 
+import textwrap
 from collections import Counter
 
 import numpy as np
@@ -30,20 +31,21 @@ def comparison(histories: list[History]) -> Figure:
     if not histories:
         raise UserError("no workdir was given to compare; name at least one")
     names = _names(histories)
+    maxima = [nats(history.maxima()["observed"]) for history in histories]
+    labels = [f"{_folded(name)}\n{most}" for name, most in zip(names, maxima, strict=True)]
     key, note = _measure(histories)
     datasets = ", ".join(dict.fromkeys(history.dataset for history in histories))
     fig = titled(
         "Entropy and loss of several runs",
         f"{datasets}  ·  quarters of each run's largest head entropy in a training batch, at its last logged step",
-        10.6, max(3.4, 0.5 * len(histories) + 1.9), note,
+        10.6, max(3.4, 0.19 * sum(label.count("\n") + 1.7 for label in labels) + 1.9), note,
     )  # fmt: skip
     bars_ax, loss_ax = fig.subplots(1, 2, width_ratios=(1, 1.1))
     quarter_bars(bars_ax, np.stack([history.train["bands_observed"][-1] for history in histories]), labelled=True)
-    maxima = [nats(history.maxima()["observed"]) for history in histories]
-    bars_ax.set_yticks(range(len(names)), [f"{name}\n{most}" for name, most in zip(names, maxima, strict=True)])
+    bars_ax.set_yticks(range(len(labels)), labels)
     bars_ax.set_xlabel("share of heads [%]")
     bars_ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    bars_ax.set_title("a  heads in each quarter of the entropy range")
+    bars_ax.set_title("a  heads by quarter of entropy")
     bottom_legend(fig, bars_ax, ncols=4)
 
     curves = [history.train if key == "cross_entropy" else history.evaluate for history in histories]
@@ -63,6 +65,11 @@ def _names(histories: list[History]) -> list[str]:
         history.architecture + (f" ({history.name})" if count[history.architecture] > 1 else "")
         for history in histories
     ]
+
+
+def _folded(name: str) -> str:
+    """A long name in several lines, so that it leaves room for what it is the name of."""
+    return "\n".join(line.replace("+ ", "+") for line in textwrap.wrap(name.replace("+", "+ "), 24))
 
 
 def _measure(histories: list[History]) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jax_entropy.paths import writing
+from jax_entropy.report.costs import private_cost
 from jax_entropy.report.history import History
 from jax_entropy.report.verdict import verdict
 
@@ -24,7 +25,7 @@ def numbers(histories: Sequence[History]) -> list[dict[str, Any]]:
             config=history.config,
             verdict=verdict(history),
             incidents=history.incidents,
-            private=history.private,
+            private=private_cost(history),
             train=history.train,
             evaluate=history.evaluate,
         )

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_entropy.census import Census, census
-from jax_entropy.config import from_json, model_config
-from jax_entropy.data import load_tokenizer
 from jax_entropy.entropy import head_bands
-from jax_entropy.errors import UserError
+from jax_entropy.report.costs import model_of, private_cost
 from jax_entropy.report.history import History, printable
 from jax_entropy.report.payload import payload
 from jax_entropy.report.verdict import verdict
@@ -91,7 +89,8 @@ def _head(index: int, history: History) -> str:
 
 def _about(index: int, history: History) -> str:
     """What the guard did, samples, where and how the run was made, its census and its configuration."""
-    counted = _counted(history)
+    model = model_of(history)
+    counted = census(model) if model else None
     facts = "".join(f"<dt>{name}</dt><dd>{_fact(name, fact)}</dd>" for name, fact in _facts(history, counted))
     config = json.dumps(history.config, indent=2, ensure_ascii=False)
     return f"""<article class="about" data-run="{index}"{" hidden" if index else ""}>
@@ -176,17 +175,6 @@ def _samples(history: History) -> str:
     return f"<details><summary>Samples at step {history.samples['step']:,}</summary>{texts}</details>"
 
 
-def _counted(history: History) -> Census | None:
-    """The census of a run's model; None where its configuration is not whole."""
-    try:
-        config = from_json(json.dumps(history.config))
-        if not config.model.vocab_size:
-            config.model.vocab_size = load_tokenizer(history.workdir.tokenizer).vocab_size
-        return census(model_config(config, config.model.vocab_size))
-    except UserError:
-        return None
-
-
 def _census(counted: Census | None) -> str:
     if not counted:
         return ""
@@ -221,10 +209,10 @@ def _key_numbers(history: History) -> Iterator[Number]:
     yield from _entropies(history)
     if "tokens_per_second" in train:
         yield Number("speed, median", _text(np.nanmedian(train["tokens_per_second"]), ",.0f"), "tokens/s")
-    if history.private:
-        warm, setting = history.private["total"]["warm"], history.private["setting"]
+    if cost := private_cost(history):
+        warm, setting = cost["total"]["warm"], cost["setting"]
         megabytes = _text(max(warm["bytes"]) / 1e6, ",.1f")
-        facts = f"MB, {warm['rounds']:,} rounds, {history.private['num_tokens']} tokens, {setting['protocol']}"
+        facts = f"MB, {warm['rounds']:,} rounds, {cost['num_tokens']} tokens, {setting['protocol']}"
         yield Number("private forward pass", megabytes, facts)
     lost = int(np.nansum(train["nan_count"]) + np.nansum(train["inf_count"]))
     yield Number("NaN and Inf in attention", f"{lost:,}" if lost else "none")

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax_entropy.data import load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.paths import local_path, reading
 from jax_entropy.report.block import Block
+from jax_entropy.report.costs import private_cost
 from jax_entropy.report.drawing import DEPTH, HEAT_MAP
 from jax_entropy.report.history import History, printable
 from jax_entropy.report.verdict import newest_entropy
@@ -115,18 +116,20 @@ def _text(history: History, block: Block) -> dict[str, Any] | None:
 
 
 def _private(history: History) -> dict[str, Any] | None:
-    measured = history.private
-    if not measured or "costs" not in measured:
+    cost = private_cost(history)
+    if not cost or "costs" not in cost:
         return None
     group = {kind.name: kind.group for kind in KINDS}
     return dict(
         costs=[
-            dict(kind=printable(str(kind)), group=GROUPS.index(group[kind]) if kind in group else len(GROUPS), **cost)
-            for kind, cost in measured["costs"].items()
+            dict(
+                kind=printable(str(kind)), group=GROUPS.index(group[kind]) if kind in group else len(GROUPS), **of_kind
+            )
+            for kind, of_kind in cost["costs"].items()
         ],
-        network=printable(str(measured.get("network", ""))),
-        protocol=printable(str(measured["setting"]["protocol"])),
-        tokens=measured["num_tokens"],
+        network=printable(str(cost.get("network", ""))),
+        protocol=printable(str(cost["setting"]["protocol"])),
+        tokens=cost["num_tokens"],
     )
 
 
@@ -147,8 +150,8 @@ def _differences(histories: Sequence[History]) -> list[dict[str, Any]]:
         ("training cross-entropy [nats/token]", lambda history: _last(history.train, "cross_entropy")),
         ("mean head entropy [nats]", lambda history: float(newest_entropy(history)[0].mean())),
         ("steps", lambda history: int(history.steps_E[-1])),
-        ("private MB", lambda history: history.private and max(history.private["total"]["warm"]["bytes"]) / 1e6),
-        ("private rounds", lambda history: history.private and history.private["total"]["warm"]["rounds"]),
+        ("private forward pass [MB]", lambda history: _warm(history, lambda warm: max(warm["bytes"]) / 1e6)),
+        ("private forward pass [rounds]", lambda history: _warm(history, lambda warm: warm["rounds"])),
     ):
         values = [of(history) for history in histories]
         if any(value is not None for value in values):
@@ -158,6 +161,11 @@ def _differences(histories: Sequence[History]) -> list[dict[str, Any]]:
 
 def _last(metrics: dict[str, np.ndarray], name: str) -> float | None:
     return float(metrics[name][-1]) if name in metrics else None
+
+
+def _warm(history: History, of: Callable[[dict[str, Any]], Any]) -> Any:
+    cost = private_cost(history)
+    return cost and of(cost["total"]["warm"])
 
 
 def _cell(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Figures show what was logged, number for number, on any shape of run, and nothing in them overlaps or hides."""
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -197,8 +198,9 @@ def test_comparison_shows_shares_and_losses_of_each_run(tmp_path):
     bars_ax, loss_ax = fig.axes
     widths = np.array([[bar.get_width() for bar in bars] for bars in bars_ax.containers]).T
     np.testing.assert_allclose(widths, [run.train["bands_observed"][-1] for run in runs], atol=1e-12)
-    names = [label.get_text().splitlines()[0] for label in bars_ax.get_yticklabels()]
-    assert names == ["SM", "EReg(SM(t)+ScFuFFN) ($b^)", r"EReg(SM(t)+ScFuFFN) (c$\x)"]
+    names = ["SM", "EReg(SM(t)+ScFuFFN) ($b^)", r"EReg(SM(t)+ScFuFFN) (c$\x)"]
+    labels = [" ".join(label.get_text().splitlines()[:-1]) for label in bars_ax.get_yticklabels()]
+    assert labels == names
     assert all(line_to(loss_ax, run.evaluate["validation_loss"]) for run in runs)
     assert loss_ax.get_ylabel() == "validation loss [nats/token]"
     ends = "\n".join(text.get_text() for text in loss_ax.texts)
@@ -261,7 +263,9 @@ def test_no_text_is_cut_or_overlaps_another(run, monkeypatch):
     monkeypatch.setattr(
         matplotlib.text.Text, "draw", lambda text, renderer: (drawn.append(text), draw_text(text, renderer))
     )
-    for fig in (*(item.draw(run) for item in figures.ITEMS), comparison([run, run])):
+    name = "EReg(SM(t)+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN+Conv4+RoPE^1)"
+    long = dataclasses.replace(run, config=run.config | dict(architecture=name))
+    for fig in (*(item.draw(run) for item in figures.ITEMS), comparison([run, long, run])):
         if fig is None:
             continue
         drawn.clear()

@@ -1,0 +1,53 @@
+"""What running a run's model privately costs: as `private profile` measured it, else as the cost model predicts it."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jax_entropy.architecture import ModelConfig
+from jax_entropy.config import from_json, model_config
+from jax_entropy.data import load_tokenizer
+from jax_entropy.errors import UserError
+from jax_entropy.private.cost.account import NETWORKS, add, on_network
+from jax_entropy.private.cost.model import predict
+from jax_entropy.private.engine.engine import Account, Setting
+from jax_entropy.report.history import History
+
+PRIVATE_TOKENS = 128  # the paper's context
+
+
+def private_cost(history: History) -> dict[str, Any] | None:
+    """What is in a run's private.json, or its like, predicted; None where neither is known."""
+    if history.private or not (model := model_of(history)):
+        return history.private
+    num_tokens = min(PRIVATE_TOKENS, model.context_length)
+    try:
+        return predicted_cost(predict(model, num_tokens, Setting()), num_tokens)
+    except UserError:
+        return None
+
+
+def predicted_cost(costs: Mapping[str, Account], num_tokens: int) -> dict[str, Any]:
+    """Costs by kind in the form of private.json; times are of the network alone."""
+    total = add(costs.values())
+    return dict(
+        costs={
+            kind: dict(bytes=max(cost.bytes), rounds=cost.rounds, seconds=on_network(cost, NETWORKS["wan"]))
+            for kind, cost in costs.items()
+        },
+        total=dict(warm=dict(bytes=total.bytes, rounds=total.rounds)),
+        setting=dict(protocol=f"{Setting().protocol}, predicted", fraction_bits=Setting().fraction_bits),
+        num_tokens=num_tokens,
+        network="wan, computing left out",
+    )
+
+
+def model_of(history: History) -> ModelConfig | None:
+    """A run's model; None where its configuration is not whole."""
+    try:
+        config = from_json(json.dumps(history.config))
+        if not config.model.vocab_size:
+            config.model.vocab_size = load_tokenizer(history.workdir.tokenizer).vocab_size
+        return model_config(config, config.model.vocab_size)
+    except UserError:
+        return None

@@ -104,7 +104,7 @@ def inspect(
     num_tokens: int = 1024,
     context_length: int = 256,
 ) -> Inspection:
-    """Reads a text with a model of GPT-2's, GPT-Neo's, GPT-NeoX's, Llama's or Qwen2's kind, and watches its heads.
+    """Reads a text with a model of GPT-2's, GPT-NeoX's, Llama's or Qwen2's kind, and watches its heads.
 
     Args:
       directory: local folder with config.json, safetensors, whole or in shards, and a tokenizer for a text.
@@ -260,7 +260,8 @@ def _tokens(directory: Path, decoder: Decoder, text: str | Sequence[int] | np.nd
 def _private(decoder: Decoder, num_tokens: int) -> tuple[dict[str, Account], str]:
     """Costs by kind, of the model of ours that computes the same kinds of operation; or why there are none.
 
-    SiLU is priced as GELU, which takes as many products; heads that share keys, as if each had its own.
+    SiLU is priced as GELU, which takes as many products; heads that share keys, as if each had its own; windows, as if
+    they saw everything.
     """
     norm, activation = decoder.norm, {"silu": "gelu_tanh"}.get(decoder.activation, decoder.activation)
     try:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     examples=["inspect pythia-70m/", "inspect Qwen2.5-0.5B/ --text=book.txt --page=qwen.html --json=qwen.json"],
 )
 def inspect(values: Namespace) -> None:
-    """Head entropies, sinks, logits and private cost of a GPT-2, GPT-Neo, Pythia, Llama or Qwen2 on a text."""
+    """Head entropies, sinks, logits and private cost of a GPT-2, GPT-Neo, Pythia, Llama, Mistral or Qwen2 on a text."""
     text = _read(values.text) if values.text else None
     from jax_entropy.inspection import findings, history
     from jax_entropy.inspection import inspect as run

@@ -96,16 +96,18 @@ class Settings:
     def __init__(self, path: Path, stored: Mapping[str, Any]) -> None:
         self.path, self.stored = path, stored
 
-    def number(self, *keys: str, default: float | None = None, kind: type = int) -> Any:
-        """The first of `keys` that is there and not null."""
+    def number(self, *keys: str, default: float | None = None, kind: type = int, least: float | None = None) -> Any:
+        """The first of `keys` that is there and not null; above 0, or at least `least`."""
         key = next((key for key in keys if self.stored.get(key) is not None), None)
         if key is None:
             if default is None:
                 raise UserError(f"{self.path} lacks {keys[0]}")
             return default
         value = self.stored[key]
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-            raise UserError(f"{self.path} has {key}={value!r}, which must be a positive number")
+        wrong = isinstance(value, bool) or not isinstance(value, (int, kind)) or not value < math.inf
+        if wrong or (value <= 0 if least is None else value < least):
+            bound = "a positive number" if least is None else f"a number of at least {least:g}"
+            raise UserError(f"{self.path} has {key}={value!r}, which must be {bound}")
         return value
 
     def choice(self, *keys: str, choices: Mapping[str, str], default: str) -> str:

@@ -80,15 +80,44 @@ def _llama(settings: Settings) -> Decoder:
     )  # fmt: skip
 
 
+def _mistral(settings: Settings) -> Decoder:
+    decoder, stored = _llama(settings), settings.stored
+    groups = settings.number("num_key_value_heads", default=8)
+    unlimited = "sliding_window" in stored and stored["sliding_window"] is None
+    sees = decoder.context_length if unlimited else settings.number("sliding_window", default=4096)
+    return decoder._replace(num_groups=groups, windows=(sees,) * decoder.num_layers)
+
+
+def _qwen2(settings: Settings) -> Decoder:
+    decoder, stored = _llama(settings), settings.stored
+    if not stored.get("use_sliding_window"):
+        return decoder
+    L, first = decoder.num_layers, settings.number("max_window_layers", default=28, least=0)
+    kinds = ["full_attention"] * min(first, L) + ["sliding_attention"] * max(L - first, 0)
+    kinds = stored.get("layer_types") or kinds
+    sees = dict(
+        full_attention=decoder.context_length, sliding_attention=settings.number("sliding_window", default=4096)
+    )
+    if not isinstance(kinds, list) or len(kinds) != L or not all(kind in list(sees) for kind in kinds):
+        raise UserError(f"{settings.path} has layer_types={kinds!r}, which do not name the attention of {L} layers")
+    return decoder._replace(windows=tuple(sees[kind] for kind in kinds))
+
+
 def _frequencies(settings: Settings, share: float) -> tuple[float, ...]:
     """Of rotation, as older and newer files write it; of `share` of a head's numbers where the file does not say."""
     stored = settings.stored
     rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{settings.path} has rope_parameters={rope!r}, which must be an object")
     asked = Settings(settings.path, stored | rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     width = settings.number("hidden_size") // settings.number("num_attention_heads")
-    rotated = settings.number("head_dim", default=width)
-    rotated = int(rotated * asked.number("partial_rotary_factor", "rotary_pct", default=share, kind=float))
+    width = settings.number("head_dim", default=width)
+    rotated = int(width * asked.number("partial_rotary_factor", "rotary_pct", default=share, kind=float))
+    if rotated > width or rotated % 2:
+        raise UserError(
+            f"{settings.path} rotates {rotated} numbers of a head of {width}; an even part of it can be read"
+        )
     base = asked.number("rope_theta", "rotary_emb_base", default=1e4, kind=float)
     plain = [base ** (-i / rotated) for i in range(0, rotated, 2)]
     if kind == "default":
@@ -99,6 +128,8 @@ def _frequencies(settings: Settings, share: float) -> tuple[float, ...]:
     if kind == "linear":
         return tuple(frequency / factor for frequency in plain)
     low, high = (asked.number(f"{end}_freq_factor", kind=float) for end in ("low", "high"))
+    if low >= high:
+        raise UserError(f"{settings.path} has high_freq_factor={high}, which must be above low_freq_factor={low}")
     turns = [asked.number("original_max_position_embeddings") * frequency / (2 * math.pi) for frequency in plain]
     kept = [min(max((turn - low) / (high - low), 0.0), 1.0) for turn in turns]
     return tuple(frequency * (k + (1 - k) / factor) for frequency, k in zip(plain, kept, strict=True))
@@ -175,5 +206,6 @@ FAMILIES = (
         constants=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
     ),
     _LLAMA,
-    _LLAMA._replace(model_type="qwen2", fixed={"use_sliding_window": False}),
+    _LLAMA._replace(model_type="mistral", settings=_mistral),
+    _LLAMA._replace(model_type="qwen2", settings=_qwen2),
 )  # fmt: skip

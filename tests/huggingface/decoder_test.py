@@ -66,10 +66,20 @@ def test_losses_are_of_the_logits(golden, tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (dict(model_type="mamba"), "model_type='mamba'; only gpt2, gpt_neo, gpt_neox, llama, qwen2 can be read"),
-        (dict(use_sliding_window=True), "use_sliding_window=true; only false can be read"),
+        (dict(model_type="mamba"), "'mamba'; only gpt2, gpt_neo, gpt_neox, llama, mistral, qwen2 can be read"),
+        (
+            dict(use_sliding_window=True, max_window_layers=-1),
+            "max_window_layers=-1, which must be a number of at least",
+        ),
+        (dict(use_sliding_window=True, layer_types=["full_attention"]), "do not name the attention of 2 layers"),
         (dict(quantization_config={"bits": 4}), 'quantization_config={"bits": 4}; only null can be read'),
         (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "rope_type='yarn'; only default, linear and llama3"),
+        (dict(rope_scaling="yarn"), "rope_parameters='yarn', which must be an object"),
+        (dict(partial_rotary_factor=1.5), "rotates 12 numbers of a head of 8; an even part of it can be read"),
+        (
+            dict(rope_scaling=dict(rope_type="llama3", factor=8, low_freq_factor=4.0, high_freq_factor=4.0)),
+            "high_freq_factor=4.0, which must be above low_freq_factor=4.0",
+        ),
         (dict(hidden_act="xielu"), "hidden_act='xielu'; what can be read is"),
         (dict(num_hidden_layers=3), "lacks the tensor 'layers.2.input_layernorm.weight'"),
         (dict(num_hidden_layers=1), "which is no part of the qwen2 that config.json describes"),

@@ -39,7 +39,9 @@ CASES = {
     "llama": _LLAMA | dict(
         model_type="llama", head_dim=16, rope_theta=5e5, rope_scaling=dict(rope_type="llama3", **_SCALED)
     ),
+    "mistral": _LLAMA | dict(model_type="mistral", sliding_window=4),
     "qwen2": _LLAMA | dict(model_type="qwen2", tie_word_embeddings=True, rms_norm_eps=1e-3),
+    "qwen2_windows": _LLAMA | dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A doctor for other people's models: what the heads of a Hugging Face decoder do on a text, and its private cost.
 
-`inspect` returns arrays; `findings` says them in sentences, and `history` puts them on the page of a run.
+`inspect` returns arrays; `findings` says them in sentences, and `inspection_page` puts them on the page of a run.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import tokenizers
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import ACTIVATION, ACTIVATIONS, KINDS, NORM, PRODUCT, SOFTMAX
-from jax_entropy.data import load_tokenizer
 from jax_entropy.entropy import extreme_heads, head_bands, max_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.decoder import Decoder, read_decoder
@@ -27,10 +26,12 @@ from jax_entropy.private.cost.model import predict
 from jax_entropy.private.engine.engine import Account, Setting
 from jax_entropy.report.costs import PRIVATE_TOKENS, predicted_cost
 from jax_entropy.report.history import History
-from jax_entropy.report.verdict import LARGE_LOGIT, these
-from jax_entropy.runs.reading import TOKENS, Reading
+from jax_entropy.report.page import page
+from jax_entropy.report.verdict import GOOD, LARGE_LOGIT, LOOK, MANY, TROUBLE, Verdict, these
+from jax_entropy.runs.reading import Reading
 from jax_entropy.runs.workdir import Workdir
 
+_SHOWN_TOKENS = 1024  # of the text on the page
 _NONLINEAR = {kind.name for kind in KINDS if kind.group in (SOFTMAX, NORM, ACTIVATION, PRODUCT) and not kind.linear}
 
 
@@ -172,10 +173,18 @@ def findings(inspection: Inspection) -> Iterator[str]:
     )
 
 
-def history(inspection: Inspection) -> History:
-    """The inspection as a run of one step, for `report.page.page`."""
+def inspection_page(inspection: Inspection) -> str:
+    """The page of a run, of one step."""
+    total, extreme = inspection.overloaded.size, inspection.overloaded.sum() + inspection.collapsed.sum()
+    level = LOOK if extreme > MANY * total or inspection.max_logit.max() > LARGE_LOGIT else GOOD
+    level = level if np.isfinite(inspection.head_entropy).all() else TROUBLE
+    return page([_history(inspection)], verdicts=[Verdict(level, [*findings(inspection)], [])])
+
+
+def _history(inspection: Inspection) -> History:
     decoder, entropy_LxN = inspection.decoder, inspection.head_entropy
     T, step = inspection.loss.shape[1], np.zeros(1)
+    R = max(1, _SHOWN_TOKENS // T)
     finite_L = np.isfinite(entropy_LxN).all(axis=1)
     train = dict(
         step=step,
@@ -202,7 +211,9 @@ def history(inspection: Inspection) -> History:
         train=train,
         evaluate={},
         private=None if inspection.unpriced else predicted_cost(inspection.private, inspection.private_tokens),
-        text=_text(inspection),
+        text=[Reading(inspection.tokens[:R], inspection.loss[:R], inspection.entropy[:, :, :R], step=0)],
+        read="this text",
+        pieces=[_pieces(inspection.directory, tokens_T) for tokens_T in inspection.tokens[:R]],
     )
 
 
@@ -215,15 +226,19 @@ def architecture_words(decoder: Decoder) -> str:
     return f"softmax, {norm}, {'gated ' if decoder.gated else ''}{activation}, {positions}{grouped}"
 
 
-def _text(inspection: Inspection) -> list[Reading]:
-    """How the first tokens were read; nothing where their texts are not known, for want of a byte-level tokenizer."""
-    try:
-        load_tokenizer(Workdir(inspection.directory).tokenizer)
-    except UserError:
-        return []
-    R, T = max(1, TOKENS // inspection.loss.shape[1]), min(TOKENS, inspection.loss.shape[1])
-    tokens, loss = inspection.tokens[:R, : T + 1], inspection.loss[:R, :T]
-    return [Reading(tokens, loss, inspection.entropy[:, :, :R, :T], step=0)]
+def _pieces(directory: Path, tokens_T: np.ndarray) -> list[str]:
+    """The text that each token adds, of whatever kind the tokenizer is; ids where there is none."""
+    tokenizer, ids = _tokenizer(directory), [*map(int, tokens_T)]
+    if tokenizer is None:
+        return [f"{token} " for token in ids]
+    pieces, start, before = [], 0, ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        whole = not text.endswith("\ufffd")  # a character of several tokens belongs to the one that completes it
+        pieces.append(text.removeprefix(before) if whole else "")
+        if whole:  # what follows is read from the last token on: a first one is decoded otherwise than the next
+            start, before = end - 1, tokenizer.decode(ids[end - 1 : end], skip_special_tokens=False)
+    return pieces
 
 
 def _layers(found_LxN: np.ndarray) -> str:
@@ -237,15 +252,20 @@ def _reference() -> str:
     return "\n".join(topics[name] for name in sorted(topics))[: 1 << 16]
 
 
+def _tokenizer(directory: Path) -> tokenizers.Tokenizer | None:
+    if (stored := tokenizer_text(directory)) is None:
+        return None
+    try:
+        return tokenizers.Tokenizer.from_str(stored)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"the tokenizer of {directory} cannot be used: {error}") from None
+
+
 def _tokens(directory: Path, decoder: Decoder, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
     if isinstance(text, str):
-        stored = tokenizer_text(directory)
-        if stored is None:
+        if (tokenizer := _tokenizer(directory)) is None:
             raise UserError(f"{directory} has no tokenizer.json, nor vocab.json and merges.txt; put them there")
-        try:
-            text = tokenizers.Tokenizer.from_str(stored).encode(text).ids
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"the tokenizer of {directory} cannot be used: {error}") from None
+        text = tokenizer.encode(text).ids
     tokens = np.asarray(text)
     if tokens.ndim != 1 or len(tokens) < 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"text must be at least two tokens long, not {tokens.size}")

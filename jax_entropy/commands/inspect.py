@@ -28,16 +28,14 @@ if TYPE_CHECKING:
 def inspect(values: Namespace) -> None:
     """Head entropies, sinks, logits and private cost of a GPT-2, GPT-Neo, Pythia, Llama, Mistral or Qwen2 on a text."""
     text = _read(values.text) if values.text else None
-    from jax_entropy.inspection import findings, history
+    from jax_entropy.inspection import findings, inspection_page
     from jax_entropy.inspection import inspect as run
 
     found = run(values.model, text, num_tokens=values.tokens, context_length=values.context_length)
     _print(found, list(findings(found)), console(values.json))
     if values.page:
-        from jax_entropy.report.page import page
-
         with writing(values.page, "--page"):
-            values.page.write_text(page([history(found)]), encoding="utf-8", errors="backslashreplace")
+            values.page.write_text(inspection_page(found), encoding="utf-8", errors="backslashreplace")
         warn(f"wrote {values.page}")
     write_json(values.json, _numbers(found) | dict(findings=list(findings(found))))
 

@@ -21,6 +21,8 @@ from jax_entropy.runs.metrics import read_metrics
 from jax_entropy.runs.reading import Reading, read_text
 from jax_entropy.runs.workdir import Status, Workdir
 
+BATCH = "training batch"
+
 
 @dataclasses.dataclass(frozen=True)
 class History:
@@ -40,6 +42,8 @@ class History:
     private: dict[str, Any] | None = None  # what `private profile` measured of it, if it did
     text: list[Reading] = dataclasses.field(default_factory=list)  # how held-out text was read, by evaluation
     samples: dict[str, Any] | None = None  # what the trained model wrote: step, prompt, texts
+    read: str = BATCH  # what `train` was measured on
+    pieces: list[list[str]] | None = None  # of the text's tokens, where they are not those of the workdir's tokenizer
 
     @property
     def architecture(self) -> str:

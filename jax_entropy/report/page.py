@@ -18,9 +18,9 @@ import numpy as np
 from jax_entropy.census import Census, census
 from jax_entropy.entropy import head_bands
 from jax_entropy.report.costs import model_of, private_cost
-from jax_entropy.report.history import History, printable
+from jax_entropy.report.history import BATCH, History, printable
 from jax_entropy.report.payload import payload
-from jax_entropy.report.verdict import verdict
+from jax_entropy.report.verdict import Verdict, verdict
 
 _BROWSER = Path(__file__).with_name("browser")
 # In the order in which they use each other.
@@ -36,20 +36,27 @@ class Number(NamedTuple):
     unit: str = ""
 
 
-def page(histories: Sequence[History], *, sweep: dict[str, Any] | None = None, follow: bool = False) -> str:
+def page(
+    histories: Sequence[History],
+    *,
+    verdicts: Sequence[Verdict] | None = None,
+    sweep: dict[str, Any] | None = None,
+    follow: bool = False,
+) -> str:
     """The page as text.
 
     Args:
+      verdicts: on each of them, where they are not those of `verdict`.
       sweep: a sweep's points, of which the page shows the frontier.
       follow: ask the server that the page came from for news of the run; else the page may ask nobody for anything.
     """
-    first = histories[0]
+    first, verdicts = histories[0], verdicts or [*map(verdict, histories)]
     title = f"{first.architecture} · {first.name}" + (f" and {len(histories) - 1} more" if len(histories) > 1 else "")
     return _frame(
         title=escape(title),
         follow="yes" if follow else "no",
         connect="'self'" if follow else "'none'",
-        heads="\n".join(_head(i, history) for i, history in enumerate(histories)),
+        heads="\n".join(_head(i, *one) for i, one in enumerate(zip(histories, verdicts, strict=True))),
         abouts="\n".join(_about(i, history) for i, history in enumerate(histories)),
         data=payload(histories, sweep),
     )
@@ -67,9 +74,8 @@ def _frame(**places: str) -> str:
     return string.Template(text["page.html"]).substitute(places, style=text["page.css"], script=script)
 
 
-def _head(index: int, history: History) -> str:
+def _head(index: int, history: History, found: Verdict) -> str:
     """What a run is, how it is and its key numbers; of several runs, the page shows one at a time."""
-    found = verdict(history)
     advice = "".join(f"<li>{_sentence(line)}</li>" for line in found.advice)
     return f"""<article data-run="{index}"{" hidden" if index else ""}>
 <header>
@@ -205,7 +211,10 @@ def _key_numbers(history: History) -> Iterator[Number]:
             yield Number("best validation perplexity", _perplexity(loss_E[best]), step)
     if "bits_per_byte" in evaluate:
         yield Number("bits per byte", _text(evaluate["bits_per_byte"][-1], ".3f"), "held out")
-    yield Number("training cross-entropy", _text(train["cross_entropy"][-1], ".3f"), "nats/token")
+    if history.read == BATCH:
+        yield Number("training cross-entropy", _text(train["cross_entropy"][-1], ".3f"), "nats/token")
+    else:
+        yield Number("perplexity", _perplexity(train["cross_entropy"][-1]), history.read)
     yield from _entropies(history)
     if "tokens_per_second" in train:
         yield Number("speed, median", _text(np.nanmedian(train["tokens_per_second"]), ",.0f"), "tokens/s")
@@ -224,7 +233,7 @@ def _entropies(history: History) -> Iterator[Number]:
     if "head_entropy" in history.evaluate:
         held_out_LxN = history.evaluate["head_entropy"][-1]
         measured.append(("held out", held_out_LxN, np.asarray(head_bands(held_out_LxN))))
-    measured.append(("training batch", history.train["head_entropy"][-1], history.train["bands_observed"][-1]))
+    measured.append((history.read, history.train["head_entropy"][-1], history.train["bands_observed"][-1]))
     most = history.maxima()["context"] or math.nan
     for where, entropy_LxN, share_4 in measured:
         entropy = entropy_LxN.mean()

@@ -100,10 +100,10 @@ def _text(history: History, block: Block) -> dict[str, Any] | None:
     room = max(1, _TEXT_NUMBERS // last.entropy.size)
     chosen = sorted({round(i) for i in np.linspace(len(readings) - 1, 0, min(room, len(readings)))})
     readings = [readings[i] for i in chosen]
-    tokenizer = load_tokenizer(history.workdir.tokenizer)
+    pieces = history.pieces or [*map(load_tokenizer(history.workdir.tokenizer).pieces, last.tokens)]
     found = dict(
         step=[reading.step for reading in readings],
-        pieces=[[printable(piece, "\n\t") for piece in tokenizer.pieces(tokens_T)] for tokens_T in last.tokens],
+        pieces=[[printable(text, "\n\t") for text in texts] for texts in pieces],
         loss=block.put(np.stack([reading.loss for reading in readings])),
         entropy=block.put(np.stack([reading.entropy for reading in readings])),
     )

@@ -11,7 +11,7 @@ from jax_entropy.report.history import History
 
 GOOD, LOOK, TROUBLE = "good", "look", "trouble"
 LARGE_LOGIT = 100.0  # Kimi K2's limit for QK-clip: no loss spike was seen below it
-_MANY = 0.1  # the paper's well-behaved models have about 90 % of their heads in the middle quarters
+MANY = 0.1  # the paper's well-behaved models have about 90 % of their heads in the middle quarters
 
 
 class Verdict(NamedTuple):
@@ -92,7 +92,7 @@ def _heads(history: History) -> Iterator[_Finding]:
     ):
         if count := int(found_LxN.sum()):
             layers = these("layer", np.flatnonzero(found_LxN.any(axis=1)).tolist())
-            level = LOOK if count > _MANY * total else GOOD
+            level = LOOK if count > MANY * total else GOOD
             seen = f"{count} of {total} heads {'is' if count == 1 else 'are'} {what} ({bound} on {where}), {layers}."
             yield _Finding(level, seen, advice if level == LOOK else "")
     if not (overloaded_LxN.any() or collapsed_LxN.any()) and np.isfinite(entropy_LxN).all():

@@ -193,11 +193,11 @@ def test_print_shows_all_of_the_configuration(visit):
 def test_a_watched_run_is_followed(visit, tmp_path):
     workdir = write_run(tmp_path / "run", L=2, N=2, steps=3)
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (workdir / "metrics.jsonl").write_text(lines[0])
+    (workdir / "metrics.jsonl").write_text("".join(lines[:2]))
     with serve(workdir, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         tab = visit(f"http://127.0.0.1:{server.server_port}/")
-        assert tab.inner_text("#now b") == "50"
+        assert tab.inner_text("#now b") == "100"
         (workdir / "metrics.jsonl").write_text("".join(lines))
         playwright.expect(tab.locator("#now b")).to_have_text("150", timeout=60_000)
         server.shutdown()

@@ -2,7 +2,7 @@
 
 const PANELS = [
   DIFFERENCES, ALL_LOSSES, ALL_ENTROPIES, HEADS, LAYERS, HEAD, BANDS, LOSSES, THRESHOLDS, TEMPERATURES,
-  ENTROPY_SURFACE, LOGIT_SURFACE, LOGITS, MORE, TEXT, PRIVATE, FRONTIER,
+  ENTROPY_SURFACE, LOGIT_SURFACE, LOGITS, POSITIONS, MORE, TEXT, PRIVATE, FRONTIER,
 ];
 // What a panel with a field of the state lets one choose for it.
 const OFFERED = {
@@ -63,6 +63,7 @@ function fillTime() {
   const numbers = (count) => Array.from({ length: count }, (_, i) => [i, i]);
   const run = currentRun(), several = data.runs.length > 1;
   el("step").max = allSteps.length - 1;
+  el("time").classList.toggle("still", allSteps.length === 1);
   options("run", data.runs.map(({ name }, i) => [i, name]), state.run);
   const alike = data.runs.map((other, i) => [i, other.name]).filter(([i]) => i !== state.run && data.runs[i].layers === run.layers && data.runs[i].heads === run.heads);
   options("other", [["", "no other"], ...alike], state.difference && difference(run) ? state.other : "");

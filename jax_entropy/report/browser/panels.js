@@ -7,6 +7,7 @@ const MEASURES = {
   entropy: { name: "entropy", metric: "head_entropy", unit: "nats" },
   threshold: { name: "threshold θ", metric: "threshold", unit: "of log T" },
   logit: { name: "largest logit", metric: "head_max_logit", unit: "" },
+  sink: { name: "weight on the first token", metric: "head_sink", unit: "" },
 };
 
 function stepsOf(run, kind = "train") {
@@ -25,6 +26,11 @@ function valueNow(run, metric, layer, head) {
 // Whether a run has logged a number of every head.
 function ofHeads(run, metric) {
   return run.train[metric]?.shape.length === 3;
+}
+
+// Of a single step there is nothing to draw over steps.
+function moves(run, metric) {
+  return Boolean(run.train[metric]) && stepsOf(run).length > 1;
 }
 
 function overSteps(run, more) {
@@ -168,7 +174,7 @@ const HEAD = {
 const LAYERS = {
   id: "layers", title: "Entropy of each layer",
   caption: "Mean of a layer's heads. Deep layers that sink to zero foretell an unstable run; layers that stay at the causal maximum did not specialise.",
-  shown: (run) => Boolean(run.train.layer_entropy),
+  shown: (run) => moves(run, "layer_entropy"),
   draw: (box, run) => lineChart(box, overSteps(run, {
     title: "mean head entropy by layer, over steps", series: layerCurves(run, "layer_entropy"), unit: "nats", floor: 0, right: 24, height: HEADS.wide(run) ? 230 : Math.max(230, gridHeight(box, run)),
     references: [{ value: run.maxima.context, label: `log T = ${exact(run.maxima.context, 3)}` }, { value: run.maxima.causal, label: `causal maximum = ${exact(run.maxima.causal, 3)}` }],
@@ -221,7 +227,7 @@ const THRESHOLDS = {
 const TEMPERATURES = {
   id: "temperatures", title: "Temperatures",
   caption: "Learned divisors of the logits, mean of a layer's heads and positions. Above 1 attention is spread out, below 1 sharpened.",
-  shown: (run) => Boolean(run.train["temperature/mean"]),
+  shown: (run) => moves(run, "temperature/mean"),
   draw: (box, run) => lineChart(box, overSteps(run, { title: "mean temperature by layer, over steps", series: layerCurves(run, "temperature/mean"), log: true, right: 24, height: 300 })),
   said: (run) => saidOfLayers(run, "temperature/mean", ""),
   table: (run) => layerTable(run, "temperature/mean"),
@@ -230,7 +236,7 @@ const TEMPERATURES = {
 const LOGITS = {
   id: "logits", title: "Largest logits",
   caption: "The largest scaled attention logit of each layer. What keeps growing here precedes a spike.",
-  shown: (run) => Boolean(run.train.max_logit),
+  shown: (run) => moves(run, "max_logit"),
   draw: (box, run) => lineChart(box, overSteps(run, { title: "largest logit by layer, over steps", series: layerCurves(run, "max_logit"), log: true, right: 24 })),
   said: (run) => saidOfLayers(run, "max_logit", ""),
   table: (run) => layerTable(run, "max_logit"),
@@ -239,7 +245,7 @@ const LOGITS = {
 const LOSSES = {
   id: "losses", title: "Losses",
   caption: "Cross-entropy of training batches and of held-out text.",
-  shown: () => true,
+  shown: (run) => moves(run, "cross_entropy"),
   draw(box, run) {
     const series = [curve("training", stepsOf(run), run.train.cross_entropy.values)];
     if (run.evaluate.validation_loss) series.push(curve("held out", stepsOf(run, "evaluate"), run.evaluate.validation_loss.values, 1));
@@ -260,7 +266,7 @@ const LOSSES = {
 function surfacePanel(id, title, caption, metric, unit, spread, log = false) {
   return {
     id, title, caption,
-    shown: (run) => Boolean(run.train[metric]) && stepsOf(run).length > 1,
+    shown: (run) => moves(run, metric),
     draw(box, run) {
       const { least, most, share } = spread(run, run.train[metric].values);
       const color = (value) => heatColor(share(value));
@@ -289,7 +295,7 @@ const LOGIT_SURFACE = surfacePanel(
 const MORE = {
   id: "more", title: "Any number that was logged", select: true,
   caption: "Choose a metric; those with one number a layer are drawn by layer, of one number a head the mean is drawn.",
-  shown: () => true,
+  shown: (run) => moves(run, "step"),
   options: (run) => [...Object.keys(run.train), ...Object.keys(run.evaluate).map((name) => `evaluate/${name}`)].filter((name) => !name.endsWith("step")),
   source(run) {
     const names = this.options(run);

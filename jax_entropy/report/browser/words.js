@@ -67,6 +67,48 @@ const TEXT = {
   },
 };
 
+const POSITIONS = {
+  id: "positions", title: "Entropy by position",
+  caption: "The further a query stands, the more it can spread over: the dashed curve is the most that it could. Means over the text below of a layer's heads, and of the head that is chosen. From the evaluation before the slider.",
+  shown: (run) => Boolean(run.text),
+  // Means over the pieces, and over the heads of a layer where none is given, of evaluation k.
+  mean(run, k, l, n = null) {
+    const { values, shape: [, L, N, R, T] } = run.text.entropy;
+    const heads = n === null ? [...Array(N).keys()] : [n];
+    return Float32Array.from({ length: T }, (_, i) => {
+      let sum = 0;
+      for (const head of heads) for (let r = 0; r < R; r++) sum += values[(((k * L + l) * N + head) * R + r) * T + i];
+      return sum / (heads.length * R);
+    });
+  },
+  series(run, k) {
+    const [, L, , , T] = run.text.entropy.shape, positions = Float32Array.from({ length: T }, (_, i) => i);
+    const most = { ...curve("the most", positions, positions.map((i) => Math.log(i + 1)), 5), label: "", dash: "2 3" };
+    const layers = Array.from({ length: L }, (_, l) => ({
+      name: `layer ${l}`, label: `${l}`, layer: l, steps: positions, values: this.mean(run, k, l), color: layerColor(l, L), dash: DASHES[l % DASHES.length],
+    }));
+    if (state.head === null) return [most, ...layers];
+    return [most, ...layers, { ...curve(`layer ${state.layer}, head ${state.head}`, positions, this.mean(run, k, state.layer, state.head)), label: "", layer: state.layer, dash: "" }];
+  },
+  draw(box, run) {
+    let drawn = null;
+    return {
+      move: () => {
+        const k = indexAt(run.text.step, state.step);
+        if (k === drawn) return;
+        drawn = k;
+        const series = this.series(run, k);
+        lineChart(box, { title: this.title, of: "position", series, unit: "nats", floor: 0, last: series[0].steps.length - 1, right: 24, height: 300 });
+      },
+    };
+  },
+  said: (run) => `${run.text.pieces.length === 1 ? "one piece" : `mean of ${run.text.pieces.length} pieces`} of text, ${run.text.entropy.shape[4]} tokens long`,
+  table(run) {
+    const series = this.series(run, indexAt(run.text.step, state.step));
+    return { head: ["position", ...series.map(({ name }) => name)], rows: [...series[0].steps].map((i) => [i, ...series.map(({ values }) => values[i])]) };
+  },
+};
+
 const PRIVATE = {
   id: "private", title: "What private execution costs", wide: true,
   caption: "A forward pass under secure computation, by kind of operation: what the busiest party sends, how often messages wait for others, and the time of both on a network.",

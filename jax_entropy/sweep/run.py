@@ -23,6 +23,7 @@ from jax_entropy.sweep.queue import Place, claim, places, train_all
 from jax_entropy.sweep.spec import Point, Run, Sweep, Tuning, load_sweep, points_of
 from jax_entropy.sweep.table import Row, make_row, with_ratios
 
+_AS_GOOD = 1.01  # times the best perplexity of a rate: less than what seeds differ by
 _DRAW = {item.name: item.draw for item in ITEMS}
 
 
@@ -130,10 +131,11 @@ def _trials(point: Point, tuning: Tuning | None, folder: Folder) -> list[Run]:
 
 
 def _chosen(trials: Sequence[Run]) -> float | None:
-    """The rate whose run ended with the lowest loss, the lowest rate where all diverged; None without runs."""
+    """The lowest rate whose run ended within a hundredth of the best perplexity, or of all; None without runs."""
     outcomes = {run.rate: read_outcome(run.path) for run in trials}
     ended = {rate: outcome.perplexity for rate, outcome in outcomes.items() if outcome.state == "complete"}
-    return min(ended, key=ended.__getitem__) if ended else min(outcomes, default=None)
+    good = [rate for rate, perplexity in ended.items() if perplexity <= _AS_GOOD * min(ended.values())]
+    return min(good or outcomes, default=None)
 
 
 def _train(runs: Sequence[Run], where: Sequence[Place], folder: Folder, notify: Callable[[str], None]) -> bool:
@@ -178,7 +180,7 @@ def _facts(sweep: Sweep, scale: str, corpora: Mapping[str, Corpus]) -> dict[str,
     if sweep.tuning:
         rates = ", ".join(f"{rate:g}" for rate in sweep.tuning.rates)
         facts["learning rate"] = (
-            f"of {rates}, the one with the lowest held-out loss on seed {sweep.tuning.seed} after "
+            f"of {rates}, the lowest within 1% of the best held-out perplexity on seed {sweep.tuning.seed} after "
             f"{sweep.tuning.share:.0%} of the steps"
         )
     for corpus in {corpus.fingerprint: corpus for corpus in corpora.values()}.values():

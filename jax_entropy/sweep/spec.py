@@ -43,8 +43,8 @@ def zipped(fields: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 class Tuning(NamedTuple):
     """The rule for the learning rate of a point: of `rates`, the one whose run ends with the lowest held-out loss.
 
-    seed: of these runs, none of the reported ones. share: of the steps that they take. A run that diverged has no loss;
-    where all did, the lowest rate is taken.
+    Where others end within 1 % of its perplexity, which is noise, the lowest of these rates is taken; where all runs
+    diverged, the lowest of all. seed: of these runs, none of the reported ones. share: of the steps that they take.
     """
 
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)

@@ -24,7 +24,7 @@ def quality(rows: Sequence[Row]) -> Cells:
     columns += ["heads by quarter, %", "entropy by layer", "NaN", "sent back", "tokens", "time"]
     cells = []
     for row in rows:
-        found = [row.label, _number(row.learning_rate, "g"), _perplexity(row)]
+        found = [row.label, _rate(row), _perplexity(row)]
         for label in baselines:
             found.append(_ratio(row, label))
             if label in printed:
@@ -80,6 +80,13 @@ def csv_text(rows: Sequence[Row]) -> str:
 def json_text(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """Every number, beside `facts` about how it was run."""
     return json.dumps(to_json(facts | dict(rows=list(rows))), indent=1) + "\n"
+
+
+def _rate(row: Row) -> str:
+    """The learning rate, and whether one beyond those that were tried might be better."""
+    rates = [float(rate) for rate in row.tuning]
+    ends = {min(rates): ", the lowest", max(rates): ", the highest"} if len(rates) > 1 else {}
+    return _number(row.learning_rate, "g") + ends.get(row.learning_rate, "")
 
 
 def _perplexity(row: Row) -> str:

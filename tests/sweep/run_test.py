@@ -36,6 +36,8 @@ def test_the_rate_is_that_of_the_lowest_loss_on_a_seed_that_is_not_reported(tmp_
     assert baseline.bands == [0.25, 0, 0.25, 0.5] and baseline.layer_entropy == [3.5, 1.25]
     assert baseline.nan_count == 4 and baseline.seconds == 7 and baseline.tokens == 560 * 32 * 128
     assert (diverged.perplexity, diverged.diverged, diverged.diagnosis, diverged.ratios) == (None, 2, "diverged", {})
+    table = (tmp_path / "sweep/table.md").read_text()
+    assert "| `SM+G` | 0.003 |" in table and "| `SM` | 0.001, the lowest |" in table
 
     assert je.sweep(three(), tmp_path / "sweep", notify=str) == rows
     assert len(trained()) == 15  # what is complete or diverged is not run again
@@ -50,6 +52,13 @@ def test_the_shorter_trials_of_a_rate_are_as_long_as_the_rule_says(tmp_path, mon
     assert trained() == ["SM-rate0.1-seed0", "SM-rate0.1-seed1", "SM_learning_rate=0.02-rate0.02-seed1"]
     config = json.loads((tmp_path / "sweep/tuning/SM-rate0.1-seed0/config.json").read_text())
     assert config["train"]["num_steps"] == 140
+
+
+def test_of_rates_that_end_within_a_hundredth_the_lowest_is_taken(tmp_path, monkeypatch):
+    trained = stub(monkeypatch, tmp_path, {})  # 10.3, 10.1 and 10 at these rates
+    tuning = Tuning((2.91e-3, 2.97e-3, 3e-3))
+    je.sweep(Sweep(points=[{"architecture": "SM"}], seeds=(1,), tuning=tuning), tmp_path / "sweep", notify=str)
+    assert trained()[3:] == ["SM-rate0.00297-seed1"]
 
 
 def test_a_signal_stops_all_runs_and_the_same_sweep_goes_on(tmp_path, monkeypatch):

@@ -21,15 +21,16 @@ class Chip:
     link: float
     kind: str  # as JAX names the device, or how that begins
     platform: str = "tpu"
+    on_chip: int = 0  # bytes beside the cores where the compiler keeps whole arrays
 
 
 # The memory of a TPU is what its compiler says is available; of a GPU, the 75 % that JAX takes unless told otherwise.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, int(15.75 * 2**30), 819e9, 100e9, "TPU v5 lite"),
-        Chip("v5p", 459e12, int(95.74 * 2**30), 2765e9, 200e9, "TPU v5"),
-        Chip("v6e", 918e12, int(31.25 * 2**30), 1638e9, 200e9, "TPU v6 lite"),
+        Chip("v5e", 197e12, int(15.75 * 2**30), 819e9, 100e9, "TPU v5 lite", on_chip=128 * 2**20),
+        Chip("v5p", 459e12, int(95.74 * 2**30), 2765e9, 200e9, "TPU v5", on_chip=128 * 2**20),
+        Chip("v6e", 918e12, int(31.25 * 2**30), 1638e9, 200e9, "TPU v6 lite", on_chip=128 * 2**20),
         Chip("h100", 989e12, int(0.75 * 79.1 * 2**30), 3350e9, 450e9, "NVIDIA H100", "gpu"),
         Chip("h200", 989e12, int(0.75 * 139.8 * 2**30), 4800e9, 450e9, "NVIDIA H200", "gpu"),
         Chip("a100", 312e12, int(0.75 * 79.2 * 2**30), 2039e9, 300e9, "NVIDIA A100", "gpu"),

@@ -144,8 +144,8 @@ FIELDS = (
         "implementation of the attention operator, like `dense` or `blockwise`; `auto` picks by a measured rule",
         live=True),
     _model("scan_unroll", "layers",
-        "layers unrolled in one turn of the scan: faster steps, longer compilation; 0: all of up to 12 on a GPU, "
-        "elsewhere one", live=True),
+        "layers unrolled in one turn of the scan: faster steps, longer compilation; 0: all of up to 12 on an "
+        "accelerator, elsewhere one", live=True),
     _model("remat", "`none`, `attention+ffn`, `attention`, `full`",
         "what a block computes again in its backward pass: nothing; all but attention's results and the input of the "
         "feed-forward; all but attention's results; all. The less is kept, the less memory and the more time",

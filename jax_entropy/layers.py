@@ -288,9 +288,15 @@ class FeedForward(nn.Module):
             # where the other branch is 1, the layer starts as a linear one
             gate = _linear(config, "FFN", (config.hidden_dim,), use_bias=True, bias_init=1.0, name="gate")
             hidden_BxTxF = hidden_BxTxF * gate(x_BxTxD)
-        hidden_BxTxF = self._annealed(hidden_BxTxF, _activate(hidden_BxTxF, config, slope))
-        down = _linear(config, "FFN", (D,), split_inputs=True, init_std=_residual_std(config), name="down")
-        return down(hidden_BxTxF)
+
+        def out(self, hidden_BxTxF: jax.Array, slope: jax.Array | None) -> jax.Array:
+            hidden_BxTxF = self._annealed(hidden_BxTxF, _activate(hidden_BxTxF, config, slope))
+            down = _linear(config, "FFN", (D,), split_inputs=True, init_std=_residual_std(config), name="down")
+            return down(hidden_BxTxF)
+
+        # the backward pass keeps what is activated and forms the rest again, the product's input too
+        out = out if config.activation == "identity" else nn.remat(out)
+        return out(self, hidden_BxTxF, slope)
 
     def _annealed(self, x: jax.Array, activated: jax.Array) -> jax.Array:
         """In a run that takes the activation out: its negative side gets a slope that rises from 0 to 1."""
@@ -300,7 +306,6 @@ class FeedForward(nn.Module):
         return amount * x + (1 - amount) * activated
 
 
-@functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)  # the backward pass keeps x, nothing on the way
 def _activate(x: jax.Array, config: ModelConfig, slope: jax.Array | None) -> jax.Array:
     match config.activation:
         case "identity":

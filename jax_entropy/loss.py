@@ -4,7 +4,9 @@ The cross-entropy takes hidden states and the head matrix and goes over the posi
 a whole batch never exist, and their gradient is formed while a chunk is at hand.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -141,26 +143,79 @@ def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT) -> tuple[jax.Arr
     count, dtype, wide = targets_BxT.size, hidden_BxTxD.dtype, head_VxD.dtype
 
     def rows_gradients(head_VxD, hidden_BxTxD, targets_BxT):
-        head_DxV, (B, T) = transposed(head_VxD), targets_BxT.shape
-
-        def step(carry, chunk):
-            (loss, d_head_DxV), (hidden_RxD, targets_R) = carry, chunk
-            logits_RxV = wide_product(hidden_RxD, head_DxV)
-            losses_R, d_logits_RxV = _losses_and_gradient(logits_RxV, targets_R, 1 / count)
-            more, d_logits_RxV = jnp.sum(losses_R) / count, d_logits_RxV.astype(dtype)
-            d_head_DxV += outer_product(hidden_RxD, d_logits_RxV).astype(wide)
-            return (loss + more, d_head_DxV), wide_product(d_logits_RxV, head_VxD).astype(dtype)
-
-        nothing = jnp.zeros((), jnp.promote_types(dtype, jnp.float32)), jnp.zeros(head_DxV.shape, wide)
-        (loss, d_head_DxV), d_hidden_CxRxD = jax.lax.scan(
-            step, nothing, _split(hidden_BxTxD, targets_BxT, len(head_VxD))
-        )
+        (B, T), chunks = targets_BxT.shape, _split(hidden_BxTxD, targets_BxT, len(head_VxD))
+        tiles = vocabulary_tiles(len(head_VxD), chunks[1].shape[1])
+        begin = functools.partial(_in_tiles, *tiles) if tiles else _at_once
+        step, d_head, of_vocabulary = begin(head_VxD, count, wide)
+        nothing = jnp.zeros((), jnp.promote_types(dtype, jnp.float32)), d_head
+        (loss, d_head), d_hidden_CxRxD = jax.lax.scan(step, nothing, chunks)
         d_hidden_BxTxD = rearrange(d_hidden_CxRxD, "C (B t) D -> B (C t) D", B=B)[:, :T]
-        return *sum_over(BATCH, (loss, d_head_DxV.T)), d_hidden_BxTxD
+        return *sum_over(BATCH, (loss, of_vocabulary(d_head))), d_hidden_BxTxD
 
     on_rows = on_shards(rows_gradients, (_WHOLE, _ROWS, _ROWS), (_WHOLE, _WHOLE, _ROWS))
     loss, d_head_VxD, d_hidden_BxTxD = on_rows(head_VxD.astype(dtype), hidden_BxTxD, targets_BxT)
     return loss, (d_hidden_BxTxD, d_head_VxD)
+
+
+def _at_once(head_VxD: jax.Array, count: int, wide: jnp.dtype) -> tuple[Callable, jax.Array, Callable]:
+    """A step of the scan over chunks, with their logits whole; the head's gradient as it begins, and as it ends."""
+    dtype, head_DxV = head_VxD.dtype, transposed(head_VxD)
+
+    def step(carry, chunk):
+        (loss, d_head_DxV), (hidden_RxD, targets_R) = carry, chunk
+        logits_RxV = wide_product(hidden_RxD, head_DxV)
+        losses_R, d_logits_RxV = _losses_and_gradient(logits_RxV, targets_R, 1 / count)
+        more, d_logits_RxV = jnp.sum(losses_R) / count, d_logits_RxV.astype(dtype)
+        d_head_DxV += outer_product(hidden_RxD, d_logits_RxV).astype(wide)
+        return (loss + more, d_head_DxV), wide_product(d_logits_RxV, head_VxD).astype(dtype)
+
+    return step, jnp.zeros(head_DxV.shape, wide), jnp.transpose
+
+
+def _in_tiles(C: int, W: int, head_VxD: jax.Array, count: int, wide: jnp.dtype) -> tuple[Callable, jax.Array, Callable]:
+    """The same with W logits of a row at a time, which stay on the chip.
+
+    What goes through memory, once, is e^(s − m) in the type of the head, of which the gradient is formed; m is the
+    largest logit of the row so far, so that no power is above 1.
+    """
+    dtype, V = head_VxD.dtype, len(head_VxD)
+    head_CxWxD = rearrange(jnp.pad(head_VxD, ((0, C * W - V), (0, 0))), "(C W) D -> C W D", C=C)
+    entries_CxW = jnp.arange(C * W, dtype=jnp.int32).reshape(C, W)
+
+    def step(carry, chunk):
+        (loss, d_head_CxWxD), (hidden_RxD, targets_R) = carry, chunk
+
+        def forward(carry, tile):
+            (old_m_R, sum_R, target_R), (head_WxD, entries_W) = carry, tile
+            s_RxW = wide_product(hidden_RxD, head_WxD.T)
+            target_R += jnp.sum(jnp.where(targets_R[:, None] == entries_W[None], s_RxW, 0), axis=1)
+            s_RxW = jnp.where(entries_W[None] < V, s_RxW, -jnp.inf)
+            m_R = jnp.maximum(old_m_R, jnp.max(s_RxW, axis=1))
+            e_RxW = jnp.exp(s_RxW - m_R[:, None])
+            sum_R = sum_R * jnp.exp(old_m_R - m_R) + jnp.sum(e_RxW, axis=1)
+            return (m_R, sum_R, target_R), (e_RxW.astype(dtype), m_R)
+
+        def backward(d_hidden_RxD, tile):
+            head_WxD, entries_W, d_head_WxD, e_RxW, tile_m_R = tile
+            hit_RxW = jnp.where(targets_R[:, None] == entries_W[None], share_R[:, None], 0)
+            factor_R = jnp.exp(tile_m_R - m_R) * share_R / sum_R
+            d_logits_RxW = (e_RxW * factor_R[:, None] - hit_RxW).astype(dtype)
+            d_head_WxD += wide_product(d_logits_RxW.T, hidden_RxD).astype(wide)
+            return d_hidden_RxD + wide_product(d_logits_RxW, head_WxD), d_head_WxD
+
+        zero_R = jnp.zeros(len(targets_R), jnp.promote_types(dtype, jnp.float32))
+        (m_R, sum_R, target_R), (e_CxRxW, m_CxR) = jax.lax.scan(
+            forward, (zero_R - jnp.inf, zero_R, zero_R), (head_CxWxD, entries_CxW)
+        )
+        share_R = jnp.where(targets_R == _NONE, 0, jnp.asarray(1 / count, m_R.dtype))
+        loss += jnp.sum(share_R * (jnp.log(sum_R) + m_R - target_R))
+        d_hidden_RxD, d_head_CxWxD = jax.lax.scan(
+            backward, jnp.zeros(hidden_RxD.shape, m_R.dtype),
+            (head_CxWxD, entries_CxW, d_head_CxWxD, e_CxRxW, m_CxR),
+        )  # fmt: skip
+        return (loss, d_head_CxWxD), d_hidden_RxD.astype(dtype)
+
+    return step, jnp.zeros(head_CxWxD.shape, wide), lambda d_head: rearrange(d_head, "C W D -> (C W) D")[:V]
 
 
 def _cross_entropy_backward(gradients, cotangent) -> tuple[jax.Array, jax.Array, None]:
@@ -194,11 +249,26 @@ def chunk_rows(vocab_size: int) -> int:
     """Rows of logits that exist at once.
 
     A chunk moves 12 bytes for each entry of the head: it reads the head twice, and reads and writes the gradient. Its
-    products, 6 FLOPs an entry and row, shall take eight times as long, in at most 1/32 of the memory.
+    products, 6 FLOPs an entry and row, shall take eight times as long, in at most 1/32 of the memory. Of tiles, or of a
+    vocabulary that `tensor` splits, half as many bytes exist.
     """
     chip = chip_of(device_kind()) or HOST
-    rows = int(8 * 12 / 6 * chip.flops / chip.bandwidth)
-    return max(1, min(rows, chip.memory // 32 // (4 * vocab_size)))
+    rows = min(int(8 * 12 / 6 * chip.flops / chip.bandwidth), chip.memory // 32 // (4 * vocab_size))
+    return max(1, 2 * rows if chip.on_chip else rows)
+
+
+def vocabulary_tiles(vocab_size: int, rows: int) -> tuple[int, int] | None:
+    """Tiles of the vocabulary and their width, whose logits take a quarter of a chip's own memory; None: all at once.
+
+    Of up to twice as many tiles those that pad the vocabulary least, with a width in whole lanes. Over `tensor` none:
+    each would send its sums.
+    """
+    chip = chip_of(device_kind()) or HOST
+    fewest = math.ceil(16 * rows * vocab_size / chip.on_chip) if chip.on_chip else 1
+    if fewest == 1 or jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
+        return None
+    widths = {count: math.ceil(vocab_size / count / 128) * 128 for count in range(fewest, 2 * fewest)}
+    return min(widths.items(), key=math.prod)
 
 
 def _split(hidden_BxTxD, beside_BxT, vocab_size) -> tuple[jax.Array, jax.Array]:

@@ -124,12 +124,12 @@ def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:
 def _unroll(config: ModelConfig, length: int) -> int:
     """Layers in one turn of the scan of `length`.
 
-    By itself a GPU unrolls what is compiled soon: what a loop stacks for its backward pass is a quarter of the bytes
-    that a step moves (docs/benchmarks/step.md).
+    By itself an accelerator unrolls what is compiled soon: what a loop stacks for its backward pass is a quarter of the
+    bytes that a step moves (docs/benchmarks/step.md).
     """
     if config.scan_unroll:
         return min(config.scan_unroll, length)
-    return length if platform() == "gpu" and length <= 12 and config.remat == "none" else 1
+    return length if platform() != "cpu" and length <= 12 and config.remat == "none" else 1
 
 
 def logits(hidden_BxTxD: jax.Array, head_VxD: jax.Array) -> jax.Array:

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_entropy import loss as loss_module
+from jax_entropy.chips import CHIPS
 from jax_entropy.config import default_config
-from jax_entropy.loss import cross_entropy, loss_fn, token_losses
+from jax_entropy.loss import cross_entropy, loss_fn, token_losses, vocabulary_tiles
 from jax_entropy.model import Transformer
 from jax_entropy.plan.hlo import Program
 from jax_entropy.sharding import batch_sharding, make_mesh, path_name
@@ -35,10 +36,15 @@ def plain_cross_entropy(hidden, head, targets):
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-@pytest.fixture(params=[1, 5 * B, 1 << 10])
+@pytest.fixture(params=[(1, None), (5 * B, None), (5 * B, (4, 8)), (1 << 10, None)], ids=str)
 def rows(request, monkeypatch):
-    """So few rows in a chunk that chunks hold one position, some, or all; of 13 positions the last chunk is padded."""
-    monkeypatch.setattr(loss_module, "chunk_rows", lambda vocab_size: request.param)
+    """So few rows in a chunk that chunks hold one position, some, or all; of 13 positions the last chunk is padded.
+
+    Some are cut into tiles of the vocabulary too, of which the last is padded.
+    """
+    rows, tiles = request.param
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda vocab_size: rows)
+    monkeypatch.setattr(loss_module, "vocabulary_tiles", lambda vocab_size, rows: tiles)
 
 
 @pytest.mark.parametrize("T", [12, 13])
@@ -90,6 +96,17 @@ def test_the_logits_of_a_batch_never_exist(monkeypatch):
     jaxpr = str(jax.make_jaxpr(jax.value_and_grad(cross_entropy, (0, 1)))(hidden, head, targets))
     assert f"[{B * 4},{V}]" in jaxpr
     assert f"[{B * 12},{V}]" not in jaxpr and f"[{B},12,{V}]" not in jaxpr
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(50257, 4096), (50304, 8192), (1000, 16384), (256, 4096)])
+def test_tiles_of_the_vocabulary_stay_on_the_chip(vocab_size, rows, monkeypatch):
+    assert vocabulary_tiles(vocab_size, rows) is None  # here
+    monkeypatch.setattr(loss_module, "chip_of", lambda kind: CHIPS["v5e"])
+    count, width = vocabulary_tiles(vocab_size, rows) or (1, vocab_size)
+    assert vocab_size <= count * width < 1.03 * vocab_size and width % 128 in (0, vocab_size % 128)
+    assert 4 * rows * width <= CHIPS["v5e"].on_chip / 4
+    with jax.set_mesh(make_mesh(4, 1, 2)):
+        assert vocabulary_tiles(vocab_size, rows) is None  # the vocabulary is split
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])

@@ -174,7 +174,7 @@ def test_unrolling_and_recomputing_do_not_change_the_numbers(name, how):
 
 
 def test_layers_are_unrolled_by_a_rule_where_nothing_is_asked_for(monkeypatch):
-    for platform, unrolled in (("gpu", [12, 1]), ("cpu", [1, 1]), ("tpu", [1, 1])):
+    for platform, unrolled in (("gpu", [12, 1]), ("cpu", [1, 1]), ("tpu", [12, 1])):
         monkeypatch.setattr(model, "platform", lambda platform=platform: platform)
         assert [model._unroll(tiny("SM"), length) for length in (12, 48)] == unrolled
         assert model._unroll(tiny("SM", scan_unroll=5), 3) == 3

@@ -77,6 +77,8 @@ def print_plan(plan: "Plan", efficiency: float, console: "Console") -> None:
         f"a step: {plan.tokens:,} tokens, {_flops(plan.flops * plan.num_devices)} (forward and backward), "
         f"{_flops(plan.executed_flops)} on each chip; compiled in {plan.compile_seconds:.0f} s"
     )
+    if plan.xla_flags:
+        say(f"XLA_FLAGS={plan.xla_flags}")
     if plan.launches:
         say(f"kernels that a GPU starts: {plan.launches:,} a step")
     if plan.warnings:
@@ -113,6 +115,8 @@ def print_search(plans: Sequence["Plan"], efficiency: float, console: "Console")
         ))  # fmt: skip
     console.print(table(columns, rows, left=2), crop=False)
     console.print(f"times in ms, at {efficiency:.0%} of the published rates")
+    if plans[0].xla_flags:
+        console.print(f"XLA_FLAGS={plans[0].xla_flags}")
 
 
 def _gib(size: float) -> str:

@@ -5,6 +5,7 @@ Memory is the compiler's; network and memory traffic are read off the compiled p
 
 import dataclasses
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,7 @@ class Plan:
     launches: int = 0  # kernels that a GPU starts
     compile_seconds: float = 0.0
     warnings: int = 0  # arrays that XLA says it gathers whole to lay them out anew
+    xla_flags: str = ""  # XLA_FLAGS as it was compiled with
 
     @property
     def num_devices(self) -> int:
@@ -102,6 +104,7 @@ def plan(config: ConfigDict, topology: str) -> Plan:
         tokens=sequences * config.model.context_length, num_steps=config.train.num_steps,
         flops=3 * counted.forward_flops * sequences / len(devices), arguments=arguments,
         executed_flops=(3 * counted.forward_flops + again) * sequences / len(devices),
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
     )  # fmt: skip
     train_step = jit_train_step(config, model, mesh, state_sharding)
     begin = time.perf_counter()

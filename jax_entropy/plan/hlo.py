@@ -164,17 +164,38 @@ class Program:
 
     def _read(self, fusion: str, index: int, size: float) -> float:
         """Bytes that a fusion reads of an operand: of one that it slices, the slices; of one that it updates, none."""
-        inside = self.computations[fusion]
-        name = next((i.name for i in inside.values() if i.opcode == "parameter" and i.rest.startswith(f"{index})")), "")
         read = 0.0
-        for user in _users(inside, name) if size else ():
+        for user, name in self._users(fusion, self._parameter(fusion, index)) if size else ():
             if user.opcode in _SLICES:
                 read += _size(user.shape)
-            elif user.opcode == "fusion":
-                read += self._read(_called(user, "calls"), user.operands.index(name), size)
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                 return size
         return min(read, size)
+
+    def _users(self, computation: str, name: str) -> Iterator[tuple[Instruction, str]]:
+        """Who reads a value, and under which name: past bitcasts, and within fusions and behind those that hand it on.
+
+        Where it leaves the computation, the last to name it counts as a reader.
+        """
+        inside = self.computations[computation]
+        if inside[name].root:
+            yield inside[name], ""
+        for user in (instruction for instruction in inside.values() if name in instruction.operands):
+            if user.opcode == "bitcast":
+                yield from self._users(computation, user.name)
+            elif user.opcode == "fusion":
+                called = _called(user, "calls")
+                for inner, inner_name in self._users(called, self._parameter(called, user.operands.index(name))):
+                    if inner_name:
+                        yield inner, inner_name
+                    else:
+                        yield from self._users(computation, user.name)
+            else:
+                yield user, name
+
+    def _parameter(self, computation: str, index: int) -> str:
+        inside = self.computations[computation].values()
+        return next(i.name for i in inside if i.opcode == "parameter" and i.rest.startswith(f"{index})"))
 
 
 def _instruction(match: re.Match, text: str) -> Instruction:
@@ -226,17 +247,6 @@ def _group_size(rest: str) -> int:
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return listed[1].count(",") + 1
     return 2
-
-
-def _users(inside: dict[str, Instruction], name: str) -> Iterator[Instruction]:
-    """Who reads a value, under its own name or that of a bitcast, which is put back to its own."""
-    for instruction in inside.values():
-        if name in instruction.operands:
-            if instruction.opcode == "bitcast":
-                for user in _users(inside, instruction.name):
-                    yield user._replace(operands=tuple(name if o == instruction.name else o for o in user.operands))
-            else:
-                yield instruction
 
 
 def _written(inside: dict[str, Instruction], shape: str) -> float:

@@ -162,6 +162,51 @@ def test_a_tpus_text_is_read_too():
     assert program.traffic() == 12 * (2 + 1) * 8 * 128 * 4  # read and written, read; the negated stays on the chip
 
 
+FUSED_TEXT = """
+HloModule jit_g, is_scheduled=true
+
+%handed_on (a: f32[64,8,128]) -> f32[64,1024] {
+  %a = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
+  ROOT %flat = f32[64,1024]{1,0:T(8,128)} bitcast(%a)
+}
+
+%updated (b: f32[64,1024], c: f32[1,1024], d: s32[]) -> f32[64,1024] {
+  %b = f32[64,1024]{1,0:T(8,128)} parameter(0)
+  %c = f32[1,1024]{1,0:T(8,128)} parameter(1)
+  %d = s32[]{:T(128)} parameter(2)
+  ROOT %row = f32[64,1024]{1,0:T(8,128)} dynamic-update-slice(%b, %c, %d, %d)
+}
+
+%product (e: f32[64,8,128], f: f32[1024,16]) -> f32[64,16] {
+  %e = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
+  %f = f32[1024,16]{1,0:T(8,128)} parameter(1)
+  %g = f32[64,1024]{1,0:T(8,128)} fusion(%e), kind=kLoop, calls=%handed_on
+  ROOT %h = f32[64,16]{1,0:T(8,128)} convolution(%g, %f), dim_labels=bf_io->bf
+}
+
+%first_row (i: f32[64,8,128]) -> f32[1,1024] {
+  %i = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
+  %j = f32[64,1024]{1,0:T(8,128)} fusion(%i), kind=kLoop, calls=%handed_on
+  ROOT %k = f32[1,1024]{1,0:T(8,128)} slice(%j), slice={[0:1], [0:1024]}
+}
+
+ENTRY %main (x: f32[64,8,128], y: f32[64,1024], z: f32[1024,16], n: s32[]) -> f32[64,1024] {
+  %x = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
+  %y = f32[64,1024]{1,0:T(8,128)} parameter(1)
+  %z = f32[1024,16]{1,0:T(8,128)S(1)} parameter(2)
+  %n = s32[]{:T(128)S(6)} parameter(3)
+  %p = f32[64,16]{1,0:T(8,128)S(1)} fusion(%x, %z), kind=kOutput, calls=%product
+  %q = f32[1,1024]{1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%first_row
+  ROOT %r = f32[64,1024]{1,0:T(8,128)} fusion(%y, %q, %n), kind=kLoop, calls=%updated
+}
+"""
+
+
+def test_a_fusion_reads_what_an_inner_one_hands_on_and_writes_what_it_updates():
+    """All of x for its product, a row of it, and a row of y written; what is on the chip, or stays in y, is free."""
+    assert Program(FUSED_TEXT).traffic() == (64 * 1024 + 1024 + 1024) * 4
+
+
 # Refused before any compile
 
 
@@ -297,8 +342,9 @@ def test_a_small_step_has_a_count_that_is_not_zero(capsys):
     )
     print_plan(made, 0.5, console())
     assert "256 tokens, 10.00 MFLOPs (forward and backward), 1.50 GFLOPs on each chip" in capsys.readouterr().out
-    print_plan(dataclasses.replace(made, flops=108.3e12), 0.5, console())
-    assert "433.2 TFLOPs (forward" in capsys.readouterr().out
+    print_plan(dataclasses.replace(made, flops=108.3e12, xla_flags="--xla_gpu_x=1"), 0.5, console())
+    said = capsys.readouterr().out
+    assert "433.2 TFLOPs (forward" in said and "XLA_FLAGS=--xla_gpu_x=1" in said
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def teacher_divergence(
         return jnp.sum(jnp.exp(theirs) * (theirs - ours))
 
     count = hidden_BxTxD.shape[0] * hidden_BxTxD.shape[1]
-    chunks = _split(hidden_BxTxD, jax.lax.stop_gradient(theirs_BxTxD), head_VxD.shape[0])
+    chunks = _split(hidden_BxTxD, jax.lax.stop_gradient(theirs_BxTxD), chunk_rows(head_VxD.shape[0]))
     return temperature**2 * jnp.sum(jax.lax.map(chunk_sum, chunks)) / count
 
 
@@ -125,7 +125,7 @@ def token_losses(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.
 
     def rows_losses(head_VxD, hidden_BxTxD, targets_BxT):
         head_DxV, (B, T) = transposed(head_VxD), targets_BxT.shape
-        chunks = _split(hidden_BxTxD, targets_BxT, head_VxD.shape[0])
+        chunks = _split(hidden_BxTxD, targets_BxT, chunk_rows(head_VxD.shape[0]))
         losses_CxR = jax.lax.map(lambda chunk: _losses(wide_product(chunk[0], head_DxV), chunk[1]), chunks)
         return rearrange(losses_CxR, "C (B t) -> B (C t)", B=B)[:, :T]
 
@@ -143,8 +143,11 @@ def _cross_entropy_forward(hidden_BxTxD, head_VxD, targets_BxT) -> tuple[jax.Arr
     count, dtype, wide = targets_BxT.size, hidden_BxTxD.dtype, head_VxD.dtype
 
     def rows_gradients(head_VxD, hidden_BxTxD, targets_BxT):
-        (B, T), chunks = targets_BxT.shape, _split(hidden_BxTxD, targets_BxT, len(head_VxD))
-        tiles = vocabulary_tiles(len(head_VxD), chunks[1].shape[1])
+        (B, T), V = targets_BxT.shape, len(head_VxD)
+        rows = chunk_rows(V)
+        rows *= 2 if vocabulary_tiles(V, rows) else 1  # what exists of tiles is half as wide as logits
+        chunks = _split(hidden_BxTxD, targets_BxT, rows)
+        tiles = vocabulary_tiles(V, chunks[1].shape[1])
         begin = functools.partial(_in_tiles, *tiles) if tiles else _at_once
         step, d_head, of_vocabulary = begin(head_VxD, count, wide)
         nothing = jnp.zeros((), jnp.promote_types(dtype, jnp.float32)), d_head
@@ -249,12 +252,11 @@ def chunk_rows(vocab_size: int) -> int:
     """Rows of logits that exist at once.
 
     A chunk moves 12 bytes for each entry of the head: it reads the head twice, and reads and writes the gradient. Its
-    products, 6 FLOPs an entry and row, shall take eight times as long, in at most 1/32 of the memory. Of tiles, or of a
-    vocabulary that `tensor` splits, half as many bytes exist.
+    products, 6 FLOPs an entry and row, shall take eight times as long, in at most 1/32 of the memory.
     """
     chip = chip_of(device_kind()) or HOST
-    rows = min(int(8 * 12 / 6 * chip.flops / chip.bandwidth), chip.memory // 32 // (4 * vocab_size))
-    return max(1, 2 * rows if chip.on_chip else rows)
+    rows = int(8 * 12 / 6 * chip.flops / chip.bandwidth)
+    return max(1, min(rows, chip.memory // 32 // (4 * vocab_size)))
 
 
 def vocabulary_tiles(vocab_size: int, rows: int) -> tuple[int, int] | None:
@@ -271,10 +273,10 @@ def vocabulary_tiles(vocab_size: int, rows: int) -> tuple[int, int] | None:
     return min(widths.items(), key=math.prod)
 
 
-def _split(hidden_BxTxD, beside_BxT, vocab_size) -> tuple[jax.Array, jax.Array]:
+def _split(hidden_BxTxD, beside_BxT, rows) -> tuple[jax.Array, jax.Array]:
     """Cuts along T into equal chunks of at most so many rows, the last one padded: [C, B·T/C, …] of both."""
     B, T = beside_BxT.shape[:2]
-    fewest = min(T, math.ceil(B * T / chunk_rows(vocab_size)))
+    fewest = min(T, math.ceil(B * T / rows))
     count = next((c for c in range(fewest, 2 * fewest) if T % c == 0), fewest)
     padding = (0, 0), (0, -T % count), (0, 0)
 

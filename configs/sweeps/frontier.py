@@ -21,7 +21,7 @@ PAPER = {
 
 def get_sweep(scale: str) -> Sweep:
     return Sweep(
-        title="Perplexity beside private cost",
+        title="Nine architectures",
         points=product({"architecture": list(PAPER)}),
         baselines=["SM+LN+G", f"SM+LN+G{PARTS}"],
         published=PAPER,

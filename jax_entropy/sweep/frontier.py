@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from jax_entropy.report.drawing import BLACK, BLUE, GREY, ORANGE, log_axis, paper_style, titled
 from jax_entropy.sweep.table import NETWORK, Row
@@ -54,11 +55,13 @@ def frontier(rows: Sequence[Row], protocol: str, title: str = "") -> Figure | No
         "bytes). What diverged, or holds an operation that the cost model has not measured, is not here.",
     )  # fmt: skip
     axes = fig.subplots(1, panels + 1, width_ratios=(*(1,) * panels, 0.72), squeeze=False)[0]
+    drawn: list[list[Mark]] = []
     for ax, (measure, unit, label) in zip(axes, _MEASURES, strict=False):
         costs = [getattr(row.private[protocol], measure) / unit for row in shown]
         pairs = enumerate(zip(costs, shown, strict=True), 1)
         marks = [Mark(i, cost, row.perplexity, row.spread or 0) for i, (cost, row) in pairs]
         _draw(ax, marks, label)
+        drawn.append(marks)
     if papers:
         marks = [Mark(i, row.paper_system.gigabytes, row.perplexity, row.spread or 0) for i, row in papers]
         printed = [
@@ -67,6 +70,7 @@ def frontier(rows: Sequence[Row], protocol: str, title: str = "") -> Figure | No
             if row.published and row.published.gigabytes and row.published.perplexity
         ]
         _draw(axes[-2], marks, "GB in the paper's system (hollow: the paper's own)", printed)
+        drawn.append([*marks, *printed])
     axes[0].set_ylabel("held-out perplexity")
     axes[-1].set_axis_off()
     best = {i + 1 for i in pareto([(row.private[protocol].bytes, row.perplexity) for row in shown])}
@@ -74,6 +78,9 @@ def frontier(rows: Sequence[Row], protocol: str, title: str = "") -> Figure | No
         weight = "bold" if i in best else "normal"
         y = 1 - (i - 0.5) / max(len(shown), 8)
         axes[-1].text(0, y, f"{i}  {row.label}", transform=axes[-1].transAxes, va="center", size=7.5, weight=weight)
+    fig.get_layout_engine().execute(fig)  # where marks are is known only then
+    for ax, marks in zip(axes, drawn, strict=False):
+        _number(ax, marks)
     return fig
 
 
@@ -87,8 +94,20 @@ def _draw(ax: Axes, marks: Sequence[Mark], label: str, printed: Sequence[Mark] =
         ax.errorbar(mark.cost, mark.perplexity, mark.spread, fmt="o", color=color, capsize=2, linewidth=0.8)
     for mark in printed:
         ax.plot(mark.cost, mark.perplexity, "o", markerfacecolor="none", markeredgecolor=BLACK)
-    for mark, shift in (*((mark, (4, 3)) for mark in marks), *((mark, (-9, -9)) for mark in printed)):
-        ax.annotate(f"{mark.number}", (mark.cost, mark.perplexity), shift, textcoords="offset points", size=7.5)
     log_axis(ax, "x", np.array([mark.cost for mark in (*marks, *printed)]))
     ax.set_xlabel(label)
     ax.margins(0.12)
+
+
+def _number(ax: Axes, marks: Sequence[Mark]) -> None:
+    """Writes beside each mark its number, in the first place that no other mark or number has."""
+    unit = ax.figure.dpi / 72
+    at = [ax.transData.transform((mark.cost, mark.perplexity)) for mark in marks]
+    taken = [Bbox.from_extents(x, y, x, y).padded(2 * unit) for x, y in at]
+    for mark, (x, y) in zip(marks, at, strict=True):
+        width = 5 * len(str(mark.number))
+        places = [(dx, dy) for far in range(6) for dx in (4 + 8 * far, -4 - 8 * far - width) for dy in (1, -8)]
+        boxes = [Bbox.from_bounds(x + dx * unit, y + dy * unit, width * unit, 7 * unit) for dx, dy in places]
+        i = next((i for i, box in enumerate(boxes) if not box.count_overlaps(taken)), 0)
+        taken.append(boxes[i])
+        ax.annotate(f"{mark.number}", (mark.cost, mark.perplexity), places[i], textcoords="offset points", size=7.5)

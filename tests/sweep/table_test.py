@@ -69,6 +69,9 @@ def test_the_frontier_shows_every_row_with_its_number_and_cuts_nothing(count):
     np.testing.assert_allclose(costs, [row.private["semi2k"].bytes / 1e6 for row in rows])
     assert [text.get_text().split("  ")[1] for text in fig.axes[-1].texts] == names
     fig.draw_without_rendering()
+    for ax in fig.axes[:-1]:  # numbers beside marks that are close to each other
+        boxes = [text.get_window_extent().shrunk(0.9, 0.7) for text in ax.texts]
+        assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
     for text in (text for ax in fig.axes for text in ax.texts):
         box = text.get_window_extent()
         assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 and box.y0 >= 0 and box.y1 <= fig.bbox.y1

@@ -19,7 +19,7 @@ from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.attention.transformed import capped, power
 from jax_entropy.parts import Convolution, rotate
 from jax_entropy.products import product
-from jax_entropy.sharding import constrain
+from jax_entropy.sharding import constrain, platform
 
 _TEMPERATURE_FLOOR = 1e-4
 _POWER_ITERATIONS_AT_START = 15  # as torch's spectral_norm
@@ -289,14 +289,17 @@ class FeedForward(nn.Module):
             gate = _linear(config, "FFN", (config.hidden_dim,), use_bias=True, bias_init=1.0, name="gate")
             hidden_BxTxF = hidden_BxTxF * gate(x_BxTxD)
 
+        # The backward pass keeps what is activated, nothing on the way. Accelerators form the input of the next product
+        # again too, which costs them less than to keep it, and a CPU more.
+        again = platform() != "cpu" and config.activation != "identity"
+        activate = _activate if again else jax.checkpoint(_activate, static_argnums=1, prevent_cse=False)
+
         def out(self, hidden_BxTxF: jax.Array, slope: jax.Array | None) -> jax.Array:
-            hidden_BxTxF = self._annealed(hidden_BxTxF, _activate(hidden_BxTxF, config, slope))
+            hidden_BxTxF = self._annealed(hidden_BxTxF, activate(hidden_BxTxF, config, slope))
             down = _linear(config, "FFN", (D,), split_inputs=True, init_std=_residual_std(config), name="down")
             return down(hidden_BxTxF)
 
-        # the backward pass keeps what is activated and forms the rest again, the product's input too
-        out = out if config.activation == "identity" else nn.remat(out)
-        return out(self, hidden_BxTxF, slope)
+        return (nn.remat(out) if again else out)(self, hidden_BxTxF, slope)
 
     def _annealed(self, x: jax.Array, activated: jax.Array) -> jax.Array:
         """In a run that takes the activation out: its negative side gets a slope that rises from 0 to 1."""

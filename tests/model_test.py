@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_entropy import model
+from jax_entropy import layers, model
 from jax_entropy.errors import UserError
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer, empty_cache
@@ -171,6 +171,18 @@ def test_unrolling_and_recomputing_do_not_change_the_numbers(name, how):
         np.testing.assert_allclose(two, one, rtol=1e-4, atol=atol)
     for one, two in zip(jax.tree.leaves(collections), jax.tree.leaves(collections_other), strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
+
+
+def test_accelerators_compute_activations_again_and_the_numbers_stay(monkeypatch):
+    config = tiny("SM+LN+G")
+    loss, gradients, _ = loss_and_gradients(config)
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    loss_again, gradients_again, _ = loss_and_gradients.__wrapped__(config)
+    np.testing.assert_allclose(loss_again, loss, rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), gradients_again, gradients)
+    step = jax.grad(functools.partial(loss_fn, model=Transformer(config)), has_aux=True)
+    jaxpr = str(jax.make_jaxpr(step)(shapes(config)["params"], random_tokens(2, T + 1)))
+    assert "prevent_cse=True" in jaxpr
 
 
 def test_layers_are_unrolled_by_a_rule_where_nothing_is_asked_for(monkeypatch):

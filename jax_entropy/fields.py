@@ -145,7 +145,7 @@ FIELDS = (
         live=True),
     _model("scan_unroll", "layers",
         "layers unrolled in one turn of the scan: faster steps, longer compilation; 0: all of up to 12 on an "
-        "accelerator, elsewhere one", live=True),
+        "accelerator without `fsdp`, elsewhere one", live=True),
     _model("remat", "`none`, `attention+ffn`, `attention`, `full`",
         "what a block computes again in its backward pass: nothing; all but attention's results and the input of the "
         "feed-forward; all but attention's results; all. The less is kept, the less memory and the more time",

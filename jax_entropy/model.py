@@ -125,11 +125,12 @@ def _unroll(config: ModelConfig, length: int) -> int:
     """Layers in one turn of the scan of `length`.
 
     By itself an accelerator unrolls what is compiled soon: what a loop stacks for its backward pass is a quarter of the
-    bytes that a step moves (docs/benchmarks/step.md).
+    bytes that a step moves (docs/benchmarks/step.md). Over `fsdp` a loop has the weights of one layer at a time.
     """
     if config.scan_unroll:
         return min(config.scan_unroll, length)
-    return length if platform() != "cpu" and length <= 12 and config.remat == "none" else 1
+    whole = config.remat == "none" and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1
+    return length if platform() != "cpu" and length <= 12 and whole else 1
 
 
 def logits(hidden_BxTxD: jax.Array, head_VxD: jax.Array) -> jax.Array:

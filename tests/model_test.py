@@ -12,6 +12,7 @@ from jax_entropy import layers, model
 from jax_entropy.errors import UserError
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer, empty_cache
+from jax_entropy.sharding import make_mesh
 from tests import reference_model as reference
 from tests.tiny_model import ARCHITECTURES, VARIED, initial, random_tokens, scattered, shapes, tiny
 
@@ -191,6 +192,8 @@ def test_layers_are_unrolled_by_a_rule_where_nothing_is_asked_for(monkeypatch):
         assert [model._unroll(tiny("SM"), length) for length in (12, 48)] == unrolled
         assert model._unroll(tiny("SM", scan_unroll=5), 3) == 3
         assert model._unroll(tiny("SM", remat="full"), 12) == 1
+        with jax.set_mesh(make_mesh(4, 2, 1)):
+            assert model._unroll(tiny("SM"), 12) == 1
 
 
 def test_the_more_is_kept_the_fewer_products_are_computed_again():

@@ -131,7 +131,10 @@ def _architecture(model: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "vocabulary", f"{model.vocab_size:,} tokens"
     yield "parameters", f"{counted.parameters:,}"
     operations = [*counted.operations, *counted.final_operations]
-    yield "nonlinear operations", ", ".join(f"{operation.name} {operation}" for operation in operations)
+    yield (
+        "nonlinear operations",
+        ", ".join(f"{one.name} {one.count} × ({one.rows} × {one.columns})" for one in operations),
+    )
 
 
 def _training(history: History, config: ConfigDict, model: ModelConfig, step: int) -> Iterator[tuple[str, str]]:

@@ -135,8 +135,8 @@ class Weights:
 
     def outer(self, module: str) -> dict[str, np.ndarray]:
         """A module outside the blocks: "embedding", "positions", "final_norm" or "head"."""
-        if module == "head" and self.tied:
-            module = "embedding"
+        if module == "head" and self.tied and f"{self.family.modules['head']}.weight" not in self._files:
+            module = "embedding"  # a head that is in the file is the model's, whatever config.json says of it
         return self._module(self.family.modules[module], module)
 
     def block(self, layer: int) -> Params:

@@ -56,6 +56,13 @@ def test_half_precision_and_missing_prefix(golden, tmp_path, dtype):
     np.testing.assert_array_equal(first, second)
 
 
+def test_a_head_of_its_own_counts_whatever_the_settings_say(golden, tmp_path):
+    path = folder(golden, "llama", tmp_path)
+    (path / "config.json").write_text(json.dumps(CASES["llama"] | dict(tie_word_embeddings=True)))
+    found, _ = logits(*read_decoder(path, FAMILIES), TOKENS)  # as transformers reads it
+    np.testing.assert_allclose(found, golden["llama/logits"], atol=1e-4)
+
+
 def test_losses_are_of_the_logits(golden, tmp_path):
     decoder, stored = read_decoder(folder(golden, "llama", tmp_path), FAMILIES)
     found = golden["llama/logits"][0, :-1].astype(np.float64)

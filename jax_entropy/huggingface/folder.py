@@ -257,6 +257,7 @@ def write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, np.
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o666 & directory.stat().st_mode)  # safetensors leaves it to its owner alone
         partial.replace(directory / WEIGHTS)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:

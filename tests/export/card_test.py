@@ -54,6 +54,8 @@ def test_safetensors_of_a_run_give_equal_logits(run, tmp_path):
     tokens = np.arange(20)[None]
     expected = jax.jit(trained.model.apply)(trained.variables, tokens)[0]
     np.testing.assert_array_equal(jax.jit(je.Transformer(config).apply)(variables, tokens)[0], expected)
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # whoever may read the settings may read the weights
     assert trained.step == 500 and (tmp_path / "out" / "tokenizer.json").exists()
 
 

@@ -102,7 +102,7 @@ const POSITIONS = {
       },
     };
   },
-  said: (run) => `${run.text.pieces.length === 1 ? "one piece" : `mean of ${run.text.pieces.length} pieces`} of text, ${run.text.entropy.shape[4]} tokens long`,
+  said: (run) => `${run.text.pieces.length === 1 ? "one piece" : `mean of ${run.text.pieces.length} pieces`} of text, ${run.text.entropy.shape[4]} tokens long, at ${steps(run.text.step[indexAt(run.text.step, state.step)])}`,
   table(run) {
     const series = this.series(run, indexAt(run.text.step, state.step));
     return { head: ["position", ...series.map(({ name }) => name)], rows: [...series[0].steps].map((i) => [i, ...series.map(({ values }) => values[i])]) };

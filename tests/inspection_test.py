@@ -8,9 +8,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jax_entropy.commands.main import main
+from jax_entropy.data.tokenizer import train_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.decoders import FAMILIES
-from jax_entropy.inspection import findings, inspect
+from jax_entropy.inspection import _pieces, findings, inspect
 from tests import REPOSITORY
 from tests.huggingface.decoders import CASES, FILE, weights, write_folder
 
@@ -62,6 +63,16 @@ def test_a_prefix_is_read_the_same_without_what_follows(llama):
 def test_texts_that_cannot_be_read(llama, text, sentence):
     with pytest.raises(UserError, match=sentence):
         inspect(llama, text)
+
+
+def test_tokens_are_shown_as_text_whatever_the_tokenizer(llama, tmp_path):
+    text = "naïve λόγος\t数据 def f(x):\n    return x\n"
+    tokenizer = train_tokenizer([text.replace("数据", "")], 300)  # which has these in bytes only
+    tokenizer.save(tmp_path / "tokenizer.json")
+    pieces = _pieces(tmp_path, np.array(tokenizer.encode(text)))
+    assert "".join(pieces) == text and len(pieces) == len(tokenizer.encode(text))
+    assert "".join(_pieces(llama, np.array([3, 1, 3]))) == "w3 w1 w3"
+    assert _pieces(tmp_path / "nothing", np.array([7, 8])) == ["7 ", "8 "]
 
 
 def test_the_page_names_every_family():

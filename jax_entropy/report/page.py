@@ -101,7 +101,7 @@ def _about(index: int, history: History) -> str:
     config = json.dumps(history.config, indent=2, ensure_ascii=False)
     return f"""<article class="about" data-run="{index}"{" hidden" if index else ""}>
 {_incidents(history)}
-<details open><summary>The run</summary><dl class="facts">{facts}</dl></details>
+<details open><summary>The {"run" if history.read == BATCH else "model"}</summary><dl class="facts">{facts}</dl></details>
 {_samples(history)}
 {_census(counted)}
 <details><summary>Configuration</summary><pre>{escape(printable(config, chr(10)))}</pre></details>
@@ -120,10 +120,12 @@ def _sizes(history: History) -> list[str]:
 
 def _facts(history: History, counted: Census | None) -> Iterator[tuple[str, str]]:
     """Where the run lies, how far it came, when, for how long, on what and with which versions."""
-    yield "workdir", str(history.workdir.path)
+    yield "workdir" if history.read == BATCH else "folder", str(history.workdir.path)
     if counted:
         yield "parameters", f"{counted.parameters:,}"
     status = history.status
+    if history.read != BATCH:
+        return
     if status is None:
         yield "state", f"step {history.steps_E[-1]:,}"
         return

@@ -81,7 +81,7 @@ function axes(box, spec, { low, high, log }) {
     grid.append(svg("line", { x1: left, x2: right, y1: y(value), y2: y(value) }));
     grid.append(svg("text", { x: left - 6, y: y(value) + 3.5, "text-anchor": "end" }, spec.percent ? `${Math.round(100 * value)} %` : tickText(value)));
   }
-  const across = x.ticks(Math.max(2, Math.floor((right - left) / 90)));
+  const across = spec.steps?.length === 1 ? [] : x.ticks(Math.max(2, Math.floor((right - left) / 90)));
   for (const value of across) {
     const anchor = x(value) > width - 22 ? "end" : "middle";
     grid.append(svg("text", { x: anchor === "end" ? width - 2 : x(value), y: bottom + 16, "text-anchor": anchor }, tickText(value)));
@@ -211,7 +211,7 @@ function stackChart(box, spec) {
     plot.prepend(svg("path", { class: "share", d: `M${top.join("L")}L${base.join("L")}Z`, style: `fill:${heatColor([0, 0.36, 0.7, 1][q])}` }));
     const place = roomFor(spec.names[q].length * 3.6, frame, (px) => {
       const e = indexAt(spec.steps, x.invert(px));
-      return E > 1 ? [y(below(e, q + 1)), y(below(e, q))] : [0, 0];
+      return [y(below(e, q + 1)), y(below(e, q))];
     });
     if (place) plot.append(svg("text", { class: "inside", x: place[0], y: place[1] + 3.5, style: `fill:${inkOn(heatColor([0, 0.36, 0.7, 1][q]))}` }, spec.names[q]));
   }

@@ -88,7 +88,7 @@ function buildPanels() {
   built = PANELS.map((panel) => {
     const said = html("p", { class: "said" }), picture = html("div", { class: "picture" });
     const numbers = html("details", { class: "numbers" }, html("summary", {}, "Table"), html("div", {}));
-    const section = html("section", { id: panel.id, class: `panel${panel.wide === true ? " wide" : ""}`, "aria-label": panel.title },
+    const section = html("section", { id: panel.id, class: "panel", "aria-label": panel.title },
       html("h2", {}, panel.title), said, choices(panel), picture, html("p", { class: "caption" }, panel.caption), numbers);
     numbers.hidden = Boolean(panel.tabular);
     numbers.addEventListener("toggle", () => fillTable({ panel, numbers }));
@@ -113,16 +113,25 @@ function fillTable({ panel, numbers }) {
   Object.assign(numbers.querySelector(".scroll"), { scrollLeft, scrollTop });
 }
 
+// Which panels there are and which take both columns; the last of an odd number would stand alone.
+function layOut(run) {
+  for (const { panel, section } of built) {
+    section.hidden = !panel.shown(run);
+    section.classList.toggle("wide", typeof panel.wide === "function" ? panel.wide(run) : panel.wide === true);
+  }
+  const narrow = built.filter(({ section }) => !section.hidden && !section.classList.contains("wide"));
+  if (narrow.length % 2) narrow.at(-1).section.classList.add("wide");
+}
+
 function draw() {
   const run = currentRun();
   if (!ofHeads(run, MEASURES[state.measure].metric)) state.measure = "entropy";
   if (state.layer >= run.layers || state.head >= run.heads) state.layer = state.head = null;
   for (const article of document.querySelectorAll("[data-run]")) article.hidden = Number(article.dataset.run) !== state.run;
   fillTime();
+  layOut(run);
   for (const one of built) {
     const { panel, section, picture } = one;
-    section.hidden = !panel.shown(run);
-    if (typeof panel.wide === "function") section.classList.toggle("wide", panel.wide(run));
     one.view = section.hidden ? null : panel.draw(picture, run);
     for (const label of section.querySelectorAll("[data-key]")) {
       label.hidden = panel.field === "measure" && !ofHeads(run, MEASURES[label.dataset.key].metric);

@@ -130,7 +130,8 @@ const HEAD = {
   draw(box, run) {
     const [l, n] = [state.layer, state.head];
     const parts = [], places = {};
-    const titles = ["entropy, threshold [nats]", ofHeads(run, "head_max_logit") && "largest logit", run.text?.temperature && "temperature by position"];
+    const first = ofHeads(run, "threshold") ? "entropy, threshold [nats]" : "entropy [nats]";
+    const titles = [first, ofHeads(run, "head_max_logit") && "largest logit", run.text?.temperature && "temperature by position"];
     box.classList.add("thirds");
     box.replaceChildren(...titles.filter(Boolean).map((title) => html("div", { class: "third" }, html("h3", {}, title), (places[title] = html("div", { class: "picture" })))));
     const place = (title) => places[title];
@@ -140,7 +141,7 @@ const HEAD = {
       entropy.push(curve("threshold", stepsOf(run), nats, 1, { label: "θ" }));
     }
     entropy[0].label = "H";
-    parts.push(lineChart(place("entropy, threshold [nats]"), overSteps(run, { title: "entropy and threshold of the head", series: entropy, unit: "nats", floor: 0, right: 22, height: 190 })));
+    parts.push(lineChart(place(first), overSteps(run, { title: "entropy and threshold of the head", series: entropy, unit: "nats", floor: 0, right: 22, height: 190 })));
     if (ofHeads(run, "head_max_logit")) {
       const logit = curve("largest logit", stepsOf(run), column(run.train.head_max_logit, l, n), 2, { label: "", dash: "" });
       parts.push(lineChart(place("largest logit"), overSteps(run, { title: "largest logit of the head", series: [logit], right: 12, height: 190 })));

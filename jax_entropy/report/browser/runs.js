@@ -9,7 +9,7 @@ const DIFFERENCES = {
     const table = html("table", { class: "differences" },
       html("thead", {}, html("tr", {}, ...head.map((text, i) => html("th", { scope: "col", class: i - 1 === state.run ? "chosen" : null }, text)))),
       html("tbody", {}, ...rows.map(([name, ...values], i) => html("tr", { class: data.differences[i].measured ? "measured" : null },
-        html("th", { scope: "row" }, name), ...values.map((value, j) => html("td", { class: j === state.run ? "chosen" : null }, value))))));
+        html("th", { scope: "row" }, name), ...values.map((value, j) => html("td", { class: j === state.run ? "chosen" : null, title: value }, value))))));
     box.replaceChildren(html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "what differs" }, table));
     return { move() {} };
   },

@@ -1,7 +1,12 @@
 // Held-out text with each token's entropy or loss as its background, and what a private forward pass costs.
 
+// Of which evaluation a text is, where there were several.
+function readAt(run) {
+  return stepsOf(run).length > 1 ? `, at ${steps(run.text.step[indexAt(run.text.step, state.step)])}` : "";
+}
+
 const TEXT = {
-  id: "text", title: "Held-out text", wide: true, field: "reading",
+  id: "text", title: "Text, token by token", wide: true, field: "reading",
   caption: "The background is what the chosen head (or the mean of those chosen) had at a token, or the loss of predicting it: light is much. From the evaluation before the slider.",
   shown: (run) => Boolean(run.text),
   // The numbers of piece r at evaluation k, one a token; not a number where a token has none.
@@ -55,8 +60,7 @@ const TEXT = {
   },
   said(run) {
     const of = state.layer === null ? "mean of all heads" : state.head === null ? `mean of layer ${state.layer}` : `layer ${state.layer}, head ${state.head}`;
-    const when = steps(run.text.step[indexAt(run.text.step, state.step)]);
-    return state.reading === "loss" ? `loss of each token at ${when}` : `entropy at each token, ${of}, at ${when}`;
+    return state.reading === "loss" ? `loss of each token${readAt(run)}` : `entropy at each token, ${of}${readAt(run)}`;
   },
   table(run) {
     const rows = run.text.pieces.flatMap((piece, r) => {
@@ -102,7 +106,7 @@ const POSITIONS = {
       },
     };
   },
-  said: (run) => `${run.text.pieces.length === 1 ? "one piece" : `mean of ${run.text.pieces.length} pieces`} of text, ${run.text.entropy.shape[4]} tokens long, at ${steps(run.text.step[indexAt(run.text.step, state.step)])}`,
+  said: (run) => `${run.text.pieces.length === 1 ? "one piece" : `mean of ${run.text.pieces.length} pieces`} of text, ${run.text.entropy.shape[4]} tokens long${readAt(run)}`,
   table(run) {
     const series = this.series(run, indexAt(run.text.step, state.step));
     return { head: ["position", ...series.map(({ name }) => name)], rows: [...series[0].steps].map((i) => [i, ...series.map(({ values }) => values[i])]) };

@@ -99,9 +99,10 @@ def _about(index: int, history: History) -> str:
     counted = census(model) if model else None
     facts = "".join(f"<dt>{name}</dt><dd>{_fact(name, fact)}</dd>" for name, fact in _facts(history, counted))
     config = json.dumps(history.config, indent=2, ensure_ascii=False)
+    what = "run" if history.read == BATCH else "model"
     return f"""<article class="about" data-run="{index}"{" hidden" if index else ""}>
 {_incidents(history)}
-<details open><summary>The {"run" if history.read == BATCH else "model"}</summary><dl class="facts">{facts}</dl></details>
+<details open><summary>The {what}</summary><dl class="facts">{facts}</dl></details>
 {_samples(history)}
 {_census(counted)}
 <details><summary>Configuration</summary><pre>{escape(printable(config, chr(10)))}</pre></details>

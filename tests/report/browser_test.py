@@ -101,9 +101,8 @@ def pictures(tab, panels):
     return found
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_slider_moves_every_picture_and_nothing_overflows(visit, width, theme):
+@pytest.mark.parametrize("width, theme, other", [(1280, "light", "dark"), (390, "dark", "light")])
+def test_the_slider_moves_every_picture_and_nothing_overflows(visit, width, theme, other):
     tab = visit(fragment="#step=200", width=width, theme=theme)
     panels = ["heads", "layers", "bands", "thresholds", "temperatures", "logits", "losses", "entropy-surface",
               "positions", "text"]  # fmt: skip
@@ -113,9 +112,11 @@ def test_the_slider_moves_every_picture_and_nothing_overflows(visit, width, them
     after = pictures(tab, panels)
     for panel in panels:
         assert said(tab, panel) != words[panel] and after[panel] != before[panel], panel
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    color = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert color == dict(light="rgb(247, 246, 243)", dark="rgb(18, 19, 22)")[theme]
+    for scheme in (theme, other):
+        tab.emulate_media(color_scheme=scheme)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        color = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert color == dict(light="rgb(247, 246, 243)", dark="rgb(18, 19, 22)")[scheme]
 
 
 def test_keys_play_and_the_address_lead_to_a_step(visit):

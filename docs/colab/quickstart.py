@@ -13,18 +13,12 @@
 # ---
 
 # %% [markdown]
-# # Attention entropy, watched and steered
+# # Quickstart
 #
-# Under encryption the linear parts of a language model are cheap and the nonlinear ones are not. Take LayerNorm and GELU
-# out of a GPT and softmax alone is left, but then training breaks. How it breaks is seen in one number a head, the
-# Shannon entropy of its attention weights:
+# Train a small language model whose only nonlinearity is softmax, watch the entropy of every attention head while it
+# learns, and use what came out. Two minutes on two CPU cores; a GPU or TPU is taken where there is one.
 #
-# * **overload**: the head looks at everything alike; its entropy stays at the maximum, and it has not learned what to
-#   look at;
-# * **collapse**: the head looks at a single token; its entropy is 0, and no gradient tells it where else to look.
-#
-# This notebook shows both, first in one head, then in a small softmax-only model that fails, and then in the same model
-# with its entropy guided ([arXiv 2501.03489](https://arxiv.org/abs/2501.03489)). Three minutes on two CPU cores.
+# Everything here is a function that a command of the shell calls too: `je.train` is `jax-entropy train`, and so on.
 
 # %%
 REPOSITORY = "https://github.com/jax-entropy/jax_entropy"  # where to clone from; change it if yours lives elsewhere
@@ -45,136 +39,103 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image, display
 
 import jax_entropy as je
-from jax_entropy.data import validation_batches
+from jax_entropy.census import census
 
-RUNS = Path(tempfile.mkdtemp())
+STEPS = 200
+WORKDIR = Path(tempfile.mkdtemp()) / "quickstart"
 print(jax.devices())
 
 # %% [markdown]
-# ## Entropy is an output of attention
+# ## A configuration
 #
-# `je.attention` returns the entropy of every row of its weights beside its result, in nats, without keeping the weights.
-# A row is what one token sees of itself and of those before it. Divide the logits by a large temperature and every row is
-# flat; divide them by a small one and each row is a single point:
+# An architecture is a line in the paper's notation. `EReg(SM(t)+ScFuFFN)` has no LayerNorm and no activation: softmax with
+# a learned temperature (`SM(t)`), a feed-forward that is one scaled matrix (`ScFuFFN`), and a penalty that holds each head's
+# entropy near a threshold that it learns (`EReg`). The text is the source of Python's standard library, which is on every
+# machine.
 
 # %%
-T = 32
-q_BxTxNxH, k_BxTxNxH, v_BxTxNxH = jax.random.normal(jax.random.key(3), (3, 1, T, 1, 16))
-logits_TxT = jnp.einsum("bqnh,bknh->qk", q_BxTxNxH, k_BxTxNxH) / 16**0.5
-
-figure, axes = plt.subplots(1, 3, figsize=(9, 3.5), dpi=75, layout="constrained")
-for ax, (name, temperature) in zip(axes, {"overload": 20.0, "in between": 1.0, "collapse": 0.02}.items(), strict=True):
-    _, stats = je.attention(q_BxTxNxH, k_BxTxNxH, v_BxTxNxH, jnp.full((1, T), temperature))
-    ax.imshow(jax.nn.softmax(logits_TxT / temperature, where=jnp.tri(T, dtype=bool)), vmin=0, vmax=0.5)
-    ax.set(title=f"{name}: {stats.entropy.mean():.2f} nats", xlabel="looks at token", xticks=[], yticks=[])
-axes[0].set_ylabel("token")
-print(f"the most that {T} tokens can have: {je.max_entropy(T, 'causal'):.2f} nats")
+config = je.default_config("EReg(SM(t)+ScFuFFN)")
+config.model.update(num_layers=6, num_heads=4, model_dim=128, init_std=0.05, temperature_init=0.1, scan_unroll=6)
+config.data.vocab_size = 4096
+config.train.update(num_steps=STEPS, batch_size=32, log_every=10, evaluate_every=50, checkpoint_every=50)
+config.optimizer.learning_rate = 3e-3
+config.penalty.update(weight=0.16, reduction="row_mean")
 
 # %% [markdown]
-# Gradients flow through it, so entropy can be part of a loss:
-
-# %%
-gradient = jax.grad(lambda q: je.attention(q, k_BxTxNxH, v_BxTxNxH)[1].entropy.mean())(q_BxTxNxH)
-print("largest gradient of the mean entropy to a query:", f"{jnp.abs(gradient).max():.5f}")
-
-# %% [markdown]
-# ## A model that breaks
+# ## Train
 #
-# `SM` is a GPT whose only nonlinearity is softmax. It trains on the source of Python's standard library.
+# Interrupt the cell when you like: run again, it goes on where its last checkpoint left it.
+
+# %%
+trained = je.train(config, WORKDIR)
+
+# %% [markdown]
+# ## Look at the heads
 #
-# A real run has a guard that goes back to the last good checkpoint after a spike of the loss (`config.guard`). Here it is
-# switched off, since what goes wrong is what we want to see.
+# A cell is a head. Dark: it looks at one token; light: at all of them alike. At the first step all heads are the same, and
+# they learn to differ.
 
 # %%
-STEPS = 250
-
-
-def config_of(architecture):
-    config = je.default_config(architecture)
-    config.model.update(num_layers=6, num_heads=4, model_dim=64, init_std=0.08, temperature_init=0.1)
-    config.data.vocab_size = 2048
-    config.train.update(num_steps=STEPS, batch_size=16, log_every=25, evaluate_every=50, checkpoint_every=STEPS)
-    config.optimizer.learning_rate = 3e-3
-    config.penalty.update(weight=0.16, reduction="row_mean", threshold_init=0.4)
-    config.guard.update(limit=0, zscore=0.0)
-    return config
-
-
-softmax_only = je.train(config_of("SM"), RUNS / "SM")
+written = je.report(WORKDIR)
+display(Image(written["head_entropy"], width=900))
 
 # %% [markdown]
-# One cell is one head. At the first step all of them are overloaded, as in every new model. A healthy one spreads out
-# from there. This one falls apart: its first layer never leaves the maximum, its last ones fall to 0.
-
-# %%
-figures = je.report(RUNS / "SM")
-display(Image(figures["head_entropy"], width=900))
-
-# %% [markdown]
-# Why nothing ever comes back from 0: without a norm nothing holds the size of activations, they grow from layer to layer,
-# and with them the attention logits (below; mind the scale). Between logits so far apart a softmax has no gradient.
-
-# %%
-display(Image(figures["stability"], width=700))
-
-# %% [markdown]
-# ## The same model, its entropy guided
+# `written["page"]` is one HTML file with everything on a slider, which the next notebook shows.
 #
-# `EReg(SM(t)+ScFuFFN)` is the paper's answer, and none of it is a new nonlinearity: the feed-forward is one scaled matrix,
-# softmax has a learned temperature for each head and position, and a penalty holds each head's entropy near a threshold
-# that it learns. Data, steps and learning rate are those of before.
+# ## Measure
+#
+# On held-out text. Bits per byte compare models whose tokenizers differ; entropies are in nats, one row a layer.
 
 # %%
-guided = je.train(config_of("EReg(SM(t)+ScFuFFN)"), RUNS / "EReg")
-
-# %%
-figures = je.report(RUNS / "EReg", against=RUNS / "SM")
-display(Image(figures["head_entropy"], width=900))
-
-# %%
-display(Image(figures["comparison"], width=900))
+run = je.load_run(WORKDIR)  # the newest good checkpoint, once for all that follows
+measured = je.evaluate(run)
+print(f"perplexity {measured['validation_perplexity']:.1f}, {measured['bits_per_byte']:.3f} bits per byte")
+print(np.array_str(np.asarray(measured["head_entropy"]), precision=2))
+collapse, *_, overload = je.head_bands(measured["head_entropy"], je.max_entropy(128, "causal"))
+print(
+    f"collapse {collapse:.0%}, overload {overload:.0%} of heads: in the bottom and the top quarter of what a head can have"
+)
 
 # %% [markdown]
-# Mind what the shares on the left are of: each run's own largest entropy, as in the paper. The guided heads of the top
-# quarter have 2.3 to 3.0 nats; looking at everything alike would be 3.88.
+# ## Write
 #
-# ## What it is worth
-#
-# Here the shares are of those 3.88 nats for both, on held-out text: *collapse* is the bottom quarter, *overload* the top
-# one. The yardstick is a model that knows how often each token occurs in the held-out text, and nothing else.
+# A minute of training makes no programmer; the words are Python's.
 
 # %%
-tokens = np.concatenate([rows[:, 1:].ravel() for rows, _ in validation_batches(guided.corpus, batch_size=16)])
-share = np.unique(tokens, return_counts=True)[1] / tokens.size
-print(f"frequencies only  perplexity {np.exp(-share @ np.log(share)):6.1f}")
-for name, result in (("SM", softmax_only), ("EReg", guided)):
-    collapse, _, _, overload = je.head_bands(result.evaluation["head_entropy"], je.max_entropy(128, "causal"))
-    print(
-        f"{name:16}  perplexity {result.evaluation['validation_perplexity']:6.1f}   "
-        f"collapse {collapse:4.0%}   overload {overload:4.0%}"
-    )
+print("    def __init__(self" + je.generate(run, "    def __init__(self", num_tokens=48, temperature=0.6, top_k=20))
 
 # %% [markdown]
-# One has learned less than that, and its loss hardly moves. The other is on its way. What each has learned can be read,
-# too. Neither is a programmer after a minute of training: one strings the words of Python together, the other its crumbs.
+# ## What it costs under encryption
+#
+# Linear parts are cheap there, nonlinear ones are not. The census counts those of a forward pass, beside the same model
+# with LayerNorm and GELU:
 
 # %%
-for name in ("SM", "EReg"):
-    prompt = "    def __init__(self"
-    print(f"--- {name}")
-    print(prompt + je.generate(RUNS / name, prompt, num_tokens=48, temperature=0.6, top_k=20))
+for name in ("SM+LN+G", "EReg(SM(t)+ScFuFFN)"):
+    sizes = dict(num_layers=6, num_heads=4, model_dim=128, vocab_size=4096)
+    counted = census(je.architecture(name, **sizes))
+    operations = ", ".join(f"{op.name} {op.elements:,}" for op in counted.operations)
+    print(f"{name}: {counted.parameters:,} parameters; elements of {operations}")
+
+# %% [markdown]
+# ## One call of the operator
+#
+# All of this rests on an attention that returns the entropy of its rows beside its result, and lets gradients through it:
+
+# %%
+q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 128, 4, 64))  # [B, T, N, H]
+out, stats = je.attention(q, k, v)
+gradient = jax.grad(lambda q: je.attention(q, k, v)[1].entropy.mean())(q)
+print(stats.entropy.shape, "nats, a row each; heads:", je.head_entropy(stats.entropy), "gradient", gradient.shape)
 
 # %% [markdown]
 # ## Where next
 #
-# * `jax-entropy train --config=configs/quickstart.py --workdir=runs/quickstart` trains a larger model, with a page about
-#   it.
-# * `jax-entropy census --architecture="EReg(SM(t)+ScFuFFN)"` counts what a model costs under encryption, and
-#   `jax-entropy private generate` pays it.
-# * `docs/architectures.md` lists every architecture of the paper and shows how to add one.
+# * *Collapse and overload, seen live*: three architectures on one slider.
+# * *Entropy in your own Flax model*: the penalty and QK-clip in a model that is not ours.
+# * *Private inference on your laptop*: the trained model answers without seeing the prompt.
+# * *Reproduce a table*: many models, several seeds, one table.

@@ -1,4 +1,7 @@
-"""The documentation says what the code does: fields and defaults, architectures, numbers, and where links lead."""
+"""The documentation says what the code does: fields and defaults, architectures, numbers, and where links lead.
+
+`python -m tests.docs_test` writes the tables of docs/configuration.md from the table of fields.
+"""
 
 import dataclasses
 import os
@@ -17,6 +20,7 @@ from jax_entropy.fields import FIELDS
 from tests import REPOSITORY
 
 PAGES = sorted(path for path in (*REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "README.md") if path.exists())
+CONFIGURATION = REPOSITORY / "docs" / "configuration.md"
 
 
 def rows(page, columns):
@@ -37,16 +41,20 @@ def documented():
     return {row[0].strip("`"): row[2] for row in rows("configuration.md", 4) if row[0].startswith("`")}
 
 
-def test_the_tables_of_fields_are_the_codes():
-    lines = (REPOSITORY / "docs" / "configuration.md").read_text().splitlines()
+def generated(page):
+    """The page on the configuration with the row of every field made anew from the table of fields."""
     special = {"architecture": "from the file", "mesh.rules": "`fields.RULES`"}
     for field in FIELDS:
         unit = field.unit or ", ".join(f"`{choice}`" for choice in field.bound)
-        default = special.get(field.name, written(field.default))
-        row = f"| `{field.name}` | {unit} | {default} | {field.help} |"
-        assert row in lines, f"docs/configuration.md lacks the row\n{row}"
-    names = [line.split("`")[1] for line in lines if re.match(r"\| `[a-z_]+\.", line)]
-    assert len(names) == len(set(names))
+        row = f"| `{field.name}` | {unit} | {special.get(field.name, written(field.default))} | {field.help} |"
+        page, count = re.subn(rf"^\| `{re.escape(field.name)}` \|.*$", lambda _, row=row: row, page, flags=re.M)
+        assert count == 1, f"docs/configuration.md has {count} rows that begin with: | `{field.name}` |"
+    return page
+
+
+def test_the_tables_of_fields_are_generated():
+    page = CONFIGURATION.read_text()
+    assert page == generated(page), "python -m tests.docs_test writes the tables of docs/configuration.md anew"
 
 
 def test_every_field_of_the_notation_is_documented_with_its_default():
@@ -66,7 +74,7 @@ def test_fields_named_in_prose_exist():
     sections = {name for name, value in default_config("SM").items() if isinstance(value, ConfigDict)}
     known = {f"config.{name}" for name in (*flatten(default_config("SM")), *sections)}
     for page in PAGES:
-        text = re.sub(r"```diff.*?```", "", page.read_text(), flags=re.S)
+        text = re.sub(r"```diff.*?```|^::: \S+$", "", page.read_text(), flags=re.S | re.M)
         named = set(re.findall(r"(?<![/\w])config\.[a-z]\w*(?:\.[a-z]\w*)*", text.replace(".update(", "(")))
         named -= {"config.json"}
         assert named <= known, f"{page.name}: {named - known}"
@@ -166,3 +174,7 @@ def test_the_first_page_leads_to_every_other():
     first = (docs / "index.md").read_text()
     pages = {str(path.relative_to(docs)) for path in (*docs.rglob("*.md"), *docs.rglob("*.ipynb"))} - {"index.md"}
     assert not [page for page in sorted(pages) if f"({page})" not in first]
+
+
+if __name__ == "__main__":
+    CONFIGURATION.write_text(generated(CONFIGURATION.read_text()))

@@ -1,51 +1,32 @@
 """`jax-entropy private`: a trained model under secure computation."""
 
 import functools
-import itertools
-import os
 import signal
 import sys
 import time
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
 
-from jax_entropy.commands.census import ARCHITECTURE
-from jax_entropy.commands.console import console, output, warn, write_json
-from jax_entropy.commands.parse import BEST, CONFIG, JSON, WORKDIR, Command, Flag, Names, OneOf, command
+from jax_entropy.commands.console import output, warn, write_json
+from jax_entropy.commands.parse import BEST, JSON, WORKDIR, Command, Flag, command
 from jax_entropy.commands.parties import ask, assist, keys, serve
+from jax_entropy.commands.private_costs import calibrate, compare, precision, predict, profile
 from jax_entropy.commands.private_flags import (
     EMBEDDING,
-    LOGITS,
-    MEASURE,
     MEMORY,
-    NETWORK,
     NEW_TOKENS,
-    PRICES,
-    PROTOCOL,
     REVEAL,
     SAMPLING,
     SETTING,
-    SIZE,
     WITHOUT,
     Streamed,
-    draw,
-    read_models,
     read_rewrites,
     read_sampling,
     read_setting,
-    size_flags,
     tell_given_away,
-    tokens_read,
 )
 from jax_entropy.commands.runs import PROMPT, PROMPT_FILE, read_prompt
-from jax_entropy.errors import UserError
-from jax_entropy.private.engine.engine import Engine, Setting
+from jax_entropy.private.engine.engine import Engine
 from jax_entropy.private.engine.environment import environment_python
-
-if TYPE_CHECKING:
-    from jax_entropy.architecture import ModelConfig
-
-ARCHITECTURES = Names("architectures", "in the paper's notation, like SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
 
 
 @command(
@@ -86,25 +67,29 @@ def generate(values: Namespace) -> None:
     )
     choose = read_sampling(values)()
     from jax_entropy.commands.private_tables import spent
-    from jax_entropy.private.cost.memory import check_size, read_memory
+    from jax_entropy.private.cost.memory import layout, read_memory
     from jax_entropy.private.program.export import export
     from jax_entropy.private.program.fixed_point import check_range
     from jax_entropy.private.session.inference import PrivateModel, check_request, padded_length
     from jax_entropy.private.session.inference import generate as run
     from jax_entropy.runs.load import load_run
 
-    loaded = load_run(values.workdir, warn, best=values.best)
-    exported = export(loaded.model.config, loaded.variables, rewrites, setting, embedding=values.embedding)
+    loaded, limit = load_run(values.workdir, warn, best=values.best), read_memory(values.memory)
+    config, ids, start = loaded.model.config, loaded.tokenizer.encode(prompt), time.monotonic()
+    read, plain = padded_length(len(ids), config.context_length), values.without == "all"
+    of = layout(config, read, setting, plain, limit=limit, logits="last", embedding=values.embedding)
+    exported = export(config, loaded.variables, rewrites, setting, embedding=values.embedding, piece=of.piece)
     tell_given_away(exported.blueprint)
-    ids, start = loaded.tokenizer.encode(prompt), time.monotonic()
+    if str(of):
+        warn(f"to fit into memory: {of}")
     check_request(exported.blueprint, ids, values.tokens, values.reveal)
-    read = padded_length(len(ids), loaded.model.config.context_length)
-    check_size(
-        loaded.model.config, read, setting, values.without == "all", limit=read_memory(values.memory), logits="last",
-        embedding=values.embedding,
-    )  # fmt: skip
     check_range(exported, ids, setting)
-    text = Streamed(loaded.tokenizer, prompt, output(values.json))
+    text, came = Streamed(loaded.tokenizer, prompt, output(values.json)), []
+
+    def notify(token: int) -> None:
+        came.append(time.monotonic() - start)
+        text.token(token)
+
     with Engine(setting) as started:
         warn(f"sharing {sum(value.size for value in exported.weights.values()):,} weights")
         model = PrivateModel.of(started, exported)
@@ -116,231 +101,17 @@ def generate(values: Namespace) -> None:
             choose=choose,
             end_of_text=loaded.tokenizer.end_of_text,
             reveal=values.reveal,
-            notify=text.token,
+            notify=notify,
         )
+        peak = started.peak_memory()
     text.end()
     seconds = time.monotonic() - start
-    warn(spent(model.accounts, len(new), seconds, setting))
+    warn(spent(model.accounts, came, seconds, peak, setting))
     write_json(values.json, dict(
-        architecture=str(exported.blueprint.config), setting=setting, seconds=seconds,
-        prompt_tokens=len(ids), tokens=new,
+        architecture=str(exported.blueprint.config), setting=setting, seconds=seconds, token_seconds=came,
+        peak_memory_bytes=peak, prompt_tokens=len(ids), tokens=new,
         programs=[dict(name=name, **account._asdict()) for name, account in model.accounts],
     ))  # fmt: skip
-
-
-@command(
-    OneOf(((WORKDIR, BEST), (CONFIG,), (ARCHITECTURE, *SIZE))),
-    tokens_read(32),
-    Flag("ablation", False, "measure every rewrite alone instead"),
-    WITHOUT,
-    LOGITS,
-    EMBEDDING,
-    *MEASURE,
-    examples=[
-        "private profile runs/quickstart",
-        "private profile --architecture=SM+LN+G --context_length=64 --protocol=cheetah --picture=profile.png",
-    ],
-)
-def profile(values: Namespace) -> None:
-    """Bytes, rounds and time of a forward pass by kind of operation, measured."""
-    from jax_entropy.commands.private_tables import print_ablation, print_profile
-    from jax_entropy.private.cost.account import read_network
-    from jax_entropy.private.cost.profile import measure
-
-    environment_python()
-    setting, network = read_setting(values), read_network(values.network)
-    rewrites = read_rewrites(values.without)
-    if values.ablation and values.picture:
-        raise UserError("--ablation draws no --picture")
-    if values.ablation and values.without:
-        raise UserError("--ablation measures every rewrite, and goes without --without")
-    config, variables = _model(values, setting)
-    if values.ablation:
-        rows = _ablation(config, variables, values.context_length, setting)
-        print_ablation(rows, console(values.json))
-        return write_json(values.json, dict(setting=setting, rows=rows))
-    measured = measure(
-        config, variables, rewrites, values.context_length, setting, warn, values.logits, values.embedding
-    )
-    stored = measured.to_json(values.network)
-    print_profile(measured, network, values.network, console(values.json))
-    files = [(values.json, values.picture)]
-    if values.source == "workdir":  # where `report` finds them
-        from jax_entropy.runs.workdir import Workdir
-
-        workdir = Workdir(values.workdir)
-        workdir.figures.mkdir(exist_ok=True)
-        files.append((workdir.private, workdir.figures / "private.png"))
-    for json_file, picture in files:
-        write_json(json_file, stored)
-        draw([stored], picture)
-
-
-def _ablation(config: "ModelConfig", variables: Any, num_tokens: int, setting: Setting) -> list:
-    """Every rewrite alone and all together, after a check of the plain export's range."""
-    from jax_entropy.private.cost.ablation import ablation
-    from jax_entropy.private.program.blueprint import PLAIN
-    from jax_entropy.private.program.export import export
-    from jax_entropy.private.program.fixed_point import check_range, random_tokens
-
-    tokens = random_tokens(config.vocab_size, num_tokens)
-    check_range(export(config, variables, PLAIN, setting), tokens, setting)
-    with Engine(setting) as engine:
-        return ablation(engine, lambda rewrites: export(config, variables, rewrites, setting), tokens, warn)
-
-
-def _model(values: Namespace, setting: Setting) -> "tuple[ModelConfig, Any]":
-    """Config and variables of what a command's flags name; its size is checked before there are any."""
-    from jax_entropy.private.cost.memory import check_size, read_memory
-    from jax_entropy.private.cost.profile import random_variables
-
-    fits = dict(limit=read_memory(values.memory), logits=values.logits, embedding=values.embedding)
-    plain = values.ablation or values.without == "all"
-    if values.source == "workdir":
-        from jax_entropy.runs.load import load_run
-
-        loaded = load_run(values.workdir, warn, best=values.best)
-        if not os.access(values.workdir, os.W_OK):
-            raise UserError(f"--workdir={values.workdir} cannot be written, where the profile is left for `report`")
-        check_size(loaded.model.config, values.context_length, setting, plain, **fits)
-        return loaded.model.config, loaded.variables
-    if values.source == "config":
-        from jax_entropy.config import check, model_config
-        from jax_entropy.data.tokenizer import vocabulary
-
-        check(values.config)
-        config = model_config(values.config, vocabulary(values.config))
-    else:
-        [config] = read_models([values.architecture], values)
-    check_size(config, values.context_length, setting, plain, **fits)
-    return config, random_variables(config)
-
-
-@command(
-    ARCHITECTURES,
-    *SIZE,
-    tokens_read(32),
-    LOGITS,
-    EMBEDDING,
-    PRICES,
-    *MEASURE,
-    examples=["private compare SM+LN+G 'EReg(SM(t)+ScFuFFN)' --picture=costs.png"],
-)
-def compare(values: Namespace) -> None:
-    """Architectures side by side, each exported plainly and optimised."""
-    environment_python()
-    from jax_entropy.commands.private_tables import print_comparison
-    from jax_entropy.private.cost.account import read_network
-    from jax_entropy.private.cost.memory import check_size, read_memory
-    from jax_entropy.private.cost.prices import read_price
-    from jax_entropy.private.cost.profile import measure, random_variables
-    from jax_entropy.private.program.blueprint import PLAIN, Rewrites
-
-    setting, network, price = read_setting(values), read_network(values.network), read_price(values.prices)
-    if not values.architectures:
-        raise UserError("compare what? give architectures, like: private compare SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
-    configs = read_models(values.architectures, values)
-    fits = dict(limit=read_memory(values.memory), logits=values.logits, embedding=values.embedding)
-    for config in configs:
-        check_size(config, values.context_length, setting, plain=True, **fits)
-    profiles = []
-    for config in configs:
-        variables = random_variables(config)
-        for rewrites in (PLAIN, Rewrites()):
-            start, name = time.monotonic(), f"{config}, {rewrites}"
-            told = lambda line, name=name: warn(f"{name}: {line}")  # noqa: E731
-            measured = measure(
-                config, variables, rewrites, values.context_length, setting, told, values.logits, values.embedding
-            )
-            profiles.append(measured)
-            warn(f"{name}: measured in {time.monotonic() - start:.0f} s")
-    print_comparison(profiles, network, values.network, price, console(values.json))
-    stored = [measured.to_json(values.network) for measured in profiles]
-    write_json(values.json, dict(profiles=stored))
-    draw(stored, values.picture)
-
-
-@command(
-    ARCHITECTURES,
-    *size_flags(12, 12, 768, 50257),
-    tokens_read(128),
-    NETWORK,
-    PRICES,
-    JSON,
-    *SETTING,
-    examples=["private predict SM+LN+G SM+LN+R --context_length=512"],
-)
-def predict(values: Namespace) -> None:
-    """Bytes and rounds of large models, GPT-2's size unless told otherwise, without running them."""
-    if not values.architectures:
-        raise UserError("predict what? give architectures, like: private predict SM+LN+G 'EReg(SM(t)+ScFuFFN)'")
-    from jax_entropy.commands.private_tables import Predicted, print_predictions
-    from jax_entropy.private.cost.account import read_network
-    from jax_entropy.private.cost.model import count_by_layers, is_known, predict_total
-    from jax_entropy.private.cost.prices import read_price
-
-    configs = read_models(values.architectures, values)
-    setting, network, price = read_setting(values), read_network(values.network), read_price(values.prices)
-    if not (known := is_known(setting)):
-        environment_python()
-        warn(f"no coefficients for this setting of {setting.protocol}: two blocks are measured, and counted by layers")
-    predicted = []
-    for config in configs:
-        for plain, logits in itertools.product((True, False), ("every", "last") if known else ("every",)):
-            if known:
-                total = predict_total(config, values.context_length, setting, plain, logits)
-            else:
-                total = count_by_layers(config, setting, plain, warn)
-            predicted.append(Predicted(config, plain, logits, total))
-    print_predictions(predicted, values.context_length, network, values.network, price, console(values.json))
-    rows = [dict(row._asdict() | row.total._asdict(), architecture=str(row.config)) for row in predicted]
-    for row in rows:
-        del row["config"], row["total"], row["seconds"], row["messages"]
-    write_json(values.json, dict(setting=setting, num_tokens=values.context_length, rows=rows))
-
-
-@command(
-    WORKDIR,
-    BEST,
-    tokens_read(64),
-    Flag("tolerance", 0.001, "of the largest logit: the largest error allowed"),
-    PROTOCOL,
-    WITHOUT,
-    MEMORY,
-    JSON,
-    examples=["private precision runs/quickstart --tolerance=0.01"],
-)
-def precision(values: Namespace) -> None:
-    """Fraction bits and forms of the exponential on a run's held-out text: bytes, rounds, errors, and the cheapest."""
-    environment_python()
-    setting, rewrites = Setting(protocol=values.protocol).check(), read_rewrites(values.without)
-    if not values.tolerance > 0:
-        raise UserError(f"--tolerance={values.tolerance} must be positive")
-    from jax_entropy.commands.private_tables import print_precision
-    from jax_entropy.private.cost.memory import check_size, read_memory
-    from jax_entropy.private.cost.precision import held_out_tokens, measure_precision
-    from jax_entropy.private.program.export import export
-    from jax_entropy.runs.load import load_run
-
-    loaded = load_run(values.workdir, warn, best=values.best)
-    check_size(
-        loaded.model.config, values.context_length, setting, values.without == "all", limit=read_memory(values.memory)
-    )
-    exported = export(loaded.model.config, loaded.variables, rewrites, setting)
-    tokens = held_out_tokens(loaded, values.context_length, warn)
-    with Engine(setting) as started:
-        rows, largest = measure_precision(started, exported, tokens, warn)
-    print_precision(rows, largest, values.tolerance, console(values.json))
-    measured = [row for row in rows if not row.refused]
-    write_json(values.json, dict(largest_logit=largest, num_tokens=len(tokens), rows=measured))
-
-
-@command(*SETTING, examples=["private calibrate --protocol=aby3"])
-def calibrate(values: Namespace) -> None:
-    """Measures the coefficients that `predict` uses under a setting: a quarter of an hour, an hour under cheetah."""
-    from jax_entropy.private.cost import model
-
-    model.calibrate(read_setting(values), warn)
 
 
 def _closing_engines(found: Command) -> Command:

@@ -24,6 +24,7 @@ SETTING = (
     Flag("fraction_bits", Setting().fraction_bits, "of the 64 bits of a number"),
     Flag("exponent", Setting().exponent, "quadratic, taylor or pade: how the exponential is computed"),
     Flag("exponent_iterations", Setting().exponent_iterations, "squarings of quadratic or taylor; 0: 6 and 10"),
+    Flag("layer_iterations", "", "of each layer, like 5,6,5: what `private precision --per_layer` finds"),
     Flag("low_bit_error", Setting().low_bit_error, "no: products of cheetah are exact below what is dropped"),
     Flag("colocated", Setting().colocated, "no: cheetah has the weights as shares, though the server knows them"),
 )
@@ -74,7 +75,12 @@ def read_models(names: Sequence[str], values: Namespace) -> "list[ModelConfig]":
 
 def read_setting(values: Namespace) -> Setting:
     """The engine's setting of a command's flags."""
-    return Setting(**{name: getattr(values, name) for name in Setting._fields}).check()
+    given = {name: getattr(values, name) for name in Setting._fields}
+    try:
+        by_layer = tuple(int(part) for part in given["layer_iterations"].split(",") if part)
+    except ValueError:
+        raise UserError(f"--layer_iterations={given['layer_iterations']} must be like 5,6,5") from None
+    return Setting(**given | dict(layer_iterations=by_layer)).check()
 
 
 def read_rewrites(without: str) -> "Rewrites":

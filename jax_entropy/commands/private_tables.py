@@ -84,8 +84,8 @@ def print_ablation(rows: list[Ablation], console: Console) -> None:
 
 
 def print_predictions(
-    predicted: list[Predicted], num_tokens: int, network: Network, network_name: str, price: PriceList,
-    console: Console,
+    predicted: list[Predicted], num_tokens: int, embedding: str, network: Network, network_name: str,
+    price: PriceList, console: Console,
 ) -> None:  # fmt: skip
     """Predicted bytes and rounds of models too large to wait for, the paper's own figures beside them."""
     numbers = ("MB sent", "ratio", "rounds", "ratio", f"s waiting on {network_name}", "$", "paper GB")
@@ -103,7 +103,8 @@ def print_predictions(
             f"{total.rounds:,}", f"{of.rounds / total.rounds:.2f}×", f"{waiting:,.0f}", f"{money:,.3f}", papers,
         ))  # fmt: skip
     console.print(table(("architecture", "export", "logits of", *numbers), rows, left=3))
-    console.print(f"$: a thousand tokens, read or written, all parties' bytes, {price.name}, {price.date}")
+    money = f"$: a thousand tokens, read or written, all parties' bytes, {price.name}, {price.date}"
+    console.print(f"{embedding} embedding; {money}")
 
 
 def print_precision(rows: list[Precision], largest_logit: float, tolerance: float, console: Console) -> None:
@@ -112,7 +113,8 @@ def print_precision(rows: list[Precision], largest_logit: float, tolerance: floa
     lines = []
     for row in rows:
         setting = row.setting
-        name = f"{setting.exponent} {setting.squarings}" if setting.squarings else setting.exponent
+        squarings = ",".join(map(str, setting.layer_iterations)) or setting.squarings
+        name = f"{setting.exponent} {squarings}" if squarings else setting.exponent
         cells = ("refused", "", "", "", "")
         if row.account:
             cells = (
@@ -129,21 +131,32 @@ def print_precision(rows: list[Precision], largest_logit: float, tolerance: floa
     if best is None:
         return console.print(f"none keeps all likeliest tokens and errors under {tolerance:.1%} of the largest logit")
     flags = f"--fraction_bits={best.setting.fraction_bits} --exponent={best.setting.exponent}"
-    if best.setting.squarings:
+    if best.setting.layer_iterations:
+        flags += f" --layer_iterations={','.join(map(str, best.setting.layer_iterations))}"
+    elif best.setting.squarings:
         flags += f" --exponent_iterations={best.setting.squarings}"
     console.print(f"cheapest with the same tokens and errors under {tolerance:.1%} of the largest logit: {flags}")
 
 
-def spent(accounts: list, num_tokens: int, seconds: float, setting: Setting) -> str:
-    """What generating took, in two lines."""
+def spent(accounts: list, came: list[float], seconds: float, peak: int, setting: Setting) -> str:
+    """What generating took, in two lines.
+
+    Args:
+      came: seconds after which each token was there.
+      peak: bytes of memory of the engine.
+    """
     prefill = next(account for name, account in accounts if name.startswith("prefill"))
     names = [name for name, _ in accounts]
-    first = names.index("step") if "step" in names else len(names)
-    rest = [account for name, account in accounts[first:] if name in ("step", "choose")]
-    line = f"{num_tokens} tokens in {seconds:.1f} s under {setting.protocol}; the prompt {_describe(prefill)}"
+    steps = [number for number, name in enumerate(names) if name.startswith("step ")]
+    rest = [account for name, account in accounts[steps[0] :] if name.startswith(("step ", "choose"))] if steps else []
+    line = f"{len(came)} tokens in {seconds:.1f} s under {setting.protocol}, "
+    if came:
+        line += f"the first after {came[0]:.1f} s, "
+    if len(came) > 1:
+        line += f"then {60 * (len(came) - 1) / (came[-1] - came[0]):.3g} a minute, "
+    line += f"peak memory {peak / 1e9:.2f} GB; the prompt {_describe(prefill)}"
     if rest:
-        steps = names.count("step")
-        line += f"\na token {_describe(Account(*(_mean(values, steps) for values in zip(*rest, strict=True))))}"
+        line += f"\na token {_describe(Account(*(_mean(values, len(steps)) for values in zip(*rest, strict=True))))}"
     return line
 
 

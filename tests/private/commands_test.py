@@ -58,6 +58,16 @@ def test_profile_of_a_workdir(workdir, tmp_path, capsys):
     assert (workdir / "figures" / "private.png").stat().st_size > 10_000  # both for the report
 
 
+def test_predict_prices_a_table_that_is_given_away(tmp_path, capsys):
+    sent = {}
+    for embedding in ("shared", "public"):
+        file = tmp_path / embedding
+        assert main(["private", "predict", "SM+ScFuFFN", f"--embedding={embedding}", f"--json={file}"]) == 0
+        assert f"{embedding} embedding" in capsys.readouterr().out
+        sent[embedding] = [row["bytes"][0] for row in json.loads(file.read_text())["rows"]]
+    assert all(public < shared for public, shared in zip(sent["public"], sent["shared"], strict=True))
+
+
 @pytest.mark.long
 def test_compare_and_its_ratios(tmp_path, capsys):
     assert main(["private", "compare", "SM+LN+R", "SM+ScFuFFN", *SMALL, f"--json={tmp_path / 'c.json'}"]) == 0
@@ -93,7 +103,7 @@ def test_the_ablation_has_a_row_for_each_rewrite(capsys):
     (["profile", "--architecture=SM", "--protocol=semi3k"], "did you mean 'semi2k'?"),
     (["compare"], "compare what? give architectures"),
     (["predict"], "predict what? give architectures"),
-    (["profile", "--architecture=SM", "--context_length=100000", "--num_layers=90"], "GB are free; take fewer tokens"),
+    (["profile", "--architecture=SM", "--context_length=100000", "--num_layers=90"], "take fewer tokens, layers"),
     (["keys"], "--directory is missing"),
     (["serve", "--workdir=nowhere", "--protocol=aby3"], "--keys is missing"),
     (["assist", "--server=here"], "--server='here' must be HOST:PORT"),
@@ -115,7 +125,10 @@ def test_the_ablation_has_a_row_for_each_rewrite(capsys):
     (["profile", "--architecture=SM", "--ablation", "--without=packed"], "goes without --without"),
     (["profile", "--architecture=SM", f"--json={'x' * 300}"], "a name of 300 bytes is too long"),
     (["profile", "--architecture=SM", "--workdir=x"], "--workdir and --architecture exclude each other"),
-    (["profile", "--architecture=SM", "--vocab_size=800000000"], "GB are free"),  # before there are any weights
+    (["profile", "--architecture=SM", "--vocab_size=800000000"], "GB of memory"),  # before there are any weights
+    (["predict", "SM", "--layer_iterations=5,6"], "layer_iterations names 2 layers, and the model has 12"),
+    (["predict", "SM", "--layer_iterations=a"], "--layer_iterations=a must be like 5,6,5"),
+    (["predict", "SM", "--layer_iterations=5", "--exponent=pade"], "layer_iterations are of exponent=quadratic"),
     (["compare", "SM", "--without=packed"], "there is no flag --without"),
     (["generate", "--workdir=nowhere", "--reveal=tokn"], "--reveal='tokn' is not known; did you mean 'token'?"),
     (["generate", "--workdir=nowhere", "--reveal=token", "--top_k=3"], "--top_k=3 needs --reveal=logits"),

@@ -9,10 +9,10 @@ import pytest
 
 from jax_entropy.architecture import architecture
 from jax_entropy.errors import UserError
-from jax_entropy.private.cost import model as cost_model
+from jax_entropy.private.cost import calibration
 from jax_entropy.private.cost.account import run_whole
-from jax_entropy.private.cost.memory import ciphertext_memory
-from jax_entropy.private.cost.model import calibrate, count_by_layers, predict, predict_total
+from jax_entropy.private.cost.memory import Layout, ciphertext_memory, layout
+from jax_entropy.private.cost.model import count_by_layers, predict, predict_total
 from jax_entropy.private.cost.profile import profile
 from jax_entropy.private.cost.work import Work, ciphertexts, work
 from jax_entropy.private.engine.engine import Setting
@@ -28,11 +28,10 @@ HELD_OUT = dict(num_layers=3, num_heads=5, model_dim=80, context_length=48, voca
 
 @pytest.fixture
 def measure(engine):
-    def measure(config, rewrites, setting, logits="every"):
-        exported = export(config, initial(config), rewrites, setting)
-        return profile(
-            engine(setting), exported, random_tokens(config.vocab_size, config.context_length), logits=logits
-        )
+    def measure(config, rewrites, setting, logits="every", embedding="shared", streamed=False):
+        exported = export(config, initial(config), rewrites, setting, embedding=embedding)
+        tokens = random_tokens(config.vocab_size, config.context_length)
+        return profile(engine(setting), exported, tokens, logits=logits, streamed=streamed)
 
     return measure
 
@@ -65,6 +64,17 @@ def test_one_token_of_held_out_shapes(measure, name):
     assert total.bytes[0] == pytest.approx(measured.bytes[0], rel=0.02)
     every = predict_total(config, 48, Setting())
     assert total.bytes[0] < every.bytes[0]
+
+
+@pytest.mark.parametrize(("protocol", "tolerance"), [("semi2k", 0), ("aby3", 0.02)])
+def test_a_table_that_is_given_away_and_squarings_by_layer(measure, protocol, tolerance):
+    """More squarings than the engine's, fewer than were measured, and a public head."""
+    config = architecture("EReg(SM(t)+ScFuFFN)", **HELD_OUT)
+    setting = Setting(protocol=protocol, layer_iterations=(5, 7, 6))
+    measured = measure(config, Rewrites(), setting, embedding="public").total()
+    total = predict_total(config, 48, setting, embedding="public")
+    assert total.rounds == pytest.approx(measured.rounds, rel=tolerance)
+    assert total.bytes[0] == pytest.approx(np.mean(measured.bytes), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["SM+LN+R", "EReg(SM(t)+ScFuFFN)"])
@@ -129,6 +139,19 @@ def test_memory_of_a_block_of_gpt2_small():
     assert 1.7 + ciphertext_memory(consists) / 1e9 == pytest.approx(13.8, rel=0.2)
 
 
+def test_the_simplest_layout_that_fits():
+    """Whole, then with products cut where that saves ciphertexts, then a layer at a time."""
+    config, cheetah = architecture("EReg(SM(t)+ScFuFFN)", num_layers=12), Setting(protocol="cheetah")
+    fits = lambda setting, limit, **more: layout(config, 128, setting, False, limit=limit, **more)  # noqa: E731
+    assert fits(Setting(), 12e9) == Layout()
+    assert fits(Setting(), 6e9, streamable=True) == Layout(streamed=True)
+    with pytest.raises(UserError, match=r"needs some 9\.\d GB of memory, and may take 6 GB"):
+        fits(Setting(), 6e9)
+    assert fits(cheetah, 200e9) == Layout()
+    cut = fits(cheetah, 16e9, streamable=True)
+    assert 0 < cut.piece < fits(cheetah, 40e9).piece
+
+
 def test_blocks_counted_by_layers(measure):
     config = architecture("SM+LN+R^2", num_layers=5, num_heads=2, model_dim=32, context_length=16, vocab_size=64)
     measured = measure(config, Rewrites(), Setting()).total()
@@ -147,6 +170,9 @@ def test_stages_add_up_to_the_whole_program(engine, measure):
     assert parts.total().rounds == pytest.approx(warm.rounds, rel=0.02)
     layers = [[e.warm.bytes for e in parts.entries if e.layer == layer] for layer in range(2)]
     assert layers[0] == layers[1]
+    streamed = measure(config, Rewrites(), Setting(), streamed=True)
+    for which in ("cold", "warm"):
+        assert streamed.total(which)[1:] == parts.total(which)[1:]
 
 
 # Megabytes and rounds of a forward pass of GPT-2 small on 128 tokens, as docs/benchmarks/private.md has them.
@@ -182,6 +208,6 @@ def test_what_was_not_measured_is_said(monkeypatch, tmp_path):
         predict(config, 48, Setting(fraction_bits=20))
     with pytest.raises(UserError, match="projections of SM was not measured"):
         predict(config, 48, Setting(), costs={"embedding optimised": dict(bytes=[[0, 0, 0]], rounds=[0])})
-    monkeypatch.setattr(cost_model, "_FILE", tmp_path / "costs.json")
+    monkeypatch.setattr(calibration, "FILE", tmp_path / "costs.json")
     with pytest.raises(UserError, match="costs.json cannot be written; calibrate from a checkout"):
-        calibrate(Setting(), print)
+        calibration.calibrate(Setting(), print)

@@ -11,7 +11,7 @@ from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import NO_REWRITES, REWRITES, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.forward import float32_logits, prefill, step
-from jax_entropy.private.program.stage import caches, compose, external_inputs
+from jax_entropy.private.program.stage import caches, compose, external_inputs, pieces
 from tests.private.helpers import plain_logits
 from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
 
@@ -49,6 +49,18 @@ def test_every_rewrite_alone_and_left_out_is_the_same_function(name, field):
     assert_equal_to_model(tiny(name, bias="all"), dataclasses.replace(Rewrites(), **{field: False}))
 
 
+@pytest.mark.parametrize("name", ["EReg(SM(t)+ScFuFFN^1)", "SM+LN+G+Conv2"])
+def test_products_in_pieces_are_the_same_function(name):
+    config = tiny(name, bias="all")
+    whole, cut = (export(config, scattered(config), piece=piece) for piece in (0, 200))
+    tokens = random_tokens(1, 16)[0]
+    np.testing.assert_allclose(float32_logits(cut, tokens), float32_logits(whole, tokens), atol=1e-5, rtol=0)
+    for size, other in ((61, 16), (48, 16)):
+        parts = pieces(size, other, 200)
+        assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]] and parts[-1].stop == size
+        assert max(part.stop - part.start for part in parts) * other <= 200 < size * other
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 8, 15])
 def test_any_number_of_tokens(num_tokens):
     assert_equal_to_model(tiny("EReg(SM(t)+ScFuFFN^1)"), Rewrites(), num_tokens)
@@ -75,7 +87,7 @@ def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, rewrites):
     for position in range(5, 16):
         past = {f"{name}.past": value for name, value in zip(names, cache, strict=True)}
         logits_1xV, *cache = run(
-            exported, step(exported.blueprint), ("logits", *names), **past,
+            exported, step(exported.blueprint, 8 if position < 8 else 16), ("logits", *names), **past,
             tokens=exported.blueprint.enter(tokens_T[position : position + 1]), position=jnp.int32(position),
         )  # fmt: skip
         np.testing.assert_allclose(logits_1xV[0], expected_TxV[position], **tolerance)

@@ -87,19 +87,20 @@ def test_cheetah_gives_a_token(engine):
     assert generate(model, PROMPT, 2) == greedy(config, PROMPT, 2)
 
 
-def test_one_step_program_serves_all_lengths_and_keeps_keys_and_values_as_shares(semi2k):
+def test_few_step_programs_serve_all_lengths_and_keep_keys_and_values_as_shares(semi2k):
     config = tiny("SM+LN+G")
     model = private_model(semi2k, config)
     new = generate(model, PROMPT, 13)
     assert new == greedy(config, PROMPT, 13)
     names = [name for name, _ in model.accounts]
-    assert names == ["open weights", "prefill 8"] + ["step"] * 12
-    assert set(model.programs) == {"open weights", "prefill 8", "step"}
-    assert {"0.k", "0.v", "1.k", "1.v"} == set(model.programs["step"][0]) & set(model.programs["step"][1])
-    steps = [account for name, account in model.accounts if name == "step"]
-    assert len({account.rounds for account in steps}) == 1
-    # whatever the position, a step sends the same
-    assert len({account.bytes for account in steps}) == 1
+    assert names == ["open weights", "prefill 8"] + ["step 8"] * 5 + ["step 16"] * 7
+    for program in ("step 8", "step 16"):
+        inputs, outputs = model.programs[program]
+        assert {"0.k", "0.v", "1.k", "1.v"} == {*inputs} & {*outputs}
+        # whatever the position, a step sends the same
+        assert len({account[1:] for name, account in model.accounts if name == program}) == 1
+    first, last = (dict(model.accounts)[name] for name in ("step 8", "step 16"))
+    assert first.bytes[0] < last.bytes[0] and first.rounds <= last.rounds
 
 
 def test_weights_are_opened_once(engine):

@@ -85,6 +85,8 @@ def sound(value, hint):
         return all(sound(item, value.__annotations__[name]) for name, item in zip(value._fields, value, strict=True))
     if isinstance(value, dict):
         return all(isinstance(name, str) and all(type(n) is int for n in item) for name, item in value.items())
+    if isinstance(value, tuple):
+        return all(type(n) is int for n in value)
     return type(value) in getattr(hint, "__args__", (hint,))
 
 
@@ -127,7 +129,7 @@ def test_a_message_out_of_turn_is_refused():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (dict(num_heads=7), "not divisible"),
+    (dict(num_heads=7), "not divisible"), (dict(num_layers=4), "squarings of 3 layers, and the model has 4"),
     (dict(num_layers=3), "is missing, or nothing reads it"),
     (dict(num_layers=100_000), "100000 layers with so few weights"),
     (dict(activation="gelu2"), "did you mean 'gelu'"),
@@ -135,6 +137,7 @@ def test_a_message_out_of_turn_is_refused():
 ])  # fmt: skip
 def test_an_offer_whose_parts_do_not_fit_is_refused(change, message):
     fields = json.loads(write(offer("SM+LN+R^1")))
+    fields["blueprint"]["squarings"] = [6] * 3 if change.get("num_layers") == 4 else []
     fields["blueprint"]["config"] |= change
     with pytest.raises(UserError, match=message):
         read(json.dumps(fields).encode(), Offer)

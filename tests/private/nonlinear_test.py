@@ -36,6 +36,17 @@ def test_work_of_a_maximum():
 def test_a_bent_argument_is_closer_by_an_order(squarings):
     x = np.linspace(-1.7 * 2**squarings, 0, 2000)
     power = lambda x: (1 + x / 2**squarings) ** (2**squarings)  # noqa: E731
-    error = np.abs(power(np.asarray(bent(x, squarings=squarings), np.float64)) - np.exp(x)).max()
+    error = np.abs(power(np.asarray(bent(x, squarings=squarings, of_engine=squarings), np.float64)) - np.exp(x)).max()
     assert error < 0.3 / 4**squarings  # of the argument as it is: 0.27 / 2ⁿ⁺¹
     assert np.abs(power(x[-200:]) - np.exp(x[-200:])).max() > 5 * error
+
+
+def test_what_the_engine_squares_less_the_program_squares():
+    x = np.linspace(-20, 0, 500)
+    y = x / 2**6
+    expected = (1 + y + y**2 / 2) ** 2**6
+    for of_engine in (4, 5, 6):
+        b = np.asarray(bent(x, squarings=6, of_engine=of_engine), np.float64)
+        np.testing.assert_allclose(
+            ((1 + b / 2**of_engine) ** 2**of_engine) ** 2 ** (6 - of_engine), expected, atol=2e-5
+        )

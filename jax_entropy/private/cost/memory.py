@@ -1,8 +1,10 @@
-"""The memory that a private run will need, checked before there are any weights."""
+"""The memory that a private run will need, and how it is laid out to fit, known before there are any weights."""
 
+import itertools
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.errors import UserError
@@ -32,18 +34,30 @@ def _free_memory() -> float:
         return math.inf
 
 
-def check_size(
-    config: ModelConfig, num_tokens: int, setting: Setting, plain: bool, *, limit: float, logits: str = "every",
-    embedding: str = "shared",
-) -> None:  # fmt: skip
-    """Checks that a run fits, to be called before variables are made.
+class Layout(NamedTuple):
+    """How a run is laid out in memory.
 
-    Per party: weights as shares, masks and products, and a dozen arrays of the largest of scores, hidden, one-hot and
-    logits; under CHEETAH, the polynomials of its products instead of arrays.
+    piece: of how many weights a product is at most; 0: all are whole. streamed: weights are shared a layer at a time.
+    """
+
+    piece: int = 0
+    streamed: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"products of {self.piece / 1e6:.2g} million weights at most"] if self.piece else []
+        return ", ".join([*parts, *(["weights a layer at a time"] if self.streamed else [])])
+
+
+def layout(
+    config: ModelConfig, num_tokens: int, setting: Setting, plain: bool, *, limit: float, logits: str = "every",
+    embedding: str = "shared", streamable: bool = False,
+) -> Layout:  # fmt: skip
+    """The simplest layout in which a run fits, to be called before variables are made.
 
     Args:
       limit: bytes that the engine may take.
       logits, embedding: as `profile`.
+      streamable: whether a weight is needed for one stage only; not where more tokens follow.
     Raises:
       UserError: the tokens do not fit into the context, or a run into the limit.
     """
@@ -51,38 +65,65 @@ def check_size(
         raise UserError(
             f"num_tokens={num_tokens} must lie between 1 and the model's context_length={config.context_length}"
         )
-    T, L, N, D, V = num_tokens, config.num_layers, config.num_heads, config.model_dim, config.vocab_size
-    is_shared = embedding == "shared"
-    matrices = (4 + 2 * config.hidden_dim / D) * D**2 * L + (2 if is_shared else 1) * V * D
-    needed = setting.num_parties * 8 * 4 * matrices
-    if setting.protocol == "cheetah":
-        needed += 1.7e9 + ciphertext_memory(work(config, T, plain, setting.protocol, logits))
-    else:
-        copies = {"semi2k": 16, "aby3": 24}[setting.protocol]
-        rows = T if is_shared or logits == "every" else 1
-        needed += setting.num_parties * 8 * copies * max(N * T * T, T * config.hidden_dim, rows * V)
-    if needed > limit:
+    # Elsewhere than under CHEETAH each piece would be opened anew.
+    cuts = [0, *(1 << power for power in range(24, 17, -1))] if setting.protocol == "cheetah" else [0]
+    layouts = [Layout(*of) for of in itertools.product(cuts, (False, True)[: 1 + streamable])]
+    needed = {of: _needed(config, num_tokens, setting, plain, logits, embedding, of) for of in layouts}
+    found = next((of for of in layouts if needed[of] <= limit), None)
+    if found is None:
         hints = [
             *(["one token's logits (logits=last)"] if logits == "every" else []),
-            *(["a table that is given away (embedding=public)"] if is_shared else []),
+            *(["a table that is given away (embedding=public)"] if embedding == "shared" else []),
         ]
         raise UserError(
-            f"{config} on {T} tokens under {setting.protocol} needs some {needed / 1e9:.0f} GB, and "
-            f"{limit / 1e9:.0f} GB are free; take fewer tokens, layers or entries of the vocabulary"
+            f"{config} on {num_tokens} tokens under {setting.protocol} needs some {min(needed.values()) / 1e9:.2g} GB "
+            f"of memory, and may take {limit / 1e9:.2g} GB; take fewer tokens, layers or entries of the vocabulary"
             + "".join(f", or {hint}" for hint in hints)
         )
+    return found
 
 
-def ciphertext_memory(found: dict[str, list[Work]]) -> float:
+def _needed(
+    config: ModelConfig, num_tokens: int, setting: Setting, plain: bool, logits: str, embedding: str, of: Layout
+) -> float:
+    """Bytes of all parties together.
+
+    Each has weights as shares, masks and products, and a dozen arrays of the largest of scores, hidden, one-hot and
+    logits; under CHEETAH, the polynomials of its products instead of arrays.
+    """
+    T, L, N, D, V = num_tokens, config.num_layers, config.num_heads, config.model_dim, config.vocab_size
+    is_shared = embedding == "shared"
+    layer, table = (4 + 2 * config.hidden_dim / D) * D**2, V * D
+    matrices = max(layer, table) if of.streamed else layer * L + (2 if is_shared else 1) * table
+    needed = setting.num_parties * 8 * 4 * matrices
+    if setting.protocol == "cheetah":
+        return needed + 1.7e9 + ciphertext_memory(work(config, T, plain, "cheetah", logits, embedding), of.piece)
+    copies = {"semi2k": 16, "aby3": 24}[setting.protocol]
+    rows = T if is_shared or logits == "every" else 1
+    return needed + setting.num_parties * 8 * copies * max(N * T * T, T * config.hidden_dim, rows * V)
+
+
+def ciphertext_memory(found: dict[str, list[Work]], piece: int = 0) -> float:
     """Bytes that CHEETAH's two parties hold at their peak, roughly, beside what they hold of any model.
 
     The largest product's factors and results as polynomials, and some 16 kB for each number of the largest nonlinear
     operation.
+
+    Args:
+      piece: of how many weights a product is at most.
     """
-    polynomial = 3 * 8 * SLOTS  # three moduli
-    parts = [of for parts in found.values() for of in parts]
+    polynomial, largest = 3 * 8 * SLOTS, 0  # three moduli
+    for kind, parts in found.items():
+        for of in parts:
+            for rows, inner, columns in of.products:
+                count = math.ceil(inner * columns / piece) if piece and of.private else 1
+                cut = (
+                    (math.ceil(inner / count), columns) if kind == "embedding" else (inner, math.ceil(columns / count))
+                )
+                largest = max(largest, _polynomials((rows, *cut)))
+    parts = [of for kind, parts in found.items() if kind != "vocabulary" for of in parts]
     most = max((max((*of.elements, *of.multiplied), default=0) for of in parts), default=0)
-    return max(map(_polynomials, {shape for of in parts for shape in of.products})) * polynomial + 16e3 * most
+    return largest * polynomial + 16e3 * most
 
 
 def _polynomials(shape: tuple[int, int, int]) -> int:

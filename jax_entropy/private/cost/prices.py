@@ -11,13 +11,17 @@ _FILE = Path(__file__).with_name("prices.json")
 
 
 class PriceList(NamedTuple):
-    """US dollars for a gigabyte that leaves a data center, and for an hour of a core."""
+    """US dollars for a gigabyte that leaves a data center, and for an hour of a core.
+
+    checked: when and where each number was looked up again, and what could not be confirmed.
+    """
 
     name: str
     date: str
     gigabyte: float
     core_hour: float
     source: str
+    checked: str
 
 
 def read_prices() -> dict[str, PriceList]:

@@ -4,6 +4,7 @@ Bytes are what each party sends to all others, rounds are causal (a Lamport cloc
 computing on this machine.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,13 +16,14 @@ from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import KINDS
 from jax_entropy.model import Transformer
 from jax_entropy.private.cost.account import add, on_network, read_network
+from jax_entropy.private.cost.memory import Layout
 from jax_entropy.private.engine.engine import Account, Engine, Setting
 from jax_entropy.private.program.blueprint import Rewrites
 from jax_entropy.private.program.export import Export, export
 from jax_entropy.private.program.fixed_point import check_range, random_tokens
 from jax_entropy.private.program.forward import forward, last
-from jax_entropy.private.program.stage import LAST, Stage, input_types, run_stage
-from jax_entropy.private.session.inference import PrivateModel
+from jax_entropy.private.program.stage import LAST, TOKENS, Stage, external_inputs, input_types, run_stage
+from jax_entropy.private.session.inference import CLIENT, PrivateModel
 
 
 class Entry(NamedTuple):
@@ -72,25 +74,25 @@ def random_variables(config: ModelConfig) -> Any:
 
 def measure(
     config: ModelConfig, variables: Any, rewrites: Rewrites, num_tokens: int, setting: Setting,
-    notify: Callable[[str], None], logits: str = "every", embedding: str = "shared",
+    notify: Callable[[str], None], logits: str = "every", embedding: str = "shared", layout: Layout = Layout(),
 ) -> Profile:  # fmt: skip
     """The profile of a model on random tokens, under an engine of its own.
 
     Raises:
       UserError: its values leave the range of fixed point.
     """
-    exported, tokens = (
-        export(config, variables, rewrites, setting, embedding=embedding),
-        random_tokens(config.vocab_size, num_tokens),
-    )
+    exported = export(config, variables, rewrites, setting, embedding=embedding, piece=layout.piece)
+    tokens = random_tokens(config.vocab_size, num_tokens)
     check_range(exported, tokens, setting)
+    if layout != Layout():
+        notify(f"to fit into memory: {layout}")
     with Engine(setting) as engine:
-        return profile(engine, exported, tokens, notify, logits)
+        return profile(engine, exported, tokens, notify, logits, layout.streamed)
 
 
 def profile(
     engine: Engine, exported: Export, tokens: Sequence[int], notify: Callable[[str], None] = lambda line: None,
-    logits: str = "every",
+    logits: str = "every", streamed: bool = False,
 ) -> Profile:  # fmt: skip
     """Runs every stage of a forward pass under a new engine, twice, and accounts for it.
 
@@ -98,53 +100,71 @@ def profile(
       tokens: the prompt.
       notify: called with a line on the layer that begins.
       logits: of "every" position, or of the "last" one.
+      streamed: weights are shared a layer at a time, and dropped after it.
     """
-    blueprint = exported.blueprint
+    blueprint, model = exported.blueprint, PrivateModel(engine, exported.blueprint)
     stages = (last if logits == "last" else forward)(blueprint, len(tokens))
-    model = PrivateModel.of(engine, exported)
-    model.put_tokens(tokens)
+    engine.put([TOKENS], CLIENT, {TOKENS: exported.enter(tokens)})
     model.put_public(LAST, len(tokens) - 1)
-    runs = [
-        _run_stages(
-            model, stages, len(tokens),
-            lambda layer, run=run: notify(f"{layer + 1} of {blueprint.config.num_layers} layers, {run}"),
-        )
-        for run in ("cold", "warm")
-    ]  # fmt: skip
-    names = {kind.name for kind in KINDS}
-    entries = tuple(
-        Entry(stage.kind, stage.layer, cold, warm)
-        for stage, cold, warm in zip(stages, *runs, strict=True)
-        if any(cold.messages) or stage.kind in names  # splitting into heads is no operation, and free
-    )
+    parts = [[*of] for _, of in itertools.groupby(stages, lambda stage: stage.layer)] if streamed else [stages]
+    names, types, entries = {kind.name for kind in KINDS}, {}, []
+    for number, part in enumerate(parts):
+        model.share_weights(exported.weights, blueprint.present(*external_inputs(part)) if streamed else None)
+        runs = [
+            _run_stages(
+                model, part, len(tokens), dict(types) if cold else types, cold,
+                lambda layer, cold=cold: notify(
+                    f"{layer + 1} of {blueprint.config.num_layers} layers, {'cold' if cold else 'warm'}"
+                ),
+            )
+            for cold in (True, False)
+        ]  # fmt: skip
+        entries += [
+            Entry(stage.kind, stage.layer, cold, warm)
+            for stage, cold, warm in zip(part, *runs, strict=True)
+            if any(cold.messages) or stage.kind in names  # splitting into heads is no operation, and free
+        ]
+        if streamed:
+            read_later = external_inputs([stage for later in parts[number + 1 :] for stage in later])
+            engine.keep([name for name in (*types, TOKENS, LAST) if name in read_later])
     return Profile(
         str(blueprint.config), str(blueprint.rewrites), engine.setting, len(tokens), logits,
         blueprint.embedding, engine.peak_memory(),
-        entries,
+        tuple(entries),
     )  # fmt: skip
 
 
 def _run_stages(
-    model: PrivateModel, stages: list[Stage], num_tokens: int, notify: Callable[[int], None]
-) -> list[Account]:
-    accounts, known, layer = [], {}, None
+    model: PrivateModel, stages: list[Stage], num_tokens: int, known: dict[str, jax.ShapeDtypeStruct], cold: bool,
+    notify: Callable[[int], None],
+) -> list[Account]:  # fmt: skip
+    """Runs stages one by one; a cold run leaves alone what they read, and writes beside it.
+
+    Args:
+      known: types of what was written before, and after it of what these write.
+    """
+    accounts, written, layer = [], set(), None
+    names = lambda of: tuple(f"cold {name}" if cold and name in written else name for name in of)  # noqa: E731
     for stage in stages:
         if stage.layer not in (None, layer):
             notify(stage.layer)
         layer = stage.layer
         types = dict(zip(stage.inputs, input_types(model.blueprint, stage.inputs, num_tokens, known), strict=True))
-        # stages of different layers differ in names only, or in their windows
-        window = None if layer is None else model.blueprint.config.windows[layer]
+        # stages of different layers differ in names only, in their windows, or in the squarings of their exponentials
+        varied = (model.blueprint.config.windows, model.blueprint.squarings)
+        own = None if layer is None else [values[layer] for values in varied if values]
         key = "|".join(
             [
-                f"{stage.kind} {window}",
+                f"{stage.kind} {own}",
                 *(f"{_bare(name)}{value.shape}" for name, value in types.items()),
                 *map(_bare, stage.outputs),
             ]
         )
         if key not in model.programs:
             model.load(key, stage.function, stage.inputs, stage.outputs, num_tokens, known)
-        accounts.append(model.engine.run(key, stage.inputs, stage.outputs))
+        inputs = names(stage.inputs)
+        written.update(stage.outputs)
+        accounts.append(model.engine.run(key, inputs, names(stage.outputs)))
         results = jax.eval_shape(lambda known, stage=stage: run_stage(stage, known), types)
         known |= zip(stage.outputs, results, strict=True)
     return accounts

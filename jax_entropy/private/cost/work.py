@@ -34,8 +34,14 @@ class Work(NamedTuple):
     waits: tuple[int, ...] = (1,)
 
 
-def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logits: str) -> dict[str, list[Work]]:
-    """The work of every kind in a forward pass, for the logits of "every" position or of the "last" one."""
+def work(
+    config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logits: str, embedding: str = "shared"
+) -> dict[str, list[Work]]:
+    """The work of every kind in a forward pass, for the logits of "every" position or of the "last" one.
+
+    Args:
+      embedding: "shared", or "public": rows come in as the client looks them up, and a tied head is a public number.
+    """
     T, D, F, V = num_tokens, config.model_dim, config.hidden_dim, config.vocab_size
     N, S = config.num_heads, num_tokens + config.num_slots
     L, ffn = config.num_layers, config.num_layers - config.ffn_free_layers
@@ -91,6 +97,10 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
             found[kind] = [of[kind]._replace(parts=count) for of, count in each]
     final_rows = 1 if logits == "last" else T
     found["vocabulary"] = [Work(1, ((final_rows, D, V),))]
+    if embedding == "public":
+        found["embedding"] = []
+        if config.tied_head:
+            found["vocabulary"] = [Work(1, elements=(final_rows * V,))]
     for norm, kind in NORMS.items():
         counts = [(L, T), *with_ffn] if config.norm == norm else []
         counts += [(1, final_rows)] if config.final_norm == norm else []
@@ -103,6 +113,17 @@ def work(config: ModelConfig, num_tokens: int, plain: bool, protocol: str, logit
         found[kind] = [Work(count, **of(T)) for count, T in counts]
     found = {kind: [part for part in parts if part.parts] for kind, parts in found.items()}
     return {kind: parts for kind, parts in found.items() if parts}
+
+
+def exponentials(config: ModelConfig, layer: int, num_tokens: int, plain: bool, alone: bool) -> int:
+    """Of how many scores a layer takes the exponential; alone: for a single row."""
+    N, S = config.num_heads, num_tokens + config.num_slots
+    if plain:
+        return N * num_tokens * S
+    if alone:
+        return N * (min(num_tokens, config.windows[layer]) + config.num_slots)
+    tiles = Tiles.of(config, layer, num_tokens, packed=True)
+    return N * sum(map(len, tiles.rows)) * tiles.height * tiles.width
 
 
 def _attention_as_written(config: ModelConfig, T: int) -> dict[str, list[Work]]:

@@ -35,6 +35,7 @@ class Setting(NamedTuple):
     fraction_bits: of 64. exponent: "quadratic", (1 + y + y²/2)^(2ⁿ) with y = x/2ⁿ; "taylor", (1 + y)^(2ⁿ); or "pade".
     exponent_iterations: n of the first two; 0: 6 and 10. colocated: CHEETAH may use that the server knows its own
     weights. low_bit_error: its products of two secrets may be off by one in the bits that truncation drops.
+    layer_iterations: n of each layer, of the first; (): the same in all.
     """
 
     protocol: str = "semi2k"
@@ -43,6 +44,7 @@ class Setting(NamedTuple):
     exponent_iterations: int = 0
     colocated: bool = True
     low_bit_error: bool = True
+    layer_iterations: tuple[int, ...] = ()
 
     @property
     def num_parties(self) -> int:
@@ -50,13 +52,24 @@ class Setting(NamedTuple):
 
     @property
     def squarings(self) -> int:
-        """n of the exponential."""
+        """n of the engine's exponential; what a layer has more, the program squares itself."""
+        if self.layer_iterations:
+            return min(self.layer_iterations)
         return self.exponent_iterations or {"quadratic": 6, "taylor": 10, "pade": 0}[self.exponent]
 
-    @property
-    def bent_squarings(self) -> int:
-        """n where the argument is bent before, which the program does; 0 where it is not."""
-        return self.squarings if self.exponent == "quadratic" else 0
+    def bent_squarings(self, num_layers: int) -> tuple[int, ...]:
+        """n of each layer where the argument is bent before, which the program does; () where it is not.
+
+        Raises:
+          UserError: n is given for another number of layers.
+        """
+        if self.exponent != "quadratic":
+            return ()
+        if self.layer_iterations and len(self.layer_iterations) != num_layers:
+            raise UserError(
+                f"layer_iterations names {len(self.layer_iterations)} layers, and the model has {num_layers}"
+            )
+        return self.layer_iterations or (self.squarings,) * num_layers
 
     def heads_at_once(self, num_heads: int) -> int:
         """How many heads one product should serve; a divisor of their number."""
@@ -77,6 +90,11 @@ class Setting(NamedTuple):
             raise UserError(f"fraction_bits={self.fraction_bits} must lie between 10 and 26")
         if self.exponent_iterations and not 4 <= self.exponent_iterations <= 12:
             raise UserError(f"exponent_iterations={self.exponent_iterations} must lie between 4 and 12, or be 0")
+        for squarings in self.layer_iterations:
+            if not 4 <= squarings <= 12:
+                raise UserError(f"layer_iterations={squarings} of a layer must lie between 4 and 12")
+        if self.layer_iterations and (self.exponent != "quadratic" or self.exponent_iterations):
+            raise UserError("layer_iterations are of exponent=quadratic, and go without exponent_iterations")
         return self
 
     def for_engine(self) -> dict[str, Any]:
@@ -252,6 +270,11 @@ class Engine:
         """Runs a program on named arrays and keeps the results, as shares, under the names of `outputs`."""
         result = self.ask("run", program=program, inputs=list(inputs), outputs=list(outputs))
         return Account(result["seconds"], tuple(result["bytes"]), tuple(result["messages"]), result["rounds"])
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Drops every array but these; opened weights are forgotten."""
+        self.ask("keep", names=list(names), anew=self.has_opened)
+        self.has_opened = False
 
     def peak_memory(self) -> int:
         """Bytes that the subprocess, all of its parties together, held at most."""

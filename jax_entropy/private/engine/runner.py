@@ -45,9 +45,9 @@ class Machine:
         Whatever was there before is gone: arrays, programs, and what a runtime knows of weights that it opened.
         """
         self.contexts = self.runtimes = None
-        self.num_parties, self.programs, config = num_parties, {}, engine_config(config)
-        self.public = set()  # names of what everybody has
-        self.io = spu.Io(num_parties, config)
+        self.num_parties, self.programs, self.config = num_parties, {}, engine_config(config)
+        self.held, self.public = set(), set()  # names of arrays, and of those that everybody has
+        self.io = spu.Io(num_parties, self.config)
         self.ranks = [link["rank"]] if link else list(range(num_parties))
         self.clocks = [Clock(num_parties) for _ in self.ranks]
         if link:  # (from, to): where messages wait, and where they are put
@@ -70,8 +70,25 @@ class Machine:
             return libspu.link.create_with_channels(description, a, channels)
 
         self.contexts = self._together(join)
-        # a runtime sets itself up with the others
-        self.runtimes = self._together(lambda i: spu.Runtime(self.contexts[i], config))
+        self._start_runtimes()
+
+    def _start_runtimes(self) -> None:
+        """A runtime sets itself up with those of the others."""
+        self.runtimes = self._together(lambda i: spu.Runtime(self.contexts[i], self.config))
+
+    def keep(self, names, anew) -> None:
+        """Drops all arrays but these; anew: and what the runtimes know of weights that they opened."""
+        if anew:
+            shares = [[runtime.get_var(name) for name in names] for runtime in self.runtimes]
+            self._start_runtimes()
+            for runtime, kept in zip(self.runtimes, shares, strict=True):
+                for name, share in zip(names, kept, strict=True):
+                    runtime.set_var(name, share)
+        else:
+            for runtime in self.runtimes:
+                for name in self.held - {*names}:
+                    runtime.del_var(name)
+        self.held = {*names}
 
     def _together(self, function) -> list:
         """The results of function(i) for every party here, run at the same time."""
@@ -106,6 +123,7 @@ class Machine:
         arrays = np.load(file) if file else None
         own = range(self.num_parties) if len(self.ranks) > 1 else [owner]
         (self.public.update if visibility == "public" else self.public.difference_update)(names)
+        self.held.update(names)
         for name in names:
             if set(self.ranks) & set(own):
                 hint = owner if colocated else -1
@@ -149,6 +167,7 @@ class Machine:
             self.clocks[i].end()
 
         self._together(run)
+        self.held.update(outputs)
         return dict(
             seconds=time.perf_counter() - start,
             bytes=[sum(clock.sent) - sent for clock, (sent, _) in zip(self.clocks, before, strict=True)],

@@ -16,7 +16,7 @@ import numpy as np
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.parts import visible_keys
 from jax_entropy.private.program.blueprint import Blueprint
-from jax_entropy.private.program.nonlinear import at_once, bent, halvings, largest, reciprocal
+from jax_entropy.private.program.nonlinear import at_once, exponential, halvings, largest, reciprocal
 from jax_entropy.private.program.stage import PAST, POSITION, Stage
 
 
@@ -70,7 +70,7 @@ def attention(blueprint: Blueprint, layer: int, num_tokens: int) -> list[Stage]:
         *_tempered(blueprint, layer, rows),
         *after_slots,
         Stage("scores", layer, scores, (q, keys, *divided), ("scores",)),
-        *_softmax(blueprint, layer, functools.partial(_causal_weights, blueprint, tiles)),
+        *_softmax(blueprint, layer, functools.partial(_causal_weights, blueprint, layer, tiles)),
         _mixed(blueprint, layer, values, mix),
     ]
 
@@ -125,8 +125,11 @@ def _softmax(blueprint: Blueprint, layer: int, exponentials: Callable, *extra: s
     return [*capped, Stage(kind, layer, function, ("scores", *extra), outputs)]
 
 
-def _exp(blueprint: Blueprint, x: jax.Array) -> jax.Array:
-    return jnp.exp(bent(x, squarings=blueprint.squarings) if blueprint.squarings else x)
+def _exp(blueprint: Blueprint, layer: int, x: jax.Array, seen: jax.Array) -> jax.Array:
+    """Of what is seen, elsewhere 0."""
+    if not blueprint.squarings:
+        return jnp.where(seen, jnp.exp(x), 0.0)
+    return exponential(x, seen, blueprint.squarings[layer], min(blueprint.squarings))
 
 
 def _power(scores: jax.Array, exponent: int) -> jax.Array:
@@ -188,7 +191,9 @@ class Tiles(NamedTuple):
         return [[j for j in range(S // self.width) if self.cut(self.seen, i, j).any()] for i in range(T // self.height)]
 
 
-def _causal_weights(blueprint: Blueprint, tiles: Tiles, scores_NxTxS: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _causal_weights(
+    blueprint: Blueprint, layer: int, tiles: Tiles, scores_NxTxS: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """exp(score − row maximum) of what is seen, or a power, elsewhere 0 [N, T, S], and its row sums [N, T].
 
     Scores that are not seen are replaced by the query's score of its own key, so that the exponential never sees a
@@ -216,8 +221,9 @@ def _causal_weights(blueprint: Blueprint, tiles: Tiles, scores_NxTxS: jax.Array)
     )
     changed = {place: partial_NxPxQxK[:, number] for number, place in enumerate(partial)}
     stack_NxPxQxK = jnp.stack([changed.get(place, tiles.cut(scores_NxTxS, *place)) for place in places], axis=1)
+    visible_PxQxK = np.stack([tiles.cut(tiles.seen, *place) for place in places])
     if blueprint.config.power:
-        e_NxPxQxK = _power(stack_NxPxQxK, blueprint.config.power)
+        e_NxPxQxK = jnp.where(visible_PxQxK[None], _power(stack_NxPxQxK, blueprint.config.power), 0.0)
     else:
         largest_NxPxQ = top(stack_NxPxQxK, halvings(tiles.width))
         # rows with fewer tiles are filled up with their last, so that one maximum serves them all
@@ -228,9 +234,7 @@ def _causal_weights(blueprint: Blueprint, tiles: Tiles, scores_NxTxS: jax.Array)
         )
         row_NxIxQ = top(rows_NxIxQxJ, at_once(most))
         below_NxPxQ = jnp.stack([row_NxIxQ[:, i] for i, _ in places], axis=1)
-        e_NxPxQxK = _exp(blueprint, stack_NxPxQxK - below_NxPxQ[..., None])
-    visible_PxQxK = np.stack([tiles.cut(tiles.seen, *place) for place in places])
-    e_NxPxQxK = jnp.where(visible_PxQxK[None], e_NxPxQxK, 0.0)
+        e_NxPxQxK = _exp(blueprint, layer, stack_NxPxQxK - below_NxPxQ[..., None], visible_PxQxK[None])
     sums_NxPxQ = e_NxPxQxK.sum(-1)
     total_NxT = jnp.concatenate([sum(sums_NxPxQ[:, index[i, j]] for j in row) for i, row in enumerate(rows)], axis=-1)
     empty, columns = jnp.zeros((N, tiles.height, tiles.width)), range(tiles.seen.shape[1] // tiles.width)
@@ -252,8 +256,12 @@ def tile_edge(num_tokens: int, window: int) -> int:
     return edge
 
 
-def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
-    """As `attention`, for one token at `position`, whose key and value are written into the caches before."""
+def cached_attention(blueprint: Blueprint, layer: int, num_keys: int) -> list[Stage]:
+    """As `attention`, for one token at `position`, whose key and value are written into the caches before.
+
+    Args:
+      num_keys: the first of the caches, beyond which nothing is written yet.
+    """
 
     def write(cache_SxNxH: jax.Array, new_1xNxH: jax.Array, position: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(cache_SxNxH, new_1xNxH, position, axis=0)
@@ -261,19 +269,20 @@ def cached_attention(blueprint: Blueprint, layer: int) -> list[Stage]:
     # the projections wrote the new key and value over the names of the cache, which came in as past
     names = [f"{layer}.{name}" for name in "kv"]
     writes = [Stage("cache", layer, write, (name + PAST, name, POSITION), (name,)) for name in names]
-    return [*writes, *single_query(blueprint, layer, POSITION)]
+    return [*writes, *single_query(blueprint, layer, POSITION, num_keys)]
 
 
-def single_query(blueprint: Blueprint, layer: int, at: str) -> list[Stage]:
+def single_query(blueprint: Blueprint, layer: int, at: str, num_keys: int) -> list[Stage]:
     """The query of one token and the keys and values of all → its `mixed` [1, D]; those behind it do not count.
 
     Args:
       at: the name of its position.
+      num_keys: of which the first so many are looked at.
     """
     q, k, v = (f"{layer}.{name}" for name in "qkv")
     divided = blueprint.present(f"{layer}.temperature")
     N, H = blueprint.config.num_heads, blueprint.config.head_dim
-    near, names = _within_window(blueprint, layer, at, k, v)
+    near, names = _within_window(blueprint, layer, at, num_keys, k, v)
     after_slots, (keys, values) = _after_slots(blueprint, layer, *names)
     slots, window = blueprint.config.num_slots, blueprint.config.windows[layer]
 
@@ -293,12 +302,11 @@ def single_query(blueprint: Blueprint, layer: int, at: str) -> list[Stage]:
         own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, own, 1, axis=2)
         scores_Nx1xS = jnp.where(seen_1x1xS, scores_Nx1xS, own_Nx1x1)
         if blueprint.config.power:
-            e_Nx1xS = _power(scores_Nx1xS, blueprint.config.power)
+            e_Nx1xS = jnp.where(seen_1x1xS, _power(scores_Nx1xS, blueprint.config.power), 0.0)
         else:
             many = blueprint.rewrites.tournament
             top_Nx1 = largest(scores_Nx1xS, at_once(seen_1x1xS.size)) if many else scores_Nx1xS.max(-1)
-            e_Nx1xS = _exp(blueprint, scores_Nx1xS - top_Nx1[..., None])
-        e_Nx1xS = jnp.where(seen_1x1xS, e_Nx1xS, 0.0)
+            e_Nx1xS = _exp(blueprint, layer, scores_Nx1xS - top_Nx1[..., None], seen_1x1xS)
         return e_Nx1xS, e_Nx1xS.sum(-1)
 
     def mix(weights_Nx1xS: jax.Array, v_SxNxH: jax.Array) -> jax.Array:
@@ -317,16 +325,18 @@ def single_query(blueprint: Blueprint, layer: int, at: str) -> list[Stage]:
     ]
 
 
-def _within_window(blueprint: Blueprint, layer: int, at: str, *names: str) -> tuple[list[Stage], tuple[str, ...]]:
-    """What a layer's window leaves of keys and values, the last up to a position, and their names."""
+def _within_window(
+    blueprint: Blueprint, layer: int, at: str, num_keys: int, *names: str
+) -> tuple[list[Stage], tuple[str, ...]]:
+    """What a layer's window leaves of the first keys and values, the last up to a position, and their names."""
     window = blueprint.config.windows[layer]
-    if window == blueprint.config.context_length:
-        return [], names
 
     def cut(k_SxNxH: jax.Array, v_SxNxH: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
+        first = [x[:num_keys] for x in (k_SxNxH, v_SxNxH)]
+        if window >= num_keys:
+            return tuple(first)
         start = jnp.maximum(position - window + 1, 0)
-        size = min(window, len(k_SxNxH))
-        return tuple(jax.lax.dynamic_slice_in_dim(x, start, size) for x in (k_SxNxH, v_SxNxH))
+        return tuple(jax.lax.dynamic_slice_in_dim(x, start, window) for x in first)
 
     near = tuple(f"{name}.near" for name in names)
     return [Stage("window", layer, cut, (*names, at), near)], near

@@ -76,9 +76,10 @@ EMBEDDINGS = ("shared", "public")
 class Blueprint:
     """A private program's public description; no weight is in it, only what each is called and its shape.
 
-    squarings: of an exponential whose argument is bent before (`nonlinear.bent`); 0: the engine's, as it is.
-    heads_at_once: how many heads of many queries are one product. embedding: "shared", or "public": the server gives
-    the embedding table away and with it a tied head, and rows come in as the client looks them up.
+    squarings: of each layer's exponential, whose argument is bent before (`nonlinear.bent`); (): the engine's, as it
+    is. heads_at_once: how many heads of many queries are one product. embedding: "shared", or "public": the server
+    gives the embedding table away and with it a tied head, and rows come in as the client looks them up. piece: of how
+    many weights a product is at most, larger ones being cut so that they fit into memory; 0: they are whole.
 
     Raises:
       UserError: a weight that no export of such a model writes, or a number that fits no program.
@@ -87,17 +88,22 @@ class Blueprint:
     config: ModelConfig
     rewrites: Rewrites
     weights: Mapping[str, tuple[int, ...]]
-    squarings: int = 0
+    squarings: tuple[int, ...] = ()
     heads_at_once: int = 1
     embedding: str = "shared"
+    piece: int = 0
 
     def __post_init__(self) -> None:
         if self.embedding not in EMBEDDINGS:
             raise UserError(f"embedding={self.embedding!r} is not known{nearest(self.embedding, EMBEDDINGS)}")
         if not (self.heads_at_once > 0 and self.config.num_heads % self.heads_at_once == 0):
             raise UserError(f"heads_at_once={self.heads_at_once} does not divide {self.config.num_heads} heads")
-        if not 0 <= self.squarings <= 12:
-            raise UserError(f"squarings={self.squarings} must lie between 0 and 12")
+        if self.squarings and len(self.squarings) != self.config.num_layers:
+            raise UserError(f"squarings of {len(self.squarings)} layers, and the model has {self.config.num_layers}")
+        if not all(1 <= squarings <= 12 for squarings in self.squarings):
+            raise UserError(f"squarings={self.squarings} must lie between 1 and 12")
+        if self.piece and self.piece < self.config.model_dim:
+            raise UserError(f"piece={self.piece} must be 0 or at least the model_dim={self.config.model_dim}")
         of_model, of_layer = _weight_shapes(self.config)
         for name, shape in self.weights.items():
             layer, _, bare = name.partition(".")

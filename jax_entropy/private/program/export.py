@@ -33,13 +33,14 @@ class Export:
 
     def under(self, setting: Setting) -> "Export":
         """The same program, with the exponential of another setting."""
-        blueprint = dataclasses.replace(self.blueprint, squarings=setting.bent_squarings)
+        squarings = setting.bent_squarings(self.blueprint.config.num_layers)
+        blueprint = dataclasses.replace(self.blueprint, squarings=squarings)
         return dataclasses.replace(self, blueprint=blueprint)
 
 
 def export(
     config: ModelConfig, variables: Any, rewrites: Rewrites = Rewrites(), setting: Setting = Setting(), *,
-    embedding: str = "shared",
+    embedding: str = "shared", piece: int = 0,
 ) -> Export:  # fmt: skip
     """The exported form of a model.
 
@@ -48,6 +49,7 @@ def export(
       variables: of `Transformer(config)`.
       rewrites: what makes it cheaper at equal function.
       embedding: "shared", or "public": the table is given away, and with it a tied head.
+      piece: of how many weights a product is at most; 0: all are whole.
       setting: that it will run under, whose exponential it calls, and whose protocol says how many heads go together.
     """
     layers = [_layer(config, variables, layer) for layer in range(config.num_layers)]
@@ -85,7 +87,8 @@ def export(
     weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
     shapes = {name: value.shape for name, value in weights.items()}
     together = setting.heads_at_once(config.num_heads) if rewrites.heads else 1
-    return Export(Blueprint(config, rewrites, shapes, setting.bent_squarings, together, embedding), weights)
+    squarings = setting.bent_squarings(config.num_layers)
+    return Export(Blueprint(config, rewrites, shapes, squarings, together, embedding, piece), weights)
 
 
 def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndarray]:

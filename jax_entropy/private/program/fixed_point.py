@@ -25,10 +25,9 @@ def largest_value(setting: Setting) -> float:
     return 2.0 ** (62 - 2 * setting.fraction_bits)
 
 
-def lowest_exponent(setting: Setting) -> float:
-    """The lowest argument that the exponential takes to 0."""
-    share = {"quadratic": -1.7, "taylor": -1.9, "pade": -np.inf}[setting.exponent]
-    return share * 2.0**setting.squarings
+def lowest_exponent(exponent: str, squarings: int) -> float:
+    """The lowest argument that a form of the exponential takes to 0."""
+    return {"quadratic": -1.7, "taylor": -1.9, "pade": -np.inf}[exponent] * 2.0**squarings
 
 
 def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> None:
@@ -40,16 +39,33 @@ def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> No
     known = exported.weights | {TOKENS: exported.enter(tokens)}
     for name, value in exported.weights.items():
         _check(f"the weight {name}", value, setting)
+    bent = exported.blueprint.squarings
     for stage in forward(exported.blueprint, len(tokens)):
+        squarings = setting.squarings if stage.layer is None or not bent else bent[stage.layer]
         where = stage.kind if stage.layer is None else f"{stage.kind} of layer {stage.layer}"
 
-        def look(operation: str, arguments: list[Any], results: list[Any], where: str = where) -> None:
-            if operation == ("bent" if setting.bent_squarings else "exp"):
-                _check_exponent(f"an exponent in the {where}", arguments[0], setting)
+        def look(
+            operation: str, arguments: list[Any], results: list[Any], where: str = where, squarings: int = squarings
+        ) -> None:
+            if operation == ("bent" if bent else "exp"):
+                _check_exponent(f"an exponent in the {where}", arguments[0], setting.exponent, squarings)
             for value in results:
                 _check(f"a value in {where}", value, setting)
 
         known |= zip(stage.outputs, _run_watched(stage, known, look), strict=True)
+
+
+def lowest_exponents(exported: Export, tokens: Sequence[int]) -> list[float]:
+    """Of each layer the lowest argument of its exponential, in float32."""
+    known, lowest = exported.weights | {TOKENS: exported.enter(tokens)}, [0.0] * exported.blueprint.config.num_layers
+    for stage in forward(exported.blueprint, len(tokens)):
+
+        def look(operation: str, arguments: list[Any], results: list[Any], layer: int | None = stage.layer) -> None:
+            if operation == ("bent" if exported.blueprint.squarings else "exp"):
+                lowest[layer] = min(lowest[layer], float(jnp.min(arguments[0])))
+
+        known |= zip(stage.outputs, _run_watched(stage, known, look), strict=True)
+    return lowest
 
 
 def _run_watched(stage: Stage, known: dict[str, Any], look: Callable[[str, list, list], None]) -> list[Any]:
@@ -99,11 +115,11 @@ def _check(what: str, value: Any, setting: Setting) -> None:
             )
 
 
-def _check_exponent(what: str, value: Any, setting: Setting) -> None:
-    lowest, limit = float(jnp.min(value)), lowest_exponent(setting)
+def _check_exponent(what: str, value: Any, exponent: str, squarings: int) -> None:
+    lowest, limit = float(jnp.min(value)), lowest_exponent(exponent, squarings)
     if lowest < limit:
         raise UserError(
-            f"{what} is {lowest:.4g}, and the exponential with exponent_iterations={setting.squarings} "
+            f"{what} is {lowest:.4g}, and the exponential with exponent_iterations={squarings} "
             f"holds down to {limit:.4g}; raise them, or take exponent=pade"
         )
 

@@ -4,6 +4,7 @@ One list serves the whole program (all stages in one executable) and the account
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +17,7 @@ from jax_entropy.private.program.blueprint import Blueprint
 from jax_entropy.private.program.export import Export
 from jax_entropy.private.program.nonlinear import at_once, largest
 from jax_entropy.private.program.projections import EMBEDDED_VALUE, linear, projections
-from jax_entropy.private.program.stage import LAST, POSITION, TOKENS, Stage, compose, external_inputs
+from jax_entropy.private.program.stage import LAST, POSITION, TOKENS, Stage, compose, external_inputs, pieces, product
 
 
 def forward(blueprint: Blueprint, num_tokens: int) -> list[Stage]:
@@ -51,11 +52,15 @@ def _cut(layer: int | None, name: str) -> Stage:
     return Stage("last row", layer, row, (name, LAST), (name,))
 
 
-def step(blueprint: Blueprint) -> list[Stage]:
-    """One token that stands at `position` → logits [1, V]; the caches are read, and written with what is its own."""
+def step(blueprint: Blueprint, num_keys: int) -> list[Stage]:
+    """One token that stands at `position` → logits [1, V]; the caches are read, and written with what is its own.
+
+    Args:
+      num_keys: of the caches so many are looked at, more than `position`.
+    """
     stages = [_embed(blueprint, None)]
     for layer in range(blueprint.config.num_layers):
-        stages += _block(blueprint, layer, None)
+        stages += _block(blueprint, layer, None, num_keys=num_keys)
     return [*stages, *_head(blueprint)]
 
 
@@ -66,7 +71,7 @@ def likeliest(logits_1xV: jax.Array) -> jax.Array:
 
 def float32_logits(exported: Export, tokens: Sequence[int]) -> np.ndarray:
     """The exported program's logits [T, V] as no engine rounds them, and with the exponential itself."""
-    stages = forward(dataclasses.replace(exported.blueprint, squarings=0), len(tokens))
+    stages = forward(dataclasses.replace(exported.blueprint, squarings=()), len(tokens))
     names, known = external_inputs(stages), exported.weights | {TOKENS: exported.enter(tokens)}
     (logits_TxV,) = compose(stages, names, ("logits",))(*(known[name] for name in names))
     return np.asarray(logits_TxV)
@@ -84,7 +89,8 @@ def _embed(blueprint: Blueprint, num_tokens: int | None) -> Stage:
         if not table:
             y_TxO = tokens
         elif blueprint.rewrites.one_hot:
-            y_TxO = tokens @ table_VxO[0]
+            parts = pieces(*table_VxO[0].shape, blueprint.piece)
+            y_TxO = functools.reduce(jnp.add, [tokens[:, part] @ table_VxO[0][part] for part in parts])
         else:
             y_TxO = jnp.take(table_VxO[0], tokens, axis=0)
         x_TxD, *values = jnp.split(y_TxO, y_TxO.shape[1] // config.model_dim, axis=1)
@@ -127,9 +133,10 @@ def _norm(blueprint: Blueprint, field: str, layer: int | None, name: str) -> tup
 
 
 def _block(
-    blueprint: Blueprint, layer: int, num_tokens: int | None, keep: bool = False, only_last: bool = False
-) -> list[Stage]:
-    """A block on a whole prompt, or without `num_tokens` on one token at `position`.
+    blueprint: Blueprint, layer: int, num_tokens: int | None, keep: bool = False, only_last: bool = False,
+    num_keys: int = 0,
+) -> list[Stage]:  # fmt: skip
+    """A block on a whole prompt, or without `num_tokens` on one token at `position` that looks at `num_keys`.
 
     Args:
       keep: whether what a step reads of the prompt is an output too.
@@ -138,9 +145,11 @@ def _block(
     stages, read = _norm(blueprint, "norm", layer, f"{layer}.norm1")
     stages += projections(blueprint, layer, read, num_tokens, keep)
     if only_last:
-        stages += [_cut(layer, f"{layer}.q"), _cut(layer, "x"), *single_query(blueprint, layer, LAST)]
+        stages += [_cut(layer, f"{layer}.q"), _cut(layer, "x"), *single_query(blueprint, layer, LAST, num_tokens)]
     else:
-        stages += attention(blueprint, layer, num_tokens) if num_tokens else cached_attention(blueprint, layer)
+        stages += (
+            attention(blueprint, layer, num_tokens) if num_tokens else cached_attention(blueprint, layer, num_keys)
+        )
     if blueprint.joined:
         return [*stages, _joined(blueprint, layer)]
     stages.append(linear(blueprint, "output projection", layer, f"{layer}.out", "mixed", "y"))
@@ -192,7 +201,7 @@ def _joined(blueprint: Blueprint, layer: int) -> Stage:
     found = blueprint.present(f"{name}.bias")
 
     def function(x_TxD: jax.Array, mixed_TxD: jax.Array, kernel: jax.Array, *bias: jax.Array) -> tuple[jax.Array, ...]:
-        y = jnp.concatenate([x_TxD, mixed_TxD], axis=-1) @ kernel
+        y = product(jnp.concatenate([x_TxD, mixed_TxD], axis=-1), kernel, blueprint.piece)
         y = y + bias[0][None] if bias else y
         return (x_TxD + y[:, :D], y[:, D:]) if kernel.shape[1] > D else (x_TxD + y,)
 

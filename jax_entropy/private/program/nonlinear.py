@@ -12,13 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 
 
-@functools.partial(jax.jit, static_argnames="squarings")
-def bent(x: jax.Array, squarings: int) -> jax.Array:
-    """The argument whose (1 + x/2ⁿ)^(2ⁿ), the engine's exponential, is (1 + y + y²/2)^(2ⁿ) with y = x/2ⁿ.
+def exponential(x: jax.Array, seen: jax.Array, squarings: int, of_engine: int) -> jax.Array:
+    """(1 + y + y²/2)^(2ⁿ) with y = x/2ⁿ where it is seen, elsewhere 0; some of the squarings are the engine's."""
+    # The mask is between them: what it squares itself, XLA takes for an exponential of twice the argument.
+    e = jnp.where(seen, jnp.exp(bent(x, squarings=squarings, of_engine=of_engine)), 0.0)
+    for _ in range(squarings - of_engine):
+        e = jnp.square(e)
+    return e
 
-    Closer by an order, so that fewer squarings do. Below −2ⁿ⁺¹ it is no exponential any more.
+
+@functools.partial(jax.jit, static_argnames=("squarings", "of_engine"))
+def bent(x: jax.Array, squarings: int, of_engine: int) -> jax.Array:
+    """The argument b whose 1 + b/2ᵐ, which the engine squares m times, is 1 + y + y²/2 with y = x/2ⁿ.
+
+    Closer by an order than 1 + y, so that fewer squarings do. Below −2ⁿ⁺¹ it is no exponential any more.
     """
-    return x * (1 + x * (0.5 / 2**squarings))
+    slope = 2.0 ** (of_engine - squarings)
+    return x * (slope + x * (slope / 2 ** (squarings + 1)))
 
 
 def reciprocal(sums: jax.Array, largest: int) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_entropy.parts import log_factors, rotations
 from jax_entropy.private.program.blueprint import Blueprint
-from jax_entropy.private.program.stage import LAST, PAST, POSITION, Stage
+from jax_entropy.private.program.stage import LAST, PAST, POSITION, Stage, product
 
 EMBEDDED_VALUE, _FIRST_VALUE = "embedded_value", "first_value"
 
@@ -20,7 +20,7 @@ def linear(blueprint: Blueprint, kind: str, layer: int | None, name: str, source
     found = blueprint.present(f"{name}.bias")
 
     def function(x_TxI: jax.Array, kernel_IxO: jax.Array, *bias_O: jax.Array) -> jax.Array:
-        y_TxO = x_TxI @ kernel_IxO
+        y_TxO = product(x_TxI, kernel_IxO, blueprint.piece)
         return y_TxO + bias_O[0][None] if bias_O else y_TxO
 
     return Stage(kind, layer, function, (source, f"{name}.kernel", *found), (target,))
@@ -86,7 +86,7 @@ def _convolution(blueprint: Blueprint, layer: int, name: str, target: str, num_t
     at = (POSITION,) if found and num_tokens is None else ()
 
     def function(near_TxI: jax.Array, kernel_IxO: jax.Array, *bias: jax.Array) -> jax.Array:
-        y_TxO = near_TxI @ kernel_IxO
+        y_TxO = product(near_TxI, kernel_IxO, blueprint.piece)
         if not bias:
             return y_TxO
         if at:

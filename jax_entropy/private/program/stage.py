@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_entropy.private.program.blueprint import Blueprint
@@ -31,6 +32,20 @@ def run_stage(stage: Stage, known: Mapping[str, jax.Array]) -> tuple[jax.Array, 
     """The stage's outputs, its inputs being among the known arrays."""
     results = stage.function(*(known[name] for name in stage.inputs))
     return results if isinstance(results, tuple) else (results,)
+
+
+def product(x_TxI: jax.Array, kernel_IxO: jax.Array, piece: int) -> jax.Array:
+    """x · kernel, whose columns are cut where it has more weights than a piece."""
+    inputs, outputs = kernel_IxO.shape
+    if not piece or inputs * outputs <= piece:
+        return x_TxI @ kernel_IxO
+    return jnp.concatenate([x_TxI @ kernel_IxO[:, part] for part in pieces(outputs, inputs, piece)], axis=-1)
+
+
+def pieces(size: int, other: int, piece: int) -> list[slice]:
+    """A size cut so that each part times the other is a piece at most."""
+    step = max(piece // other, 1) if piece else size
+    return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 
 def compose(stages: Sequence[Stage], inputs: Sequence[str], outputs: Sequence[str]) -> Callable:

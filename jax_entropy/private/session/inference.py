@@ -43,7 +43,7 @@ class PrivateModel:
     """A model inside an engine: its weights as shares, its programs compiled when they are first needed."""
 
     def __init__(self, engine: Engine, blueprint: Blueprint) -> None:
-        if blueprint.squarings != engine.setting.bent_squarings:
+        if blueprint.squarings != engine.setting.bent_squarings(blueprint.config.num_layers):
             raise UserError("the program's exponential is not the one of the engine's setting")
         self.engine, self.blueprint = engine, blueprint
         self.programs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
@@ -62,25 +62,31 @@ class PrivateModel:
         """Whether the prompt is here: with the client, or with all parties in one process."""
         return self.engine.link is None or self.engine.link.rank == CLIENT
 
-    def share_weights(self, weights: dict[str, np.ndarray] | None) -> None:
-        """Shares the server's weights with all parties, and opens them once, masked, where that saves traffic."""
-        names, setting = list(self.blueprint.weights), self.engine.setting
+    def share_weights(self, weights: dict[str, np.ndarray] | None, names: Sequence[str] | None = None) -> None:
+        """Shares the server's weights with all parties, and opens them once, masked, where that saves traffic.
+
+        Args:
+          names: of some of them; all, unless given.
+        """
+        setting, program = self.engine.setting, "open weights" if names is None else f"open {' '.join(names)}"
+        names = list(self.blueprint.weights if names is None else names)
         colocated = setting.protocol == "cheetah" and setting.colocated
-        if given := self.blueprint.given_away:
+        if given := [name for name in self.blueprint.given_away if name in names]:
             names = [name for name in names if name not in given]
             self.engine.put(given, SERVER, weights, public=True)
+        if "embedding" in given:
             revealed = self.engine.get(["embedding"], CLIENT)
             self.table_VxD = revealed and revealed["embedding"]
         self.engine.put(names, SERVER, weights, colocated=colocated)
-        if self.blueprint.rewrites.cached and setting.protocol == "semi2k":
+        passed = (".bias", ".epsilon", ".rate", "positions", "slots.k", "slots.v")
+        multiplied = tuple(name for name in names if not name.endswith(passed))
+        if multiplied and self.blueprint.rewrites.cached and setting.protocol == "semi2k":
             # the engine knows opened arrays by their addresses, which those of another model might be given again
             if self.engine.has_opened:
                 raise RuntimeError("an engine with opened weights holds one model; reset it first")
             self.engine.has_opened = True
-            passed = (".bias", ".epsilon", ".rate", "positions", "slots.k", "slots.v")
-            multiplied = tuple(name for name in names if not name.endswith(passed))
             cached = Stage("weights, once", None, lambda *arrays: tuple(map(_cached, arrays)), multiplied, multiplied)
-            self.run("open weights", [cached], multiplied, 0)
+            self.run(program, [cached], multiplied, 0)
 
     def forward(self, num_tokens: int) -> None:
         """Reads `tokens` [num_tokens] → `logits` [num_tokens, V] of every position."""
@@ -95,9 +101,9 @@ class PrivateModel:
             num_tokens,
         )
 
-    def step(self) -> None:
-        """Reads one of `tokens` at `position` → `logits`, and the caches with it."""
-        self.run("step", step(self.blueprint), ("logits", *caches(self.blueprint)), 1)
+    def step(self, num_keys: int) -> None:
+        """Reads one of `tokens` at `position` and the first keys of the caches → `logits`, and the caches with it."""
+        self.run(f"step {num_keys}", step(self.blueprint, num_keys), ("logits", *caches(self.blueprint)), 1)
 
     def choose(self) -> None:
         """`logits` → `tokens`, the one-hot row of the largest, which stays inside."""
@@ -156,7 +162,7 @@ def _cached(array: jax.Array) -> jax.Array:
 
 
 def padded_length(num_tokens: int, context_length: int) -> int:
-    """The length of the program that reads a prompt: powers of two from 8, so that few programs serve all prompts."""
+    """The length of a program that reads so many: powers of two from 8, so that few programs serve all lengths."""
     return min(max(8, 1 << (num_tokens - 1).bit_length()), context_length)
 
 
@@ -206,8 +212,8 @@ def generate(
         model.put_public(POSITION, None if prompt is None else position)
         if position == model.blueprint.config.context_length:  # only of a client that was not checked
             raise UserError(f"the context of {position} tokens is full")
-        model.step()
         position += 1
+        model.step(padded_length(position, model.blueprint.config.context_length))
 
 
 def sampler(num_tokens: int, temperature: float, top_k: int, seed: int) -> Callable[[np.ndarray], int]:

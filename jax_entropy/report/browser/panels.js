@@ -126,7 +126,7 @@ const HEADS = {
 const HEAD = {
   id: "head", title: "One head", wide: true,
   caption: "Its entropy in nats against its threshold, its largest logit, and its temperature by position at the evaluation before the slider.",
-  shown: () => state.head !== null,
+  shown: (run) => state.head !== null && moves(run, "head_entropy"),
   draw(box, run) {
     const [l, n] = [state.layer, state.head];
     const parts = [], places = {};

@@ -26,6 +26,7 @@ CASE = {case.name: case for case in CASES}
 INTERPRETED = (
     "one key", "one tile", "tiles that do not fit", "a thousand, of one head", "many heads", "equal logits",
     "earlier keys", "cold and hot rows", "logits of 1e8, equal or e^16 apart", "a cache with anything behind",
+    "a window smaller than a tile", "a window, slots, earlier keys",
 )  # fmt: skip
 
 
@@ -33,9 +34,9 @@ INTERPRETED = (
 def operator(attend):
     """`attention` by one implementation's own function."""
 
-    def attention(q, k, v, t, position):
+    def attention(q, k, v, t, position, window, num_slots):
         position = k.shape[1] - q.shape[1] if position is None else position
-        out, *stats = attend(q, k, v, q.shape[-1] ** -0.5 / t, position)
+        out, *stats = attend(q, k, v, q.shape[-1] ** -0.5 / t, position, window, num_slots)
         return out, AttentionStats(*stats)
 
     return attention

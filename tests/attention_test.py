@@ -138,7 +138,7 @@ def test_windows_and_slots_agree_with_the_definition(implementation, T, window, 
 
 @functools.cache
 def by_implementation(name):
-    return lambda q, k, v, t, position: attention(q, k, v, t, position=position, implementation=name)
+    return functools.partial(attention, implementation=name)
 
 
 @BOTH

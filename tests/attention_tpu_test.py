@@ -17,9 +17,9 @@ ONE, TWO = tpu.Kernels(TILE, TILE, None), tpu.Kernels(TILE, TILE, TILE)  # backw
 interpreted = functools.partial(tpu.attend, interpret=True)
 
 
-def operator(q, k, v, t, position, kernels=ONE):
+def operator(q, k, v, t, position, window, num_slots, kernels=ONE):
     position = k.shape[1] - q.shape[1] if position is None else position
-    out, *stats = interpreted(q, k, v, q.shape[-1] ** -0.5 / t, position, kernels=kernels)
+    out, *stats = interpreted(q, k, v, q.shape[-1] ** -0.5 / t, position, window, num_slots, kernels=kernels)
     return out, AttentionStats(*stats)
 
 
@@ -41,11 +41,11 @@ def test_bfloat16_costs_its_own_rounding_only():
     assert max(found[name] for name in ("out", "dq", "dk", "dv", "dtemperature")) <= 4 * 2**-9
 
 
-def all_of(attend, q, k, v, scale, position):
+def all_of(attend, q, k, v, scale, *where):
     """Outputs, and gradients of a number that depends on all of them but the largest logit."""
 
     def number(*arguments):
-        out, entropy, logsumexp, largest = attend(*arguments, position)
+        out, entropy, logsumexp, largest = attend(*arguments, *where)
         weights = jnp.cos(jnp.arange(entropy.size, dtype=jnp.float32)).reshape(entropy.shape)
         return jnp.sum(jnp.sin(out)) + jnp.sum(weights * (entropy - logsumexp)), (out, entropy, logsumexp, largest)
 
@@ -53,19 +53,21 @@ def all_of(attend, q, k, v, scale, position):
 
 
 @pytest.mark.parametrize(
-    ("heads", "width", "T", "S", "position", "kernels"),
+    ("heads", "width", "T", "S", "position", "kernels", "windowed"),
     [
-        (2, 64, 300, 400, 40, ONE),  # windows of both sides, and keys that no query sees
-        (3, 48, 130, 130, 0, TWO),  # lanes that are no head's, and a head that is not there
+        (2, 64, 300, 400, 40, ONE, ()),  # spans of both sides, and keys that no query sees
+        (3, 48, 130, 130, 0, TWO, ()),  # lanes that are no head's, and a head that is not there
+        (1, 64, 600, 650, 40, ONE, (20, 0)),  # a window smaller than a tile
+        (1, 64, 600, 640, 40, TWO, (260, 7)),  # whole tiles, with slots
     ],
 )
-def test_values_and_gradients_are_those_of_the_definition(heads, width, T, S, position, kernels):
+def test_values_and_gradients_are_those_of_the_definition(heads, width, T, S, position, kernels, windowed):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, length, heads, width)).astype(np.float32) for length in (T, S, S))
     k[:, position + T :] = v[:, position + T :] = 1e30
     scale = rng.uniform(0.05, 0.5, (heads, T)).astype(np.float32)
-    found = all_of(functools.partial(interpreted, kernels=kernels), q, k, v, scale, jnp.int32(position))
-    expected = all_of(dense.attend, q, k, v, scale, position)
+    found = all_of(functools.partial(interpreted, kernels=kernels), q, k, v, scale, jnp.int32(position), *windowed)
+    expected = all_of(dense.attend, q, k, v, scale, position, *windowed)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max()))
 

@@ -16,11 +16,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jax_entropy.attention.blocks import blocks_for
-from jax_entropy.attention.kernels import LN2, attend_on_shards, base2, multiply_add, of_backward
+from jax_entropy.attention.dense import visible
+from jax_entropy.attention.kernels import (
+    LN2,
+    Sweep,
+    attend_on_shards,
+    base2,
+    key_blocks,
+    multiply_add,
+    of_backward,
+    pack,
+    query_blocks,
+    unpack,
+)
 from jax_entropy.sharding import device_kind
 
 _HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
-_LOWEST = -1e30  # finite, times any scale too: what a masked product is, and the largest of none
+_LOWEST = -(2.0**100)  # finite and exact, times any scale too: what a masked product is, and the largest of none
 _PART = 8  # columns of a row's running sums: a thread's share of them is one pair for every row that it holds
 
 
@@ -47,6 +59,8 @@ def attend(
     v_BxSxNxH: jax.Array,
     scale_NxT: jax.Array,
     position: int | jax.Array,
+    window: int | jax.Array | None = None,
+    num_slots: int = 0,
     *,
     kernels: Kernels | None = None,
     with_entropy: bool = True,
@@ -55,6 +69,7 @@ def attend(
     """Returns out [B, T, N, H] and, in nats, entropy, logsumexp and max logit [B, N, T] of softmax(scale · q·k).
 
     Args:
+      window: keys that a query sees, with the first `num_slots`; blocks outside of both are skipped. None: all.
       kernels: the tiles; None: those of blocks.json for this device.
       with_entropy: False leaves it out of the forward pass, to measure what it costs; what stands for it is not it.
       interpret: run the kernels on the CPU, one by one, instead of compiling them.
@@ -62,8 +77,8 @@ def attend(
       UserError: a head width or a type that there are no tiles for.
     """
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, k_BxSxNxH.shape[1])
-    kernel = lambda *arrays: _attention(*arrays, kernels, with_entropy, interpret)  # noqa: E731
-    return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, jnp.asarray(position, jnp.int32))
+    kernel = lambda *arrays: _attention(*arrays, kernels, with_entropy, interpret, num_slots)  # noqa: E731
+    return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, pack(position, window))
 
 
 def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
@@ -75,58 +90,59 @@ def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
     return Kernels(*(blocks._replace(queries=min(blocks.queries, most)) for blocks in sizes))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _attention(
-    q, k, v, scale_NxT, position, kernels: Kernels, with_entropy: bool, interpret: bool
+    q, k, v, scale_NxT, at, kernels: Kernels, with_entropy: bool, interpret: bool, num_slots: int
 ) -> tuple[jax.Array, ...]:
-    return _forward(q, k, v, scale_NxT, position, kernels, with_entropy, interpret)[0]
+    return _forward(q, k, v, scale_NxT, at, kernels, with_entropy, interpret, num_slots)[0]
 
 
 def _forward(
-    q, k, v, scale_NxT, position, kernels: Kernels, with_entropy: bool, interpret: bool
+    q, k, v, scale_NxT, at, kernels: Kernels, with_entropy: bool, interpret: bool, num_slots: int
 ) -> tuple[tuple, tuple]:
-    """Results, and the residuals of the backward pass."""
+    """Results, and the residuals of the backward pass; `at`: position and window."""
     (B, T, N, H), S, blocks = q.shape, k.shape[1], kernels.forward
     tiles = pl.cdiv(T, blocks.queries)
     kernel = functools.partial(
-        _forward_kernel, blocks=blocks, shape=(T, S, H), with_entropy=with_entropy, interpret=interpret
-    )
+        _forward_kernel, blocks=blocks, shape=(T, S, H), num_slots=num_slots, with_entropy=with_entropy,
+        interpret=interpret,
+    )  # fmt: skip
     rows = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
     out, entropy, m, log_l = pl.pallas_call(
         kernel,
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), rows, rows, rows),
         grid=(tiles, N, B),
-        in_specs=[_positions(T, H), _positions(S, H), _positions(S, H), _by_head(T), _scalar()],
+        in_specs=[_positions(T, H), _positions(S, H), _positions(S, H), _by_head(T), _scalars(at)],
         out_specs=[_positions(T, H), *[_rows(T)] * 3],
         interpret=interpret,
         name="attention_forward",
         compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
-    )(q, k, v, base2(scale_NxT), position[None])
+    )(q, k, v, base2(scale_NxT), at)
     out, entropy, m, log_l = checkpoint_name((out, entropy, m, log_l), "attention")
     results = out, entropy, LN2 * (m + log_l), LN2 * m
-    return results, (q, k, v, scale_NxT, position, out, entropy, *of_backward(m, log_l, q.dtype))
+    return results, (q, k, v, scale_NxT, at, out, entropy, *of_backward(m, log_l, q.dtype))
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, a_ref, position_ref, out_ref, entropy_ref, m_ref, log_l_ref, *, blocks, shape, with_entropy,
-    interpret,
+    q_ref, k_ref, v_ref, a_ref, at_ref, out_ref, entropy_ref, m_ref, log_l_ref, *, blocks, shape, num_slots,
+    with_entropy, interpret,
 ) -> None:  # fmt: skip
     (T, S, H), (Q, K, *_) = shape, blocks
     W = _width(H)
     fma, fms, exp2 = _arithmetic(interpret)
     tile = pl.num_programs(0) - 1 - pl.program_id(0)  # the longest rows first: the last to start are short
-    position = position_ref[0]
-    first, rows = tile * Q, tile * Q + jnp.arange(Q, dtype=jnp.int32)
+    position, windowed = unpack(at_ref, num_slots)
+    first, last_key_Q = tile * Q, tile * Q + position + jnp.arange(Q, dtype=jnp.int32)
     q_QxH = _load(q_ref, first, Q, T, H, T % Q > 0)
     a_Q = _load_rows(a_ref, first, Q, T, 1.0)
 
-    def block(j, running, *, diagonal: bool):
+    def block(j, running, *, masked: bool):
         out_QxH, m_Q, l_QxC, w_QxC = running
-        k_KxH = _load(k_ref, j * K, K, S, H, diagonal and S % K > 0)
-        v_KxH = _load(v_ref, j * K, K, S, H, diagonal and S % K > 0)
+        k_KxH = _load(k_ref, j * K, K, S, H, masked and S % K > 0)
+        v_KxH = _load(v_ref, j * K, K, S, H, masked and S % K > 0)
         s_QxK = _dot(q_QxH, k_KxH, ((1,), (1,)))
-        if diagonal:
-            seen_QxK = (j * K + jnp.arange(K, dtype=jnp.int32))[None, :] <= (rows + position)[:, None]
+        if masked:
+            seen_QxK = visible((j * K + jnp.arange(K, dtype=jnp.int32))[None, :], last_key_Q[:, None], *windowed)
             s_QxK = jnp.where(seen_QxK, s_QxK, _LOWEST)
         new_m_Q = jnp.maximum(m_Q, jnp.max(s_QxK, axis=1) * a_Q)
         x_QxK = fms(s_QxK, a_Q[:, None], new_m_Q[:, None])
@@ -144,10 +160,7 @@ def _forward_kernel(
 
     zeros_QxC = jnp.zeros((Q, _PART), jnp.float32)
     running = (jnp.zeros((Q, W), jnp.float32), jnp.full((Q,), _LOWEST, jnp.float32), zeros_QxC, zeros_QxC)
-    whole, end = _key_blocks(first, position, Q, K, S)
-    running = lax.fori_loop(0, whole, functools.partial(block, diagonal=False), running)
-    running = lax.fori_loop(whole, end, functools.partial(block, diagonal=True), running)
-    out_QxH, m_Q, l_QxC, w_QxC = running
+    out_QxH, m_Q, l_QxC, w_QxC = _over(key_blocks(first + position, Q, K, S, *windowed), block, running)
     l_Q, w_Q = jnp.sum(l_QxC, axis=1), jnp.sum(w_QxC, axis=1)
     log_l_Q = jnp.log2(l_Q)
     _store(out_ref, first, Q, T, H, out_QxH / l_Q[:, None])
@@ -158,16 +171,18 @@ def _forward_kernel(
 
 
 def _forward_rule(
-    q, k, v, scale_NxT, position, kernels: Kernels, with_entropy: bool, interpret: bool
+    q, k, v, scale_NxT, at, kernels: Kernels, with_entropy: bool, interpret: bool, num_slots: int
 ) -> tuple[tuple, tuple]:
-    arrays = (x.value for x in (q, k, v, scale_NxT, position))
-    results, residuals = _forward(*arrays, kernels, with_entropy, interpret)
+    arrays = (x.value for x in (q, k, v, scale_NxT, at))
+    results, residuals = _forward(*arrays, kernels, with_entropy, interpret, num_slots)
     has_temperature = () if scale_NxT.perturbed else None  # residuals are arrays; this one's structure speaks
     return results, (*residuals, has_temperature)
 
 
-def _backward_rule(kernels: Kernels, _: bool, interpret: bool, residuals: tuple, cotangents: tuple) -> tuple:
-    q, k, v, scale_NxT, position, out, entropy, m, log_l, has_temperature = residuals
+def _backward_rule(
+    kernels: Kernels, _: bool, interpret: bool, num_slots: int, residuals: tuple, cotangents: tuple
+) -> tuple:
+    q, k, v, scale_NxT, at, out, entropy, m, log_l, has_temperature = residuals
     (B, T, N, H), S = q.shape, k.shape[1]
     dout, dentropy, dlse, _ = cotangents
     # what a loss does not use is not in the kernels that it runs
@@ -177,48 +192,53 @@ def _backward_rule(kernels: Kernels, _: bool, interpret: bool, residuals: tuple,
     params = lambda blocks: plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)  # noqa: E731
     entropies = (entropy, dentropy) if with_entropy else ()
 
-    uses = dict(with_entropy=with_entropy, with_temperature=with_temperature)
+    uses = dict(shape=(T, S, H), num_slots=num_slots, with_entropy=with_entropy, interpret=interpret)
     dq, scaled_dout, c, *made = pl.pallas_call(
-        functools.partial(_dq_kernel, blocks=kernels.dq, shape=(T, S, H), interpret=interpret, **uses),
+        functools.partial(_dq_kernel, blocks=kernels.dq, with_temperature=with_temperature, **uses),
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(dout.shape, q.dtype))
         + (rows,) * (1 + with_entropy + with_temperature),
         grid=(pl.cdiv(T, kernels.dq.queries), N, B),
-        in_specs=[_positions(T, H), _positions(S, H), _positions(S, H), _by_head(T), _scalar(), *[_positions(T, H)] * 2]
+        in_specs=[
+            _positions(T, H),
+            _positions(S, H),
+            _positions(S, H),
+            _by_head(T),
+            _scalars(at),
+            *[_positions(T, H)] * 2,
+        ]
         + [_rows(T)] * (3 + 2 * with_entropy),
         out_specs=[*[_positions(T, H)] * 2, *[_rows(T)] * (1 + with_entropy + with_temperature)],
         interpret=interpret,
         name="attention_dq",
         compiler_params=params(kernels.dq),
-    )(q, k, v, a_NxT, position[None], dout, out, m, log_l, dlse, *entropies)
+    )(q, k, v, a_NxT, at, dout, out, m, log_l, dlse, *entropies)
     g = made[:with_entropy]
 
     dk, dv = pl.pallas_call(
-        functools.partial(
-            _dkv_kernel, blocks=kernels.dkv, shape=(T, S, H), with_entropy=with_entropy, interpret=interpret
-        ),
+        functools.partial(_dkv_kernel, blocks=kernels.dkv, **uses),
         out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         grid=(pl.cdiv(S, kernels.dkv.keys), N, B),
-        in_specs=[_positions(T, H), _positions(S, H), _positions(S, H), _by_head(T), _scalar(), _positions(T, H)]
+        in_specs=[_positions(T, H), _positions(S, H), _positions(S, H), _by_head(T), _scalars(at), _positions(T, H)]
         + [_rows(T)] * (2 + with_entropy),
         out_specs=[_positions(S, H)] * 2,
         interpret=interpret,
         name="attention_dkv",
         compiler_params=params(kernels.dkv),
-    )(q, k, v, a_NxT, position[None], scaled_dout, m, c, *g)
+    )(q, k, v, a_NxT, at, scaled_dout, m, c, *g)
     dscale = jnp.sum(made[-1] + dlse * m, axis=0) / a_NxT if with_temperature else None
     return dq, dk, dv, dscale, None
 
 
 def _dq_kernel(
-    q_ref, k_ref, v_ref, a_ref, position_ref, dout_ref, out_ref, m_ref, log_l_ref, dlse_ref, *refs, blocks, shape,
+    q_ref, k_ref, v_ref, a_ref, at_ref, dout_ref, out_ref, m_ref, log_l_ref, dlse_ref, *refs, blocks, shape, num_slots,
     with_entropy, with_temperature, interpret,
 ) -> None:  # fmt: skip
     """dq by rows of tiles; what the other kernel needs of each row: dout/l, c, g; and Σ dS·x for the temperature."""
     entropy_refs, (dq_ref, scaled_dout_ref, *made_refs) = refs[: 2 * with_entropy], refs[2 * with_entropy :]
     (T, S, H), (Q, K, *_) = shape, blocks
     fma, fms, exp2 = _arithmetic(interpret)
-    tile, position = pl.num_programs(0) - 1 - pl.program_id(0), position_ref[0]
-    first, rows = tile * Q, tile * Q + jnp.arange(Q, dtype=jnp.int32)
+    tile, (position, windowed) = pl.num_programs(0) - 1 - pl.program_id(0), unpack(at_ref, num_slots)
+    first, last_key_Q = tile * Q, tile * Q + position + jnp.arange(Q, dtype=jnp.int32)
     ragged = T % Q > 0
     q_QxH, dout_QxH, out_QxH = (_load(ref, first, Q, T, H, ragged) for ref in (q_ref, dout_ref, out_ref))
     a_Q = _load_rows(a_ref, first, Q, T, 1.0)
@@ -234,13 +254,13 @@ def _dq_kernel(
         c_Q = part_Q * scale_Q * row_Q
     scaled_dout_QxH = (dout_QxH * part_Q[:, None]).astype(q_QxH.dtype)
 
-    def block(j, running, *, diagonal: bool):
+    def block(j, running, *, masked: bool):
         dq_QxH, *by_scale_QxC = running
-        k_KxH = _load(k_ref, j * K, K, S, H, diagonal and S % K > 0)
-        v_KxH = _load(v_ref, j * K, K, S, H, diagonal and S % K > 0)
+        k_KxH = _load(k_ref, j * K, K, S, H, masked and S % K > 0)
+        v_KxH = _load(v_ref, j * K, K, S, H, masked and S % K > 0)
         x_QxK = fms(_dot(q_QxH, k_KxH, ((1,), (1,))), a_Q[:, None], m_Q[:, None])
-        if diagonal:
-            seen_QxK = (j * K + jnp.arange(K, dtype=jnp.int32))[None, :] <= (rows + position)[:, None]
+        if masked:
+            seen_QxK = visible((j * K + jnp.arange(K, dtype=jnp.int32))[None, :], last_key_Q[:, None], *windowed)
             x_QxK = jnp.where(seen_QxK, x_QxK, _HIDDEN)
         e_QxK = exp2(x_QxK)
         row_QxK = fma(x_QxK, g_Q[:, None], c_Q[:, None]) if with_entropy else c_Q[:, None]
@@ -251,10 +271,8 @@ def _dq_kernel(
                 by_scale_QxC = [fma(ds_QxC, x_QxC, *by_scale_QxC)]
         return dq_QxH + _dot(ds_QxK.astype(k_KxH.dtype), k_KxH, ((1,), (0,))), *by_scale_QxC
 
-    whole, end = _key_blocks(first, position, Q, K, S)
     running = (jnp.zeros((Q, _width(H)), jnp.float32), *[jnp.zeros((Q, _PART), jnp.float32)] * with_temperature)
-    running = lax.fori_loop(0, whole, functools.partial(block, diagonal=False), running)
-    dq_QxH, *by_scale_QxC = lax.fori_loop(whole, end, functools.partial(block, diagonal=True), running)
+    dq_QxH, *by_scale_QxC = _over(key_blocks(first + position, Q, K, S, *windowed), block, running)
     _store(dq_ref, first, Q, T, H, dq_QxH)
     _store(scaled_dout_ref, first, Q, T, H, scaled_dout_QxH)
     made = (
@@ -267,26 +285,27 @@ def _dq_kernel(
 
 
 def _dkv_kernel(
-    q_ref, k_ref, v_ref, a_ref, position_ref, scaled_dout_ref, m_ref, c_ref, *refs, blocks, shape, with_entropy,
+    q_ref, k_ref, v_ref, a_ref, at_ref, scaled_dout_ref, m_ref, c_ref, *refs, blocks, shape, num_slots, with_entropy,
     interpret,
 ) -> None:  # fmt: skip
     """dk and dv by columns of tiles; keys before queries, so that no operand of a product is turned."""
     g_refs, (dk_ref, dv_ref) = refs[:with_entropy], refs[with_entropy:]
     (T, S, H), (Q, K, *_) = shape, blocks
     fma, fms, exp2 = _arithmetic(interpret)
-    position, first, keys = position_ref[0], pl.program_id(0) * K, pl.program_id(0) * K + jnp.arange(K, dtype=jnp.int32)
+    (position, windowed), first = unpack(at_ref, num_slots), pl.program_id(0) * K
+    keys = first + jnp.arange(K, dtype=jnp.int32)
     k_KxH, v_KxH = (_load(ref, first, K, S, H, S % K > 0) for ref in (k_ref, v_ref))
     zeros_KxH = jnp.zeros((K, _width(H)), jnp.float32)
 
-    def block(i, gradients, *, diagonal: bool):
+    def block(i, gradients, *, masked: bool):
         dk_KxH, dv_KxH = gradients
         start = i * Q
         q_QxH, dout_QxH = (_load(ref, start, Q, T, H, T % Q > 0) for ref in (q_ref, scaled_dout_ref))
         a_Q, m_Q = _load_rows(a_ref, start, Q, T, 0.0), _load_rows(m_ref, start, Q, T, 0.0)
         x_KxQ = fms(_dot(k_KxH, q_QxH, ((1,), (1,))), a_Q[None, :], m_Q[None, :])
-        if diagonal:
-            rows = start + jnp.arange(Q, dtype=jnp.int32)
-            x_KxQ = jnp.where(keys[:, None] <= (rows + position)[None, :], x_KxQ, _HIDDEN)
+        if masked:
+            last_key_Q = start + position + jnp.arange(Q, dtype=jnp.int32)
+            x_KxQ = jnp.where(visible(keys[:, None], last_key_Q[None, :], *windowed), x_KxQ, _HIDDEN)
         e_KxQ = exp2(x_KxQ)
         dv_KxH += _dot(e_KxQ.astype(dout_QxH.dtype), dout_QxH, ((1,), (0,)))
         row_KxQ = _load_rows(c_ref, start, Q, T, 0.0)[None, :]
@@ -296,9 +315,7 @@ def _dkv_kernel(
         dk_KxH += _dot(ds_KxQ.astype(q_QxH.dtype), q_QxH, ((1,), (0,)))
         return dk_KxH, dv_KxH
 
-    begin, whole, end = _query_blocks(first, position, Q, K, T)
-    gradients = lax.fori_loop(begin, whole, functools.partial(block, diagonal=True), (zeros_KxH, zeros_KxH))
-    gradients = lax.fori_loop(whole, end, functools.partial(block, diagonal=False), gradients)
+    gradients = _over(query_blocks(first, position, K, Q, T, *windowed), block, (zeros_KxH, zeros_KxH))
     for ref, gradient_KxH in zip((dk_ref, dv_ref), gradients, strict=True):
         _store(ref, first, K, S, H, gradient_KxH)
 
@@ -306,19 +323,10 @@ def _dkv_kernel(
 _attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
-def _key_blocks(first: jax.Array, position: jax.Array, Q: int, K: int, S: int) -> tuple[jax.Array, jax.Array]:
-    """Blocks of keys that all queries of a tile see, and the end of those that some see."""
-    whole = jnp.minimum(lax.div(first + position + 1, jnp.int32(K)), jnp.int32(S // K))
-    end = lax.div(jnp.minimum(first + Q + position, S) + K - 1, jnp.int32(K))
-    return whole, end
-
-
-def _query_blocks(first: jax.Array, position: jax.Array, Q: int, K: int, T: int) -> tuple[jax.Array, ...]:
-    """Blocks of queries: the first that sees some of a tile's keys, the first that sees all, and the end."""
-    end = jnp.int32(pl.cdiv(T, Q))
-    begin = lax.div(jnp.maximum(first - position, 0), jnp.int32(Q))
-    whole = lax.div(jnp.maximum(first + K - 1 - position, 0) + Q - 1, jnp.int32(Q))
-    return jnp.minimum(begin, end), jnp.minimum(whole, end), end
+def _over(sweep: Sweep, block: Any, running: Any) -> Any:
+    for begin, end, masked in sweep.runs():
+        running = lax.fori_loop(begin, end, functools.partial(block, masked=masked), running)
+    return running
 
 
 def _positions(length: int, H: int) -> pl.BlockSpec:
@@ -334,8 +342,8 @@ def _by_head(T: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, T), lambda i, n, b: (n, 0))
 
 
-def _scalar() -> pl.BlockSpec:
-    return pl.BlockSpec((1,), lambda i, n, b: (0,))
+def _scalars(at: jax.Array) -> pl.BlockSpec:
+    return pl.BlockSpec(at.shape, lambda i, n, b: (0,))
 
 
 def _width(H: int) -> int:

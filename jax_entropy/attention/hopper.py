@@ -17,14 +17,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_entropy.attention.blocks import blocks_for
-from jax_entropy.attention.kernels import LN2, attend_on_shards, base2, multiply_add, of_backward
+from jax_entropy.attention.dense import visible
+from jax_entropy.attention.kernels import (
+    LN2,
+    Sweep,
+    attend_on_shards,
+    base2,
+    key_blocks,
+    multiply_add,
+    of_backward,
+    query_blocks,
+)
 from jax_entropy.errors import UserError
 from jax_entropy.sharding import device_kind
 
 WARPGROUPS = 2  # that compute
 WIDTHS = (32, 64, 96, 128)  # of heads
 _HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
-_LOWEST = -1e30  # finite, times any scale too: what a masked product is, and the largest of none
+_LOWEST = -(2.0**100)  # finite and exact, times any scale too: what a masked product is, and the largest of none
 _PART = 8  # columns of a row's running sums: a thread's share of them is one pair for every row that it holds
 
 _TILE = plgpu.Layout.WGMMA
@@ -53,6 +63,8 @@ def attend(
     v_BxSxNxH: jax.Array,
     scale_NxT: jax.Array,
     position: int | jax.Array,
+    window: int | jax.Array | None = None,
+    num_slots: int = 0,
     *,
     kernels: Kernels | None = None,
     with_entropy: bool = True,
@@ -62,6 +74,7 @@ def attend(
 
     Args:
       position: S − T; a cache of fixed size is for "gpu".
+      window: keys that a query sees, with the first `num_slots`; blocks outside of both are skipped. None: all.
       kernels: the tiles; None: those of blocks.json for this device.
       with_entropy: False leaves it out of the forward pass, to measure what it costs; what stands for it is not it.
       interpret: False, or Pallas' `InterpretGPUParams` to run on the CPU.
@@ -74,8 +87,9 @@ def attend(
     if H not in WIDTHS:
         raise UserError(f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any")
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, S)
-    kernel = lambda *arrays: _attention(*arrays, kernels, with_entropy, interpret)  # noqa: E731
-    return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT)
+    kernel = lambda *arrays: _attention(*arrays, kernels, with_entropy, interpret, num_slots)  # noqa: E731
+    windows = () if window is None else (jnp.asarray(window, jnp.int32)[None],)
+    return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, windows)
 
 
 def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
@@ -84,23 +98,30 @@ def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
     return Kernels(*(Blocks(*found[name]) for name in Kernels._fields))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret: Any) -> tuple[jax.Array, ...]:
-    return _forward(q, k, v, scale_NxT, kernels, with_entropy, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _attention(
+    q, k, v, scale_NxT, windows, kernels: Kernels, with_entropy: bool, interpret: Any, num_slots: int
+) -> tuple[jax.Array, ...]:
+    return _forward(q, k, v, scale_NxT, windows, kernels, with_entropy, interpret, num_slots)[0]
 
 
-def _forward(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret: Any) -> tuple[tuple, tuple]:
+def _forward(
+    q, k, v, scale_NxT, windows, kernels: Kernels, with_entropy: bool, interpret: Any, num_slots: int
+) -> tuple[tuple, tuple]:
     """Results, and the residuals of the backward pass."""
     (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], kernels.forward
-    tiles, offset, last = pl.cdiv(T, WARPGROUPS * Q), S - T, pl.cdiv(S, K)
+    tiles, offset = pl.cdiv(T, WARPGROUPS * Q), S - T
     rows = jax.ShapeDtypeStruct((B, N, tiles * WARPGROUPS * Q), jnp.float32)
     products = _Products(q.dtype, interpret)
 
-    def attention_forward(q_g, k_g, v_g, a_g, out_g, entropy_g, m_g, log_l_g, q_s, rows_s, q_arrived, turn):
+    def attention_forward(q_g, k_g, v_g, a_g, *refs):
+        windowed, refs = _windowed(refs, windows, num_slots)
+        out_g, entropy_g, m_g, log_l_g, q_s, rows_s, q_arrived, turn = refs
         wg, n, b = (lax.axis_index(name) for name in ("wg", "n", "b"))
         tile = tiles - 1 - lax.axis_index("tile")  # the longest rows first: the last to start are short
         first = tile * (WARPGROUPS * Q) + wg * Q
         mine = pl.ds(first, Q)
+        sweep = key_blocks(tile * (WARPGROUPS * Q) + offset, WARPGROUPS * Q, K, S, *windowed)
 
         def take_turns() -> None:
             plgpu.barrier_arrive(turn)
@@ -131,7 +152,7 @@ def _forward(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret
             plgpu.wait_smem_to_gmem(0)
 
         def step(indices, k_s, v_s, k_free, v_free, running):
-            (j,) = indices
+            j = _nth(sweep, indices[0])
             out_QxH, m_Q, l_QxC, w_QxC, a_Q = running
             s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K, take_turns)
             plgpu.barrier_arrive(k_free)
@@ -140,12 +161,12 @@ def _forward(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret
                 m_Q = jnp.maximum(m_Q, s_QxK.max(axis=1) * a_Q)
                 return products.scaled(s_QxK, _over_rows(a_Q, K), _over_rows(m_Q, K)), m_Q
 
-            def diagonal(s_QxK, m_Q, a_Q):
-                seen_QxK = _seen(first + offset, j * K, (Q, K))
+            def edge(s_QxK, m_Q, a_Q):
+                seen_QxK = _seen(first + offset, j * K, (Q, K), *windowed)
                 return whole(jnp.where(seen_QxK, s_QxK, _LOWEST), m_Q, a_Q)
 
-            all_seen = (j + 1) * K <= jnp.minimum(first + offset + 1, S)
-            x_QxK, new_m_Q = lax.cond(all_seen, whole, diagonal, s_QxK, m_Q, a_Q)
+            all_seen = _all_seen(first + offset, Q, j * K, K, S, *windowed)
+            x_QxK, new_m_Q = lax.cond(all_seen, whole, edge, s_QxK, m_Q, a_Q)
             e_QxK = jnp.exp2(x_QxK)
             shift_Q = m_Q - new_m_Q
             decay_Q = jnp.exp2(shift_Q)
@@ -163,8 +184,8 @@ def _forward(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret
             plgpu.barrier_arrive(v_free)
             return out_QxH, new_m_Q, l_QxC, w_QxC, a_Q
 
-        seen = jnp.minimum(_cdiv((tile + 1) * (WARPGROUPS * Q) + offset, K), last)
-        _pipeline(step, seen, stages, compute, [_tile_spec(K, H, q.dtype)] * 2)(k_g.at[b, :, n], v_g.at[b, :, n])
+        specs = [_tile_spec(K, H, q.dtype, lambda i: (_nth(sweep, i), 0))] * 2
+        _pipeline(step, _length(sweep), stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
 
     out, entropy, m, log_l = plgpu.kernel(
         attention_forward,
@@ -176,41 +197,54 @@ def _forward(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ],
         **_launch(N, tiles, B, interpret),
-    )(q, k, v, _padded(base2(scale_NxT), rows.shape[-1]))
+    )(q, k, v, _padded(base2(scale_NxT), rows.shape[-1]), *windows)
     entropy, m, log_l = (x[..., :T] for x in (entropy, m, log_l))
     out, entropy, m, log_l = checkpoint_name((out, entropy, m, log_l), "attention")
     results = out, entropy, LN2 * (m + log_l), LN2 * m
-    return results, (q, k, v, scale_NxT, out, entropy, *of_backward(m, log_l, q.dtype))
+    return results, (q, k, v, scale_NxT, windows, out, entropy, *of_backward(m, log_l, q.dtype))
 
 
-def _forward_rule(q, k, v, scale_NxT, kernels: Kernels, with_entropy: bool, interpret: Any) -> tuple[tuple, tuple]:
-    results, residuals = _forward(*(x.value for x in (q, k, v, scale_NxT)), kernels, with_entropy, interpret)
+def _forward_rule(
+    q, k, v, scale_NxT, windows, kernels: Kernels, with_entropy: bool, interpret: Any, num_slots: int
+) -> tuple[tuple, tuple]:
+    arrays, windows = (x.value for x in (q, k, v, scale_NxT)), tuple(x.value for x in windows)
+    results, residuals = _forward(*arrays, windows, kernels, with_entropy, interpret, num_slots)
     has_temperature = () if scale_NxT.perturbed else None  # residuals are arrays; this one's structure speaks
     return results, (*residuals, has_temperature)
 
 
-def _backward_rule(kernels: Kernels, _: bool, interpret: Any, residuals: tuple, cotangents: tuple) -> tuple:
-    q, k, v, scale_NxT, out, entropy, m, log_l, has_temperature = residuals
+def _backward_rule(
+    kernels: Kernels, _: bool, interpret: Any, num_slots: int, residuals: tuple, cotangents: tuple
+) -> tuple:
+    q, k, v, scale_NxT, windows, out, entropy, m, log_l, has_temperature = residuals
     dout, dentropy, dlse, _ = cotangents
     # what a loss does not use is not in the kernels that it runs
     with_entropy, with_temperature = not isinstance(dentropy, SymbolicZero), has_temperature is not None
     dout, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in (dout, dlse))
     rows = (m, log_l, dlse, *((entropy, dentropy) if with_entropy else ()))
     dout = dout.astype(q.dtype)
-    dq, scaled_dout, c, *made = _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature, kernels.dq, interpret)
-    dk, dv = _dkv(q, k, v, scale_NxT, m, scaled_dout, c, made[0] if with_entropy else None, kernels.dkv, interpret)
+    options = dict(interpret=interpret, num_slots=num_slots)
+    dq, scaled_dout, c, *made = _dq(
+        q, k, v, scale_NxT, windows, dout, out, rows, with_temperature, kernels.dq, **options
+    )
+    g = made[0] if with_entropy else None
+    dk, dv = _dkv(q, k, v, scale_NxT, windows, m, scaled_dout, c, g, kernels.dkv, **options)
     dscale = jnp.sum(made[-1] + dlse * m, axis=0) / base2(scale_NxT) if with_temperature else None
-    return dq, dk, dv, dscale
+    return dq, dk, dv, dscale, None
 
 
-def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks: Blocks, interpret: Any) -> tuple:
+def _dq(
+    q, k, v, scale_NxT, windows, dout, out, rows, with_temperature: bool, blocks: Blocks, *, interpret: Any,
+    num_slots: int,
+) -> tuple:  # fmt: skip
     """dq; what the other kernel needs of each row: dout/l, c and, with the entropy, g; Σ dS·x with a temperature."""
     (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], blocks
-    tiles, offset, last, count = pl.cdiv(T, WARPGROUPS * Q), S - T, pl.cdiv(S, K), len(rows)
+    tiles, offset, count = pl.cdiv(T, WARPGROUPS * Q), S - T, len(rows)
     padded, with_entropy, products = tiles * WARPGROUPS * Q, count == 5, _Products(q.dtype, interpret)
     made = 1 + with_entropy + with_temperature
 
     def attention_dq(q_g, k_g, v_g, a_g, dout_g, out_g, *refs):
+        windowed, refs = _windowed(refs, windows, num_slots)
         rows_g, (dq_g, scaled_g, *made_g), (q_s, dout_s, out_s, made_s, arrived) = (
             refs[:count], refs[count : count + 2 + made], refs[count + 2 + made :]
         )  # fmt: skip
@@ -218,6 +252,7 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks: Blo
         tile = tiles - 1 - lax.axis_index("tile")
         first = tile * (WARPGROUPS * Q) + wg * Q
         mine = pl.ds(first, Q)
+        sweep = key_blocks(tile * (WARPGROUPS * Q) + offset, WARPGROUPS * Q, K, S, *windowed)
 
         def compute(pipeline: Callable) -> None:
             for ref, to in ((q_g, q_s), (dout_g, dout_s), (out_g, out_s)):
@@ -253,15 +288,14 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks: Blo
             plgpu.wait_smem_to_gmem(0)
 
         def step(indices, k_s, v_s, k_free, v_free, running):
-            (j,) = indices
+            j = _nth(sweep, indices[0])
             dq_QxH, by_scale, a_Q, m_Q, c_Q, g_Q = running
             s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K)
             x_QxK = products.scaled(s_QxK, _over_rows(a_Q, K), _over_rows(m_Q, K))
-            all_seen = (j + 1) * K <= jnp.minimum(first + offset + 1, S)
             x_QxK = lax.cond(
-                all_seen,
+                _all_seen(first + offset, Q, j * K, K, S, *windowed),
                 lambda x_QxK: x_QxK,
-                lambda x_QxK: jnp.where(_seen(first + offset, j * K, (Q, K)), x_QxK, _HIDDEN),
+                lambda x_QxK: jnp.where(_seen(first + offset, j * K, (Q, K), *windowed), x_QxK, _HIDDEN),
                 x_QxK,
             )
             e_QxK = jnp.exp2(x_QxK)
@@ -279,8 +313,8 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks: Blo
             plgpu.barrier_arrive(k_free)
             return dq_QxH, by_scale, a_Q, m_Q, c_Q, g_Q
 
-        seen = jnp.minimum(_cdiv((tile + 1) * (WARPGROUPS * Q) + offset, K), last)
-        _pipeline(step, seen, stages, compute, [_tile_spec(K, H, q.dtype)] * 2)(k_g.at[b, :, n], v_g.at[b, :, n])
+        specs = [_tile_spec(K, H, q.dtype, lambda i: (_nth(sweep, i), 0))] * 2
+        _pipeline(step, _length(sweep), stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
 
     row = jax.ShapeDtypeStruct((B, N, padded), jnp.float32)
     dq, scaled_dout, *made_rows = plgpu.kernel(
@@ -292,22 +326,27 @@ def _dq(q, k, v, scale_NxT, dout, out, rows, with_temperature: bool, blocks: Blo
             plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
         ],
         **_launch(N, tiles, B, interpret),
-    )(q, k, v, _padded(base2(scale_NxT), padded, 1.0), dout, out, *(_padded(x, padded) for x in rows))
+    )(q, k, v, _padded(base2(scale_NxT), padded, 1.0), dout, out, *windows, *(_padded(x, padded) for x in rows))
     return dq, scaled_dout, *(x[..., :T] for x in made_rows)
 
 
-def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks: Blocks, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _dkv(
+    q, k, v, scale_NxT, windows, m, scaled_dout, c, g, blocks: Blocks, *, interpret: Any, num_slots: int
+) -> tuple[jax.Array, jax.Array]:
     """dk and dv; keys before queries, so that no operand of a product is turned."""
     (B, T, N, H), S, (K, Q, stages) = q.shape, k.shape[1], blocks
-    tiles, offset, last = pl.cdiv(S, WARPGROUPS * K), S - T, pl.cdiv(T, Q)
+    tiles, offset = pl.cdiv(S, WARPGROUPS * K), S - T
     with_entropy, products = g is not None, _Products(q.dtype, interpret)
 
-    def attention_dkv(q_g, k_g, v_g, dout_g, a_g, m_g, c_g, *refs):
+    def attention_dkv(q_g, k_g, v_g, dout_g, *refs):
+        windowed, (a_g, m_g, c_g, *refs) = _windowed(refs, windows, num_slots)
         g_g, (dk_g, dv_g, k_s, v_s, arrived) = refs[:with_entropy], refs[with_entropy:]
         wg, n, b = (lax.axis_index(name) for name in ("wg", "n", "b"))
         tile = lax.axis_index("tile")
         first = tile * (WARPGROUPS * K) + wg * K
         mine = pl.ds(first, K)
+        sweep = query_blocks(tile * (WARPGROUPS * K), offset, WARPGROUPS * K, Q, T, *windowed)
+        from_end = lambda i: (sweep.end - 1 - i,)  # noqa: E731
 
         def compute(pipeline: Callable) -> None:
             for ref, to in ((k_g, k_s), (v_g, v_s)):
@@ -326,15 +365,14 @@ def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks: Blocks, interpret: An
         def step(indices, q_s, dout_s, *refs):
             rows_s, (*free, gradients) = refs[: 3 + with_entropy], refs[3 + with_entropy :]
             dk_KxH, dv_KxH = gradients
-            # from the last queries down, so that only the count depends on the tile
-            start = (last - 1 - indices[0]) * Q
+            start = from_end(*indices)[0] * Q
             s_KxQ = products.of_tiles(k_s.at[wg], q_s, K, Q)
             a_Q, m_Q = (_load(ref, _COLUMNS) for ref in rows_s[:2])
             x_KxQ = products.scaled(s_KxQ, _over_columns(a_Q, K), _over_columns(m_Q, K))
             x_KxQ = lax.cond(
-                first + K <= start + offset + 1,
+                _all_seen(start + offset, Q, first, K, first + K, *windowed),
                 lambda x_KxQ: x_KxQ,
-                lambda x_KxQ: jnp.where(_seen_by_columns(start + offset, first, (K, Q)), x_KxQ, _HIDDEN),
+                lambda x_KxQ: jnp.where(_seen_by_columns(start + offset, first, (K, Q), *windowed), x_KxQ, _HIDDEN),
                 x_KxQ,
             )
             dp_KxQ = products.of_tiles(v_s.at[wg], dout_s, K, Q)
@@ -353,15 +391,13 @@ def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks: Blocks, interpret: An
                 plgpu.barrier_arrive(barrier)
             return dk_KxH, dv_KxH
 
-        begin = lax.div(jnp.maximum(tile * (WARPGROUPS * K) - offset, 0), jnp.int32(Q))
-        from_end = lambda i: (last - 1 - i,)  # noqa: E731
         specs = [_tile_spec(Q, H, q.dtype, lambda i: (*from_end(i), 0))] * 2
         specs += [plgpu.BlockSpec(block_shape=(Q,), index_map=from_end)] * (3 + with_entropy)
-        _pipeline(step, jnp.maximum(last - begin, 0), stages, compute, specs)(
+        _pipeline(step, _length(sweep), stages, compute, specs)(
             q_g.at[b, :, n], dout_g.at[b, :, n], a_g.at[n], *(ref.at[b, n] for ref in (m_g, c_g, *g_g))
         )
 
-    rows = (_padded(x, last * Q) for x in (base2(scale_NxT), m, c, *([g] if with_entropy else [])))
+    rows = (_padded(x, pl.cdiv(T, Q) * Q) for x in (base2(scale_NxT), m, c, *([g] if with_entropy else [])))
     return plgpu.kernel(
         attention_dkv,
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
@@ -370,7 +406,7 @@ def _dkv(q, k, v, scale_NxT, m, scaled_dout, c, g, blocks: Blocks, interpret: An
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
         ],
         **_launch(N, tiles, B, interpret),
-    )(q, k, v, scaled_dout, *rows)
+    )(q, k, v, scaled_dout, *windows, *rows)
 
 
 _attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
@@ -438,6 +474,20 @@ def _pipeline(step: Callable, length: jax.Array, stages: int, compute: Callable,
     )
 
 
+def _windowed(refs: tuple, windows: tuple, num_slots: int) -> tuple[tuple, tuple]:
+    """Window and slots, where there is a window, and the references after it."""
+    return (refs[0][0], num_slots) if windows else (), refs[len(windows) :]
+
+
+def _length(sweep: Sweep) -> jax.Array:
+    return sweep.slots + sweep.end - sweep.begin
+
+
+def _nth(sweep: Sweep, i: jax.Array) -> jax.Array:
+    """The block that is met at a step."""
+    return jnp.where(i < sweep.slots, i, sweep.begin + i - sweep.slots) if sweep.slots else sweep.begin + i
+
+
 def _launch(N: int, tiles: int, B: int, interpret: Any) -> dict[str, Any]:
     """How every kernel is launched: a program for each head, tile and sequence, of three warpgroups."""
     options = dict(interpret=interpret) if interpret else {}
@@ -484,16 +534,24 @@ def _over_columns(x_Q: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(x_Q, (rows, x_Q.shape[0]), [1])
 
 
-def _seen(last_key: jax.Array, first_key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _seen(last_key: jax.Array, first_key: jax.Array, shape: tuple[int, int], *windowed: Any) -> jax.Array:
     """Whether a query (row) sees a key (column); the first row sees keys up to `last_key`."""
     rows, columns = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_TILE) for axis in (0, 1))
-    return columns + first_key <= rows + last_key
+    return visible(columns + first_key, rows + last_key, *windowed)
 
 
-def _seen_by_columns(last_key: jax.Array, first_key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _seen_by_columns(last_key: jax.Array, first_key: jax.Array, shape: tuple[int, int], *windowed: Any) -> jax.Array:
     """Whether a query (column) sees a key (row); the first column sees keys up to `last_key`."""
     rows, columns = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_TILE) for axis in (0, 1))
-    return rows + first_key <= columns + last_key
+    return visible(rows + first_key, columns + last_key, *windowed)
+
+
+def _all_seen(
+    last_key: jax.Array, Q: int, first_key: jax.Array, K: int, S: Any, window: Any = None, num_slots: int = 0
+) -> jax.Array:
+    """Whether each of Q queries sees each of K keys; the first query sees keys up to `last_key`."""
+    below = first_key + K <= jnp.minimum(last_key + 1, S)
+    return below if window is None else below & (first_key + window >= last_key + Q)
 
 
 def _padded(x: jax.Array, length: int, value: float = 0.0) -> jax.Array:
@@ -503,7 +561,3 @@ def _padded(x: jax.Array, length: int, value: float = 0.0) -> jax.Array:
 
 def _log2(x: jax.Array) -> jax.Array:
     return jnp.log(x) * (1 / LN2)
-
-
-def _cdiv(x: jax.Array, y: int) -> jax.Array:
-    return lax.div(x + (y - 1), jnp.int32(y))

@@ -32,6 +32,8 @@ class Case(NamedTuple):
     through: tuple[str, ...] = ("out", "entropy", "logsumexp")  # which outputs have a cotangent
     largest: float = 1e4
     rtol: float = 1e-5
+    window: int | None = None
+    num_slots: int = 0
 
     def beyond(self, errors: dict[str, float], dtype: Any = jnp.float32) -> dict[str, float]:
         """Those of `errors` that are above their bounds, and two runs that differ: of what is right, none."""
@@ -86,6 +88,8 @@ CASES = (
     Case("temperatures of 1e-9", lambda: _around(1.0, 1.0, 1e-9), largest=1e10, through=_WITHOUT_LSE),
     Case("a cache at its position", lambda: _behind(0.0), position=60),
     Case("a cache with anything behind", lambda: _behind(1e30), position=60),
+    Case("a window smaller than a tile", lambda: _normal(130, 130), window=20),
+    Case("a window, slots, earlier keys", lambda: _normal(150, 170), window=75, num_slots=5),
 )
 
 
@@ -114,7 +118,8 @@ def in_float64(case: Case, rounding: float = 0.0, least: float = 0.0) -> dict[st
     dout, dentropy, dlse = cotangents(case)
     T, S = q.shape[1], k.shape[1]
     position = S - T if case.position is None else case.position
-    visible = np.arange(S) <= np.arange(T)[:, None] + position
+    own, keys = np.arange(T)[:, None] + position, np.arange(S)
+    visible = (keys <= own) & ((keys > own - (case.window or S)) | (keys < case.num_slots))
     k, v = (np.where((np.arange(S) < position + T)[:, None, None], x, 0) for x in (k, v))  # nobody sees the others
 
     def dot(equation: str, x: np.ndarray, y: np.ndarray, x_size: np.ndarray) -> Number:
@@ -154,7 +159,7 @@ def in_float64(case: Case, rounding: float = 0.0, least: float = 0.0) -> dict[st
     )  # fmt: skip
 
 
-Operator = Callable[..., tuple[jax.Array, AttentionStats]]  # q, k, v, temperature, position
+Operator = Callable[..., tuple[jax.Array, AttentionStats]]  # q, k, v, temperature; position=, window=, num_slots=
 
 
 def errors(case: Case, operator: Operator, dtype: Any = jnp.float32, rounding: float = 0.0) -> dict[str, float]:
@@ -173,7 +178,8 @@ def errors(case: Case, operator: Operator, dtype: Any = jnp.float32, rounding: f
     def run() -> list[np.ndarray]:
         *tensors, dout_ = (jnp.asarray(x, dtype) for x in (q, k, v, dout))
         t_, *dstats_ = (jnp.asarray(x, jnp.float32) for x in (t, *dstats))
-        return jax.device_get(_compiled(operator)((*tensors, t_), (dout_, *dstats_), case.position))
+        run = _compiled(operator, case.num_slots)
+        return jax.device_get(run((*tensors, t_), (dout_, *dstats_), case.position, case.window))
 
     expected, found, again = in_float64(case, rounding, float(jnp.finfo(dtype).tiny)), run(), run()
     off = {
@@ -184,13 +190,13 @@ def errors(case: Case, operator: Operator, dtype: Any = jnp.float32, rounding: f
 
 
 @functools.cache
-def _compiled(operator: Operator) -> Callable[..., tuple[jax.Array, ...]]:
-    """Outputs and gradients from inputs and cotangents, which are donated, and a traced position."""
+def _compiled(operator: Operator, num_slots: int) -> Callable[..., tuple[jax.Array, ...]]:
+    """Outputs and gradients from inputs and cotangents, which are donated, and a traced position and window."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def outputs_and_gradients(inputs, given, position):
+    def outputs_and_gradients(inputs, given, position, window):
         def outputs(q, k, v, t):
-            out, stats = operator(q, k, v, t, position)
+            out, stats = operator(q, k, v, t, position=position, window=window, num_slots=num_slots)
             return (out, stats.entropy, stats.logsumexp), stats.max_logit
 
         values, pull, max_logit = jax.vjp(outputs, *inputs, has_aux=True)

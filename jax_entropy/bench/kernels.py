@@ -40,6 +40,7 @@ TARGETS = {
 }
 LENGTHS = (1024, 4096)  # of sequences: tiles depend on them
 DECODING = (1, 4096)  # queries and keys
+NUM_SLOTS = 8  # where there is a window
 
 
 class Program(NamedTuple):
@@ -52,6 +53,7 @@ class Program(NamedTuple):
     T: int
     S: int
     uses: str
+    window: str = ""  # "window, slots"; how wide it is, is known only when it runs
 
 
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?);")
@@ -82,6 +84,8 @@ def programs() -> Iterator[Program]:
             lengths = [T for T in LENGTHS if T == LENGTHS[0] or tiles[T] != tiles[LENGTHS[0]]]
             for T, uses in itertools.product(lengths, USES if dtype == "bfloat16" else USES[-1:]):
                 yield Program(name, chip, dtype, H, T, T, uses)
+            for T in lengths:
+                yield Program(name, chip, dtype, H, T, T + NUM_SLOTS, USES[-1], "window, slots")
             if name == "gpu" and dtype == "bfloat16":
                 yield Program(name, chip, dtype, H, *DECODING, USES[1])
 
@@ -192,10 +196,11 @@ def _compile(program: Program) -> None:
     def shaped(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(devices[0]))
 
-    def both(q, k, v, scale, dout, dentropy):
+    def both(q, k, v, scale, dout, dentropy, *window):
         def outputs(q, k, v, scale):
-            tiles = module.tiles(devices[0].device_kind, q, S)
-            out, entropy, *_ = module.attend(q, k, v, scale, S - T, kernels=tiles, with_entropy=with_entropy)
+            options = dict(kernels=module.tiles(devices[0].device_kind, q, S), with_entropy=with_entropy)
+            windowed = (*window, NUM_SLOTS) if window else ()
+            out, entropy, *_ = module.attend(q, k, v, scale, S - T, *windowed, **options)
             return (out, entropy) if with_entropy else (out,)
 
         if with_temperature:
@@ -205,7 +210,8 @@ def _compile(program: Program) -> None:
         return made, pull((dout, dentropy)[: len(made)])
 
     q, k, rows = shaped((B, T, N, H), program.dtype), shaped((B, S, N, H), program.dtype), shaped((B, N, T))
-    jax.jit(both).lower(q, k, k, shaped((N, T)), q, rows).compile()
+    window = [shaped((), jnp.int32)] if program.window else []
+    jax.jit(both).lower(q, k, k, shaped((N, T)), q, rows, *window).compile()
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def correctness(clock: Clock) -> Iterator[Row]:
 
 @functools.cache
 def _operator(name: str) -> Callable:
-    return lambda q, k, v, t, position: attention(q, k, v, t, position=position, implementation=name)
+    return functools.partial(attention, implementation=name)
 
 
 def attention_table(clock: Clock) -> Iterator[Row]:

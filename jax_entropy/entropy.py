@@ -30,7 +30,9 @@ def head_entropy(entropy_BxNxT: jax.Array) -> jax.Array:
     return jnp.mean(_at_least_float32(entropy_BxNxT), axis=(-3, -1))
 
 
-def max_entropy(context_length: int, kind: str = "context", *, num_keys: int | None = None) -> float:
+def max_entropy(
+    context_length: int, kind: str = "context", *, num_keys: int | None = None, window: int | None = None
+) -> float:
     """Reference maximum of a head's entropy over T query positions, in nats.
 
     Args:
@@ -38,16 +40,19 @@ def max_entropy(context_length: int, kind: str = "context", *, num_keys: int | N
       kind: "context", log S, the paper's E_max; "causal", (1/T)·Σ log(i + S − T), the most that a causal head can
         reach.
       num_keys: S, where keys that all rows see come before the T positions; None: T.
+      window: how many of the T positions a row sees at most, its own and those before it; None: all.
     """
     T, S = context_length, context_length if num_keys is None else num_keys
     if T < 1:
         raise UserError(f"context_length={T} must be at least 1")
     if S < T:
         raise UserError(f"num_keys={S} must be at least context_length={T}")
+    W = min(window or T, T)
+    most = S - T + W
     if kind == "context":
-        return math.log(S)
+        return math.log(most)
     if kind == "causal":
-        return (math.lgamma(S + 1) - math.lgamma(S - T + 1)) / T
+        return (math.lgamma(most + 1) - math.lgamma(S - T + 1) + (T - W) * math.log(most)) / T
     raise UserError(f"kind={kind!r} of maximum entropy is not known{nearest(kind, ('context', 'causal'))}")
 
 

@@ -135,7 +135,7 @@ def inspect(
         entropy=np.moveaxis(heads.entropy, 1, 2),
         sink=heads.sink[..., min(1, T - 1) :].mean(axis=(1, 3)),
         max_logit=heads.max_logit.max(axis=(1, 3)),
-        maximum=np.array([np.log(np.minimum(np.arange(1, T + 1), window)).mean() for window in decoder.windows]),
+        maximum=np.array([max_entropy(T, "causal", window=window) for window in decoder.windows]),
         private=private,
         private_tokens=private_tokens,
         unpriced=unpriced,
@@ -184,7 +184,7 @@ def inspection_page(inspection: Inspection) -> str:
 def _history(inspection: Inspection) -> History:
     decoder, entropy_LxN = inspection.decoder, inspection.head_entropy
     T, step = inspection.loss.shape[1], np.zeros(1)
-    R = max(1, _SHOWN_TOKENS // T)
+    R, context_L = max(1, _SHOWN_TOKENS // T), np.array([max_entropy(T, window=w) for w in decoder.windows])
     finite_L = np.isfinite(entropy_LxN).all(axis=1)
     train = dict(
         step=step,
@@ -194,8 +194,10 @@ def _history(inspection: Inspection) -> History:
         max_logit=inspection.max_logit.max(axis=1)[None],
         head_sink=inspection.sink[None],
         bands_observed=inspection.bands[None],
-        bands_context=np.asarray(head_bands(entropy_LxN, max_entropy(T)))[None],
-        bands_causal=np.asarray(head_bands(entropy_LxN, max_entropy(T, "causal")))[None],
+        bands_context=np.asarray(head_bands(entropy_LxN, context_L[:, None]))[None],
+        bands_causal=np.asarray(head_bands(entropy_LxN, inspection.maximum[:, None]))[None],
+        maximum_context=context_L[None],
+        maximum_causal=inspection.maximum[None],
         nan_count=(~finite_L)[None].astype(float),
         inf_count=np.zeros((1, decoder.num_layers)),
         cross_entropy=inspection.loss.mean(keepdims=True)[0],

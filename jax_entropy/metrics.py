@@ -46,6 +46,8 @@ def entropy_metrics(aux: Aux) -> dict[str, jax.Array]:
         nan_count=jnp.sum(jnp.isnan(aux.stats.entropy), axis=(1, 2, 3)),
         inf_count=jnp.sum(jnp.isinf(aux.stats.logsumexp), axis=(1, 2, 3)),
     )
+    if aux.maximum is not None:
+        metrics |= dict(maximum_context=context[:, 0], maximum_causal=causal[:, 0])
     if aux.threshold is not None:
         metrics |= dict(
             threshold=aux.threshold,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_entropy.attention import AttentionStats, dense, gpu, hopper
+from jax_entropy.attention import AttentionStats, blockwise, dense, gpu, hopper, tpu
 from jax_entropy.attention.blocks import blocks_for
 from jax_entropy.attention.kernels import LN2, base2, multiply_add
 from jax_entropy.bench.cases import CASES, errors
@@ -45,6 +45,35 @@ def operator(attend):
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_the_cases_that_all_implementations_share(name):
     assert not CASE[name].beyond(errors(CASE[name], operator(interpreted), rounding=2**-23))
+
+
+TPU_TILE = tpu.Blocks(128, 128, 256)
+WINDOWED = {
+    "blockwise": blockwise.attend,
+    "gpu": interpreted,
+    "tpu": functools.partial(tpu.attend, kernels=tpu.Kernels(TPU_TILE, TPU_TILE, None), interpret=True),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_blocks_outside_of_a_window_are_not_visited(name):
+    """NaN in a tile that is computed would be in what is summed over it, as 0 · NaN is; slots are seen all the same."""
+    T, S, window, num_slots = 508, 512, 64, 4
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, length, 1, 16)) for i, length in enumerate((T, S, S)))
+
+    @jax.jit
+    def outputs_and_gradients(*inputs):
+        def loss(*inputs):
+            out, entropy, *_ = WINDOWED[name](*inputs, jnp.full((1, T), 0.25), S - T, window, num_slots)
+            return jnp.sum(out) + jnp.sum(entropy), out
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*inputs)
+
+    behind, late = slice(128, 256), slice(384, None)
+    (_, out), (dq, *_) = outputs_and_gradients(q, k.at[:, behind].set(jnp.nan), v.at[:, behind].set(jnp.nan))
+    assert np.isfinite(out[:, late]).all() and np.isfinite(dq[:, late]).all() and np.isnan(out[:, 256]).all()
+    _, (_, dk, dv) = outputs_and_gradients(q.at[:, late].set(jnp.nan), k, v)
+    assert np.isfinite(dk[:, behind]).all() and np.isfinite(dv[:, behind]).all() and np.isnan(dk[:, :num_slots]).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -164,8 +193,8 @@ def test_hopper_is_right_and_has_no_race():
         kernels=hopper.Kernels(tiles, tiles, tiles),
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
-    case = CASE["earlier keys"]
-    assert not case.beyond(errors(case, operator(attend), jnp.bfloat16), jnp.bfloat16)
+    for name in ("earlier keys", "a window, slots, earlier keys"):
+        assert not CASE[name].beyond(errors(CASE[name], operator(attend), jnp.bfloat16), jnp.bfloat16), name
 
 
 def test_tiles_are_found_by_device_type_and_size():

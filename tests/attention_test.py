@@ -115,7 +115,7 @@ def test_values_and_gradients_agree_with_the_definition(implementation, T, earli
             assert_close(actual, values)
 
 
-@pytest.mark.parametrize("implementation", [name for name in available() if IMPLEMENTATIONS[name].windows])
+@BOTH
 @pytest.mark.parametrize(
     ("T", "window", "num_slots", "earlier"), [(7, 1, 0, 2), (200, 70, 5, 5), (330, 64, 0, 0), (130, 20, 140, 150)]
 )
@@ -459,11 +459,3 @@ def test_shapes_that_do_not_fit_are_refused():
             attention(q, k, v, t, window=window)
     with pytest.raises(UserError, match="num_slots=3 must lie between 0 and S − T = 2"):
         attention(q, k, v, t, window=2, num_slots=3)
-
-
-def test_a_kernel_without_windows_says_what_has_them(monkeypatch):
-    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", Implementation("dense"))
-    with pytest.raises(UserError, match="'kernel' takes no window; with one work 'auto', 'dense', 'blockwise'$"):
-        attention(*inputs(4, 4, dtype=np.float32), window=2, implementation="kernel")
-    q = jax.ShapeDtypeStruct((1, 1024, 4, 64), jnp.bfloat16)
-    assert choose("gpu", "NVIDIA H100", q, 1024, windowed=True) == "blockwise"

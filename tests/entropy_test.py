@@ -195,13 +195,16 @@ def test_maxima_of_one_token_are_zero():
     assert max_entropy(1) == max_entropy(1, "causal") == 0
 
 
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 9), (5, 8), (64, 64)])
-def test_rows_with_earlier_keys_reach_the_mean_logarithm_of_the_keys_they_see(T, S):
+@pytest.mark.parametrize(
+    ("T", "S", "window"), [(1, 1, None), (1, 9, None), (5, 8, None), (64, 64, 80), (64, 64, 16), (9, 12, 1)]
+)
+def test_rows_with_earlier_keys_or_a_window_reach_the_mean_logarithm_of_the_keys_they_see(T, S, window):
     """Uniform weights over what each row sees have that entropy."""
     visible = np.tril(np.ones((T, S)), S - T)
+    visible[:, S - T :] -= np.tril(np.ones((T, T)), -(window or T))
     rows = row_entropy(visible / visible.sum(-1, keepdims=True))
-    assert max_entropy(T, "causal", num_keys=S) == pytest.approx(float(rows.mean()), rel=1e-6, abs=1e-7)
-    assert max_entropy(T, num_keys=S) == math.log(S)
+    found = (max_entropy(T, kind, num_keys=S, window=window) for kind in ("context", "causal"))
+    assert [*found] == pytest.approx([float(rows.max()), float(rows.mean())], rel=1e-6, abs=1e-7)
 
 
 def test_fewer_keys_than_rows_are_refused():

@@ -91,6 +91,8 @@ def test_bands_of_layers_that_see_more_or_less_have_their_own_maximum():
     entropy = np.broadcast_to(maximum_LxT[:, None, None] / 3, (L, B, N, T))
     metrics = entropy_metrics(Aux(AttentionStats(entropy, entropy, entropy), None, None, maximum_LxT))
     np.testing.assert_array_equal(metrics["bands_causal"], [0, 1, 0, 0])
+    np.testing.assert_allclose(metrics["maximum_causal"], maximum_LxT.mean(1), rtol=1e-6)
+    np.testing.assert_array_equal(metrics["maximum_context"], maximum_LxT.max(1))
     shares = np.bincount((4 * maximum_LxT.mean(1) / 3 / maximum_LxT.max(1)).astype(int), minlength=4) / L
     np.testing.assert_allclose(metrics["bands_context"], shares)
 

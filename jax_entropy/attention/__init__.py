@@ -45,13 +45,11 @@ class Implementation(NamedTuple):
     """One way to compute the operator: the file beside this one that it is in, and what it runs on.
 
     devices: how their names begin, as JAX has them.
-    windows: whether it takes a window and slots.
     """
 
     module: str
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
     devices: tuple[str, ...] = ("",)
-    windows: bool = False
 
     def runs_on(self, platform: str, device_kind: str) -> bool:
         """Whether a device of that kind can run it."""
@@ -68,8 +66,8 @@ class Implementation(NamedTuple):
 
 # A kernel is a file beside these, a line here, and one in `choose`.
 IMPLEMENTATIONS = {
-    "dense": Implementation("dense", windows=True),
-    "blockwise": Implementation("blockwise", windows=True),
+    "dense": Implementation("dense"),
+    "blockwise": Implementation("blockwise"),
     "gpu": Implementation("gpu", ("gpu",)),
     "hopper": Implementation("hopper", ("gpu",), ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")),
     "tpu": Implementation("tpu", ("tpu",)),
@@ -104,8 +102,8 @@ def attention(
       transform: of the logits [B, N, T, S] on their way into the softmax, as in transformed.py; only "dense" and "auto"
         take one, and then no T×T array is kept either. max_logit stays that of the logits before it.
       implementation: "dense" keeps every weight; "blockwise" none of them, nor do the kernels "gpu", "hopper" and
-        "tpu"; all but dense in reverse mode only (no jvp, no second derivative). "auto": the fastest, see `choose`.
-        Kernels take no window: with one, "auto" is one of the first two.
+        "tpu", which compute no block outside of a window; all but dense in reverse mode only (no jvp, no second
+        derivative). "auto": the fastest, see `choose`.
     Returns:
       out [B, T, N, H] in the type of q, and AttentionStats.
     Raises:
@@ -114,7 +112,7 @@ def attention(
     _check(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT, position, window, num_slots)
     (_, T, N, H), S = q_BxTxNxH.shape, k_BxSxNxH.shape[1]
     if transform is None:
-        attend = _implementation(implementation, q_BxTxNxH, S, position is None, window is not None).function
+        attend = _implementation(implementation, q_BxTxNxH, S, position is None).function
     elif implementation in ("auto", "dense"):
         attend = functools.partial(importlib.import_module(f"{__name__}.transformed").attend, transform=transform)
     else:
@@ -132,8 +130,8 @@ def attention(
     return out_BxTxNxH, AttentionStats(entropy_BxNxT, lse_BxNxT, jax.lax.stop_gradient(max_BxNxT))
 
 
-def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool = True, windowed: bool = False) -> str:
-    """The rule of "auto", for queries [B, T, N, H] to S keys, at whose end they stand or not, with a window or not.
+def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool = True) -> str:
+    """The rule of "auto", for queries [B, T, N, H] to S keys, at whose end they stand or not.
 
     On CPU, measured (docs/benchmarks/attention.md): up to 64 × 64 logits a head dense and blockwise take the same time
     and dense compiles faster; beyond, blockwise takes less time, forward and backward, in float32 and bfloat16.
@@ -141,7 +139,7 @@ def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool =
     measured: tpu where there are queries enough for its lanes.
     """
     (_, T, _, H), half = q.shape, q.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and not windowed and H <= 128 and (half or q.dtype == jnp.float32):
+    if platform == "gpu" and H <= 128 and (half or q.dtype == jnp.float32):
         for_hopper = half and at_end and H in (32, 64, 96, 128) and _assembler_is_sound()
         return "hopper" if for_hopper and IMPLEMENTATIONS["hopper"].runs_on(platform, device_kind) else "gpu"
     if platform == "tpu" and H <= 128 and q.dtype in (jnp.bfloat16, jnp.float32):
@@ -165,9 +163,9 @@ def _assembler_is_sound() -> bool:
     return not (12, 8, 0) <= tuple(map(int, version.split(".")[:3])) < (12, 9, 86)
 
 
-def _implementation(name: str, q: jax.Array, S: int, at_end: bool, windowed: bool) -> Implementation:
+def _implementation(name: str, q: jax.Array, S: int, at_end: bool) -> Implementation:
     here, kind = platform(), device_kind()
-    name = choose(here, kind, q, S, at_end, windowed) if name == "auto" else name
+    name = choose(here, kind, q, S, at_end) if name == "auto" else name
     if name not in IMPLEMENTATIONS:
         raise UserError(f"unknown attention implementation {name!r}{nearest(name, ('auto', *IMPLEMENTATIONS))}")
     if not (found := IMPLEMENTATIONS[name]).runs_on(here, kind):
@@ -177,9 +175,6 @@ def _implementation(name: str, q: jax.Array, S: int, at_end: bool, windowed: boo
             f"attention {name!r} runs on {needed}, and this is {kind if here in found.platforms else here}; "
             f"here work {', '.join(map(repr, work))}"
         )
-    if windowed and not found.windows:
-        able = [name for name, record in IMPLEMENTATIONS.items() if record.windows]
-        raise UserError(f"attention {name!r} takes no window; with one work {', '.join(map(repr, ('auto', *able)))}")
     return found
 
 

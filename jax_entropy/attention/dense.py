@@ -47,4 +47,5 @@ def visible(key: jax.Array, last: jax.Array, window: int | jax.Array | None = No
     """Whether a query whose own key is `last` sees a key: one of the `window` up to there, or of the first slots."""
     if window is None:
         return key <= last
-    return (key <= last) & ((key > last - window) | (key < num_slots))
+    unseen_from = jnp.where(key < num_slots, jnp.iinfo(jnp.int32).max, key + window)
+    return (key <= last) & (last < unseen_from)

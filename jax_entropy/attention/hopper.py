@@ -165,7 +165,7 @@ def _forward(
                 seen_QxK = _seen(first + offset, j * K, (Q, K), *windowed)
                 return whole(jnp.where(seen_QxK, s_QxK, _LOWEST), m_Q, a_Q)
 
-            all_seen = _all_seen(first + offset, Q, j * K, K, S, *windowed)
+            all_seen = _all_seen(first + offset, Q, (j + 1) * K, K, S, *windowed)
             x_QxK, new_m_Q = lax.cond(all_seen, whole, edge, s_QxK, m_Q, a_Q)
             e_QxK = jnp.exp2(x_QxK)
             shift_Q = m_Q - new_m_Q
@@ -293,7 +293,7 @@ def _dq(
             s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K)
             x_QxK = products.scaled(s_QxK, _over_rows(a_Q, K), _over_rows(m_Q, K))
             x_QxK = lax.cond(
-                _all_seen(first + offset, Q, j * K, K, S, *windowed),
+                _all_seen(first + offset, Q, (j + 1) * K, K, S, *windowed),
                 lambda x_QxK: x_QxK,
                 lambda x_QxK: jnp.where(_seen(first + offset, j * K, (Q, K), *windowed), x_QxK, _HIDDEN),
                 x_QxK,
@@ -370,7 +370,7 @@ def _dkv(
             a_Q, m_Q = (_load(ref, _COLUMNS) for ref in rows_s[:2])
             x_KxQ = products.scaled(s_KxQ, _over_columns(a_Q, K), _over_columns(m_Q, K))
             x_KxQ = lax.cond(
-                _all_seen(start + offset, Q, first, K, first + K, *windowed),
+                _all_seen(start + offset, Q, first + K, K, first + K, *windowed),
                 lambda x_KxQ: x_KxQ,
                 lambda x_KxQ: jnp.where(_seen_by_columns(start + offset, first, (K, Q), *windowed), x_KxQ, _HIDDEN),
                 x_KxQ,
@@ -485,7 +485,8 @@ def _length(sweep: Sweep) -> jax.Array:
 
 def _nth(sweep: Sweep, i: jax.Array) -> jax.Array:
     """The block that is met at a step."""
-    return jnp.where(i < sweep.slots, i, sweep.begin + i - sweep.slots) if sweep.slots else sweep.begin + i
+    later = i + (sweep.begin - sweep.slots)
+    return jnp.where(i < sweep.slots, i, later) if sweep.slots else later
 
 
 def _launch(N: int, tiles: int, B: int, interpret: Any) -> dict[str, Any]:
@@ -547,11 +548,11 @@ def _seen_by_columns(last_key: jax.Array, first_key: jax.Array, shape: tuple[int
 
 
 def _all_seen(
-    last_key: jax.Array, Q: int, first_key: jax.Array, K: int, S: Any, window: Any = None, num_slots: int = 0
+    last_key: jax.Array, Q: int, end_key: jax.Array, K: int, S: Any, window: Any = None, num_slots: int = 0
 ) -> jax.Array:
-    """Whether each of Q queries sees each of K keys; the first query sees keys up to `last_key`."""
-    below = first_key + K <= jnp.minimum(last_key + 1, S)
-    return below if window is None else below & (first_key + window >= last_key + Q)
+    """Whether each of Q queries sees each of the K keys before `end_key`; the first query sees those to `last_key`."""
+    below = end_key <= jnp.minimum(last_key + 1, S)
+    return below if window is None else below & (end_key - K + window >= last_key + Q)
 
 
 def _padded(x: jax.Array, length: int, value: float = 0.0) -> jax.Array:

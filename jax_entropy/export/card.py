@@ -170,8 +170,10 @@ def _quality(history: History, e: int) -> Iterator[tuple[str, str]]:
 
 def _entropies(entropy_LxN: np.ndarray, model: ModelConfig) -> Iterator[str]:
     """In held-out text, over all heads and by layer."""
-    most = max_entropy(model.context_length, "causal")
-    overloaded, collapsed = (int(heads_LxN.sum()) for heads_LxN in extreme_heads(entropy_LxN, most))
+    T, S = model.context_length, model.context_length + model.num_slots
+    most_L = np.array([max_entropy(T, "causal", num_keys=S, window=window) for window in model.windows])
+    most = most_L.mean()
+    overloaded, collapsed = (int(heads_LxN.sum()) for heads_LxN in extreme_heads(entropy_LxN, most_L[:, None]))
     shares = " / ".join(f"{100 * float(share):.0f}" for share in head_bands(entropy_LxN))
     yield (
         f"Mean head entropy {entropy_LxN.mean():.3f} nats, {100 * entropy_LxN.mean() / most:.0f} % of what causal "

@@ -71,13 +71,26 @@ class History:
     def context_length(self) -> int:
         return int(self.config["model"]["context_length"])
 
+    def layer_maxima(self, kind: str) -> np.ndarray:
+        """Upper end of the entropy range of each layer, [L] in nats: of what its rows see, with slots or a window.
+
+        Args:
+          kind: "context" or "causal".
+        """
+        if (logged_ExL := self.train.get(f"maximum_{kind}")) is not None:
+            return logged_ExL[-1]
+        return np.full(self.train["head_entropy"].shape[1], max_entropy(self.context_length, kind))
+
     def maxima(self) -> dict[str, float]:
-        """Upper ends of the entropy range at the last logged step, in nats, under the names the metrics give them."""
+        """Upper ends of the entropy range at the last logged step, in nats, under the names the metrics give them.
+
+        Where layers differ, those of the layer that sees most.
+        """
         last_LxN = self.train["head_entropy"][-1]
         return dict(
             observed=float(np.nanmax(last_LxN)) if np.isfinite(last_LxN).any() else math.nan,
-            context=max_entropy(self.context_length),
-            causal=max_entropy(self.context_length, "causal"),
+            context=float(self.layer_maxima("context").max()),
+            causal=float(self.layer_maxima("causal").max()),
         )
 
 

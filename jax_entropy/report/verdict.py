@@ -70,23 +70,28 @@ def _finite(history: History) -> Iterator[_Finding]:
         )  # fmt: skip
 
 
+def _nats(of_layers_L: np.ndarray) -> str:
+    ends = dict.fromkeys(f"{end:.2f}" for end in (of_layers_L.min(), of_layers_L.max()))
+    return f"{' to '.join(ends)} nats{' by layer' if len(ends) > 1 else ''}"
+
+
 def _heads(history: History) -> Iterator[_Finding]:
     entropy_LxN, where = newest_entropy(history)
-    total, most = entropy_LxN.size, history.maxima()["causal"]
-    overloaded_LxN, collapsed_LxN = extreme_heads(entropy_LxN, most)
+    total, most_L = entropy_LxN.size, history.layer_maxima("causal")
+    overloaded_LxN, collapsed_LxN = extreme_heads(entropy_LxN, most_L[:, None])
     regular = history.architecture.startswith("EReg")
     weight = (history.config.get("penalty") or {}).get("weight")
     for found_LxN, what, bound, advice in (
         (
             overloaded_LxN,
             "overloaded",
-            f"above ¾ of the causal maximum, {0.75 * most:.2f} nats,",
+            f"above ¾ of the causal maximum, {_nats(0.75 * most_L)},",
             _against_overload(regular, weight),
         ),
         (
             collapsed_LxN,
             "collapsed",
-            f"below ¼ of the causal maximum, {0.25 * most:.2f} nats,",
+            f"below ¼ of the causal maximum, {_nats(0.25 * most_L)},",
             _against_collapse(regular, weight),
         ),
     ):

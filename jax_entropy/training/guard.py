@@ -76,7 +76,8 @@ def diagnose(anomaly: Anomaly, watched: dict[str, Any] | None, context_length: i
     """Where it happened and what preceded it, for a sentence.
 
     Args:
-      watched: the metrics of the last step that logged: `layer_entropy`, `max_logit` [L], `head_entropy` [L, N].
+      watched: the metrics of the last step that logged: `layer_entropy`, `max_logit` [L], `head_entropy` [L, N], and,
+        where slots or windows change it, `maximum_causal` [L].
     """
     layers = np.flatnonzero(anomaly.metrics["not_finite"])
     where = f"first in layer {layers[0]}" if layers.size else "with every layer's attention still finite"
@@ -84,7 +85,8 @@ def diagnose(anomaly: Anomaly, watched: dict[str, Any] | None, context_length: i
         return where
     entropy, largest = np.asarray(watched["layer_entropy"]), np.asarray(watched["max_logit"])
     lowest = np.unravel_index(np.argmin(watched["head_entropy"]), np.shape(watched["head_entropy"]))
-    reason = _reason(entropy / max_entropy(context_length, "causal"), largest)
+    most = watched.get("maximum_causal", max_entropy(context_length, "causal"))
+    reason = _reason(entropy / np.asarray(most), largest)
     return (
         f"{where}; before it the mean entropies by layer were {' '.join(f'{x:.2f}' for x in entropy)} nats "
         f"(lowest in head {lowest[1]} of layer {lowest[0]}), the largest logits "

@@ -17,6 +17,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.report import print_head_entropy, read_history, report
 from jax_entropy.report.page import page
 from jax_entropy.report.private import of_history
+from jax_entropy.report.verdict import verdict
 from jax_entropy.runs.workdir import Workdir
 from tests.report.helpers import CASES, CAUSAL, write_run
 
@@ -40,6 +41,21 @@ def test_arrays_are_what_was_logged(tmp_path):
     assert run.maxima()["context"] == pytest.approx(4.852, abs=1e-3)
     assert run.maxima()["causal"] == pytest.approx(3.878, abs=1e-3)  # paper.md §4
     assert run.maxima()["observed"] == np.nanmax(run.train["head_entropy"][-1])
+
+
+def test_a_layer_with_a_window_is_judged_by_what_it_sees(tmp_path):
+    workdir = write_run(tmp_path / "run", L=2, N=1, steps=3)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    seen = dict(maximum_context=[0.2, 4.8], maximum_causal=[0.1, 3.8], head_entropy=[[0.09], [0.09]])
+    lines = [line | seen for line in lines if line["kind"] == "train"]
+    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = read_history(workdir)
+    assert run.maxima() == dict(observed=0.09, context=4.8, causal=3.8)
+    said = " ".join(verdict(run).seen)
+    assert (
+        "1 of 2 heads is overloaded (above ¾ of the causal maximum, 0.08 to 2.85 nats by layer, on a training" in said
+    )
+    assert "1 of 2 heads is collapsed" in said and said.index("layer 0.") < said.index("layer 1.")
 
 
 def test_a_metric_that_starts_late_is_nan_before(tmp_path):

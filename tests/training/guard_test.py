@@ -83,6 +83,9 @@ def test_the_diagnosis_names_layers_heads_and_the_reason(entropy, logits, reason
     said = diagnose(Anomaly(5, "", metrics(np.nan, not_finite=(0, 3, 1))), watched, 128)
     assert "first in layer 1" in said and "lowest in head 1 of layer 1" in said and "7.25" in said
     assert said.endswith(reason)
+    # a layer is judged by what its rows see
+    windowed = watched | dict(maximum_causal=[3.9, 0.02, 1.3])
+    assert "collapse in layers 1" not in diagnose(Anomaly(5, "", metrics(np.nan, not_finite=(0, 3, 1))), windowed, 128)
 
 
 def poisoned(batches):

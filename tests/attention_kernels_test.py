@@ -170,12 +170,16 @@ def for_a_gpu():
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
-@pytest.mark.parametrize("attend", [gpu.attend, hopper.attend], ids=["gpu", "hopper"])
-def test_the_kernels_lower_for_a_gpu_with_every_gradient(attend):
+@pytest.mark.parametrize(
+    "attend, window",
+    [(gpu.attend, None), (hopper.attend, None), (hopper.attend, 32)],
+    ids=["gpu", "hopper", "hopper with a window"],
+)
+def test_the_kernels_lower_for_a_gpu_with_every_gradient(attend, window):
     x, rows = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 200), jnp.float32)
 
     def loss(q, k, v, scale):
-        out, entropy, logsumexp, _ = attend(q, k, v, scale, 0)
+        out, entropy, logsumexp, _ = attend(q, k, v, scale, 0, window)
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(entropy) + jnp.sum(logsumexp)
 
     with for_a_gpu():

@@ -105,28 +105,34 @@ LENGTHS = ((64, 1024), (128, 1024), (64, 16384), (64, 32768))
 
 
 @pytest.mark.parametrize(
-    ("chip", "width", "T", "dtype"),
-    [("v5e", 64, 1024, "bfloat16")]
+    ("chip", "width", "T", "dtype", "windowed"),
+    [("v5e", 64, 1024, "bfloat16", ())]
     + [
-        pytest.param(chip, width, T, dtype, marks=pytest.mark.long)
+        pytest.param("v5e", 64, T, "bfloat16", (256, 8), marks=pytest.mark.long, id=f"v5e-64-{T}-a window, slots")
+        for _, T in LENGTHS[1:]
+    ]
+    + [
+        pytest.param(chip, width, T, dtype, (), marks=pytest.mark.long)
         for chip in TOPOLOGIES
         for dtype in ("bfloat16", "float32")
         for width, T in LENGTHS
         if (chip, width, T, dtype) != ("v5e", 64, 1024, "bfloat16")
     ],
 )
-def test_the_kernels_compile_ahead_of_time(chip, width, T, dtype):
+def test_the_kernels_compile_ahead_of_time(chip, width, T, dtype, windowed):
     pytest.importorskip("libtpu", reason="libtpu is not installed (the extra `plan`)")
     from jax.experimental import topologies
 
     device = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices[0]
     shaped = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    earlier = sum(windowed[1:])
     x, rows = shaped((1, T, 2, width), jnp.dtype(dtype)), shaped((2, T), jnp.float32)
-    kernels = tpu.tiles(device.device_kind, x, T)
+    y = shaped((1, T + earlier, 2, width), x.dtype)
+    kernels = tpu.tiles(device.device_kind, x, T + earlier)
 
     def loss(q, k, v, scale):
-        out, entropy, logsumexp, _ = tpu.attend(q, k, v, scale, 0, kernels=kernels)
+        out, entropy, logsumexp, _ = tpu.attend(q, k, v, scale, earlier, *windowed, kernels=kernels)
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(entropy) + jnp.sum(logsumexp)
 
-    compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, rows).compile()
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, y, y, rows).compile()
     assert compiled.as_text().count("tpu_custom_call") == (2 if kernels.dq is None else 3)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_entropy.attention import AttentionStats, blockwise, dense, gpu, hopper, tpu
 from jax_entropy.attention.blocks import blocks_for
-from jax_entropy.attention.kernels import LN2, base2, multiply_add
+from jax_entropy.attention.kernels import LN2, base2, key_blocks, multiply_add, query_blocks
 from jax_entropy.bench.cases import CASES, errors
 from jax_entropy.errors import UserError
 from jax_entropy.sharding import make_mesh
@@ -215,6 +215,35 @@ def test_hopper_names_what_it_does_not_take():
         hopper.attend(x, x, x, jnp.ones((1, 8)), 0)
     with pytest.raises(UserError, match="a cache is for 'gpu'"):
         hopper.attend(x[..., :32], x[..., :32], x[..., :32], jnp.ones((1, 8)), jnp.int32(0))
+
+
+sizes = st.sampled_from([4, 8, 16])
+
+
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.given(
+    st.integers(1, 40), st.sampled_from([0, 1, 9]), st.integers(0, 12), st.integers(0, 12),
+    st.sampled_from([1, 2, 5, 17, 80]), sizes, sizes,
+)  # fmt: skip
+def test_a_sweep_meets_every_block_that_is_seen_once_and_no_other(T, num_slots, earlier, behind, window, Q, K):
+    """And masks all but those that are seen whole."""
+    position, S = num_slots + earlier, num_slots + earlier + T + behind
+    seen_TxS = np.asarray(dense.visible(np.arange(S)[None], np.arange(T)[:, None] + position, window, num_slots))
+
+    def check(sweep, seen_by_block):
+        met = [(i, masked) for begin, end, masked in sweep.runs() for i in range(int(begin), int(end))]
+        needed = {i for i, seen in enumerate(seen_by_block) if seen.any()}
+        assert [i for i, _ in met] == sorted(needed)
+        assert all(masked or seen_by_block[i].all() for i, masked in met)
+
+    for first in range(0, T - Q + 1, Q):
+        rows = seen_TxS[first : first + Q]
+        sweep = key_blocks(jnp.int32(first + position), Q, K, S, window, num_slots)
+        check(sweep, [rows[:, i : i + K] for i in range(0, S, K)])
+    for first in range(num_slots, position + T - K + 1, K):
+        columns = seen_TxS[:, first : first + K]
+        sweep = query_blocks(jnp.int32(first), jnp.int32(position), K, Q, T, window, num_slots)
+        check(sweep, [columns[i : i + Q] for i in range(0, T, Q)])
 
 
 finite = st.floats(-1e6, 1e6, width=32)

@@ -414,6 +414,8 @@ def test_auto_follows_its_rule():
         ("NVIDIA A100-SXM4-80GB", True, q(2048, 256, jnp.bfloat16), "blockwise"),
     ):
         assert choose("gpu", kind, x, 2048, at_end) == chosen
+    for width, chosen in ((64, "hopper"), (128, "gpu")):
+        assert choose("gpu", "NVIDIA H200", q(2048, width, jnp.bfloat16), 2048, windowed=True) == chosen
     for x, chosen in ((q(2048), "tpu"), (q(1), "dense"), (q(2048, 256), "blockwise")):
         assert choose("tpu", "TPU v5 lite", x, 2048) == chosen
     expected = attention(*arguments, implementation="dense")

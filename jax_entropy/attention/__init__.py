@@ -112,7 +112,7 @@ def attention(
     _check(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT, position, window, num_slots)
     (_, T, N, H), S = q_BxTxNxH.shape, k_BxSxNxH.shape[1]
     if transform is None:
-        attend = _implementation(implementation, q_BxTxNxH, S, position is None).function
+        attend = _implementation(implementation, q_BxTxNxH, S, position is None, window is not None).function
     elif implementation in ("auto", "dense"):
         attend = functools.partial(importlib.import_module(f"{__name__}.transformed").attend, transform=transform)
     else:
@@ -130,17 +130,18 @@ def attention(
     return out_BxTxNxH, AttentionStats(entropy_BxNxT, lse_BxNxT, jax.lax.stop_gradient(max_BxNxT))
 
 
-def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool = True) -> str:
-    """The rule of "auto", for queries [B, T, N, H] to S keys, at whose end they stand or not.
+def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool = True, windowed: bool = False) -> str:
+    """The rule of "auto", for queries [B, T, N, H] to S keys, at whose end they stand or not, with a window or not.
 
     On CPU, measured (docs/benchmarks/attention.md): up to 64 × 64 logits a head dense and blockwise take the same time
     and dense compiles faster; beyond, blockwise takes less time, forward and backward, in float32 and bfloat16.
-    On GPUs, by the assembler's report (docs/benchmarks/kernels.md): hopper for what it takes, else gpu. On TPUs, not
-    measured: tpu where there are queries enough for its lanes.
+    On GPUs, by the assembler's report (docs/benchmarks/kernels.md): hopper for what it takes and, with a window, heads
+    of up to 64, since masks of wider ones spill registers; else gpu. On TPUs, not measured: tpu where there are queries
+    enough for its lanes.
     """
     (_, T, _, H), half = q.shape, q.dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and H <= 128 and (half or q.dtype == jnp.float32):
-        for_hopper = half and at_end and H in (32, 64, 96, 128) and _assembler_is_sound()
+        for_hopper = half and at_end and H in ((32, 64) if windowed else (32, 64, 96, 128)) and _assembler_is_sound()
         return "hopper" if for_hopper and IMPLEMENTATIONS["hopper"].runs_on(platform, device_kind) else "gpu"
     if platform == "tpu" and H <= 128 and q.dtype in (jnp.bfloat16, jnp.float32):
         return "tpu" if T >= 128 else "dense"
@@ -163,9 +164,9 @@ def _assembler_is_sound() -> bool:
     return not (12, 8, 0) <= tuple(map(int, version.split(".")[:3])) < (12, 9, 86)
 
 
-def _implementation(name: str, q: jax.Array, S: int, at_end: bool) -> Implementation:
+def _implementation(name: str, q: jax.Array, S: int, at_end: bool, windowed: bool) -> Implementation:
     here, kind = platform(), device_kind()
-    name = choose(here, kind, q, S, at_end) if name == "auto" else name
+    name = choose(here, kind, q, S, at_end, windowed) if name == "auto" else name
     if name not in IMPLEMENTATIONS:
         raise UserError(f"unknown attention implementation {name!r}{nearest(name, ('auto', *IMPLEMENTATIONS))}")
     if not (found := IMPLEMENTATIONS[name]).runs_on(here, kind):

@@ -422,7 +422,7 @@ class _OverQueries(NamedTuple):
 
 
 def _call(kernel: Any, name: str, *, grid, inputs, outputs, scratch, interpret: bool, row_memory: int = 0) -> Any:
-    """A function of position and window; pairs of arrays and specs, of shapes and specs, and of scratch shapes and types."""
+    """A function of `at`; pairs of arrays and specs, of shapes and specs, and of scratch shapes and types."""
     call = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -95,6 +95,7 @@ def _draw(ax: Axes, marks: Sequence[Mark], label: str, printed: Sequence[Mark] =
     for mark in printed:
         ax.plot(mark.cost, mark.perplexity, "o", markerfacecolor="none", markeredgecolor=BLACK)
     log_axis(ax, "x", np.array([mark.cost for mark in (*marks, *printed)]))
+    log_axis(ax, "y", np.array([mark.perplexity for mark in (*marks, *printed)]))
     ax.set_xlabel(label)
     ax.margins(0.12)
 

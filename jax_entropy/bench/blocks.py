@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_entropy.attention import available
-from jax_entropy.bench.parts import Clock
+from jax_entropy.bench.sizes import Clock
 from jax_entropy.errors import UserError
 
 SHAPES = ((64, 1024), (64, 8192), (128, 2048), (128, 8192))  # head width, and the longest context that a row is for

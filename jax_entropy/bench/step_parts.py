@@ -1,0 +1,123 @@
+"""The parts of `bench device` about whole training steps: their rate, what feeds them, their losses, their peers."""
+
+import functools
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_entropy.bench.sizes import Clock, Row, sizes
+from jax_entropy.bench.step import bench_step
+from jax_entropy.census import census
+from jax_entropy.chips import peak_flops
+from jax_entropy.config import default_config, model_config
+from jax_entropy.model import Transformer
+from jax_entropy.state import init_state, make_train_step
+
+
+def step(clock: Clock) -> Iterator[Row]:
+    """Tokens a second of whole training steps in bfloat16, with the penalty and without, and the share of the rate."""
+    for context in sizes().step_contexts:
+        for architecture in ("EReg(SM+LN+G)", "SM+LN+G"):
+            if clock.left() < 10:
+                return
+            yield _step_row(clock, architecture, context)
+
+
+def _step_row(clock: Clock, architecture: str, context: int) -> Row:
+    size = sizes()
+    model, state, train_step = _training(architecture, context, size.model, "bfloat16")
+    batch = max(size.tokens // context, 1)
+    tokens = jax.random.randint(jax.random.key(1), (batch, context + 1), 0, model.config.vocab_size)
+    start = time.perf_counter()
+    compiled = train_step.lower(state, tokens, False).compile()
+    compile_seconds, seconds = time.perf_counter() - start, []
+    for _ in range(22):
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(compiled(state, tokens))
+        seconds.append(time.perf_counter() - start)
+        if clock.left() < 0:
+            break
+    rate = batch * context / statistics.median(seconds[2:] or seconds)
+    row = dict(architecture=architecture, T=context, batch=batch, tokens_per_second=rate, loss=float(metrics["loss"]))
+    if clock.left() > 0:
+        row["data_wait"] = _data_wait(lambda state, tokens: compiled(state, tokens)[0], state, np.asarray(tokens))
+    if peak := peak_flops(jax.devices()[0].device_kind):
+        row["mfu"] = rate * 3 * census(model.config).forward_flops / context / peak
+    memory = compiled.memory_analysis()
+    return row | dict(
+        compile_seconds=compile_seconds, temporaries_GiB=memory.temp_size_in_bytes / 2**30 if memory else None
+    )
+
+
+def _data_wait(step: Callable, state: Any, rows: np.ndarray, turns: int = 5, steps: int = 4) -> float:
+    """Share of the time that steps wait for their batches, read on the host and placed while the step before runs.
+
+    Beside steps of a batch that lies on the device, in turns.
+    """
+    resident, taken = jax.device_put(rows), {False: [], True: []}
+    for fed in (False, True) * turns:
+        start = time.perf_counter()
+        for _ in range(steps):
+            state = step(state, jax.device_put(rows.copy()) if fed else resident)
+        jax.block_until_ready(state)
+        taken[fed].append(time.perf_counter() - start)
+    return max(0.0, 1 - statistics.median(taken[False]) / statistics.median(taken[True]))
+
+
+def _training(architecture: str, context: int, fields: Row, dtype: str) -> tuple:
+    config = default_config(architecture)
+    config.model.update({name: value for name, value in fields.items() if name != "vocab_size"})
+    config.model.update(context_length=context, bias="all")
+    config.train.dtype = dtype
+    model = Transformer(model_config(config, fields["vocab_size"]))
+    state = jax.jit(functools.partial(init_state, config, model))()
+    return model, state, jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
+
+
+def training(clock: Clock) -> Iterator[Row]:
+    """Losses of 200 steps of a small model on this device beside the CPU's, both in float32, and how far they part."""
+    steps = 200 if jax.default_backend() != "cpu" else 20
+    tokens = _text(steps, batch=8, context=128, vocab_size=256)
+    losses = {}
+    for name, device in dict(device=jax.devices()[0], cpu=jax.local_devices(backend="cpu")[0]).items():
+        with jax.default_device(device):
+            fields = dict(num_layers=2, num_heads=2, model_dim=64, vocab_size=256)
+            _, state, train_step = _training("EReg(SM(t)+ScFuFFN)", 128, fields, "float32")
+            losses[name] = []
+            for i in range(steps):
+                state, metrics = train_step(state, jnp.asarray(tokens[i]), False)
+                losses[name].append(metrics["loss"])
+        losses[name] = np.asarray(jax.device_get(losses[name]))
+    for i in (0, steps // 2, steps - 1):
+        ours, theirs = float(losses["device"][i]), float(losses["cpu"][i])
+        yield dict(step=i + 1, device=ours, cpu=theirs, relative_difference=abs(ours - theirs) / abs(theirs))
+
+
+def _text(steps: int, batch: int, context: int, vocab_size: int) -> np.ndarray:
+    """Tokens with something to learn: each is one of two that depend on the one before; [steps, batch, context + 1]."""
+    rng = np.random.default_rng(0)
+    following, tokens = rng.integers(0, vocab_size, (vocab_size, 2)), np.zeros((steps, batch, context + 1), np.int32)
+    tokens[..., 0] = rng.integers(0, vocab_size, (steps, batch))
+    for i in range(context):
+        tokens[..., i + 1] = following[tokens[..., i], rng.integers(0, 2, (steps, batch))]
+    return tokens
+
+
+def peers(clock: Clock) -> Iterator[Row]:
+    """A step of Hugging Face's GPT-2 in PyTorch beside ours, in turns, where torch and transformers are installed."""
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+        yield dict(note="torch and transformers are not installed")
+        return
+    size = sizes()
+    names = dict(layers=size.model["num_layers"], width=size.model["model_dim"], heads=size.model["num_heads"])
+    model, shapes = names | dict(vocab_size=size.model["vocab_size"]), [(128, size.tokens // 128)]
+    yield from bench_step(
+        shapes, ("bfloat16",), rounds=5, peer_python=sys.executable, notify=lambda _: None, model=model, compiled=True
+    )

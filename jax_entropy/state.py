@@ -80,8 +80,8 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
     weight_of, penalty, accumulate = penalty_schedule(config), config.penalty, config.optimizer.accumulate
     annealed = is_annealed(config, model.config)
 
-    def gradients_of(params, collections, teacher, tokens_BxT1, key, step) -> tuple[Any, jax.Array, LossParts]:
-        (loss, parts), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+    def loss_of(params, collections, teacher, tokens_BxT1, key, step) -> tuple[jax.Array, LossParts]:
+        return loss_fn(
             params,
             constrain(tokens_BxT1, BATCH, None),
             model=model,
@@ -95,28 +95,30 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
             distillation_temperature=config.anneal.distillation_temperature,
             dropout_key=key if model.config.embedding_dropout else None,
         )
-        return gradients, loss, parts
 
-    def accumulated(state: TrainState, collections, teacher, tokens, key):
+    def accumulated(state: TrainState, collections, teacher, tokens, key) -> tuple[Any, jax.Array, LossParts]:
         """Mean gradients over A batches; their statistics are joined along the batch axis."""
+        total = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
 
-        def one(carry, batch):
+        def one(collections, batch):
             index, tokens_BxT1 = batch
-            total, collections = carry
-            gradients, loss, parts = gradients_of(
-                state.params, collections, teacher, tokens_BxT1, jax.random.fold_in(key, index), state.step
+            loss, pull_back, parts = jax.vjp(
+                lambda params: loss_of(
+                    params, collections, teacher, tokens_BxT1, jax.random.fold_in(key, index), state.step
+                ),
+                state.params,
+                has_aux=True,
             )
-            total = jax.tree.map(lambda sum_, g: sum_ + g / accumulate, total, gradients)
-            return (total, parts.collections), (loss, parts._replace(collections=None))
+            # each layer's gradient is added where the sum is: there is no second tree of them
+            pull_back.with_refs(total)(jnp.full_like(loss, 1 / accumulate))
+            return parts.collections, (loss, parts._replace(collections=None))
 
         batches = rearrange(tokens, "(B A) T -> A B T", A=accumulate)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (gradients, collections), (losses, parts) = jax.lax.scan(
-            one, (zeros, collections), (jnp.arange(accumulate), batches)
-        )
+        collections, (losses, parts) = jax.lax.scan(one, collections, (jnp.arange(accumulate), batches))
         stats = jax.tree.map(lambda s: rearrange(s, "A L B N T -> L (B A) N T"), parts.aux.stats)
         aux = jax.tree.map(lambda of_batches: of_batches[0], parts.aux)._replace(stats=stats)
         means = jax.tree.map(jnp.mean, (parts.cross_entropy, parts.penalty, parts.divergence))
+        gradients = jax.tree.map(jax.freeze, total)
         return gradients, jnp.mean(losses), LossParts(means[0], means[1], aux, collections, means[2])
 
     def train_step(state: TrainState, tokens, watch: bool) -> tuple[TrainState, dict[str, Any]]:
@@ -128,7 +130,9 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
         if annealed:
             collections["annealing"] = advanced(collections["annealing"], config, model.config, state.step)
         if accumulate == 1:
-            gradients, loss, parts = gradients_of(state.params, collections, teacher, tokens, key, state.step)
+            (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+                state.params, collections, teacher, tokens, key, state.step
+            )
         else:
             gradients, loss, parts = accumulated(state, collections, teacher, tokens, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -163,22 +163,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def on_shards(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`f` of the parts that a device holds inside a mesh of ours; elsewhere `f` of the whole.
+    """`f` of the parts that a device holds inside a mesh of ours that splits something; elsewhere `f` of the whole.
 
     Args:
       f: a function of arrays; what it sums over rows it adds up by `sum_over`, once, whatever loops it has.
       in_specs, out_specs: a PartitionSpec for each argument and result; axes that none of them names stay automatic.
     """
-    if not _inside():
-        return f
     specs = jax.tree.leaves((in_specs, out_specs), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
     names = {name for spec in specs for axis in spec if axis for name in ((axis,) if isinstance(axis, str) else axis)}
+    if not _are_split(names):
+        return f
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
 
 
 def sum_over(axes: Sequence[str], x: Any) -> Any:
     """Sums of what the devices along `axes` found, within `on_shards`; elsewhere `x`."""
-    return jax.lax.psum(x, axes) if _inside() else x
+    return jax.lax.psum(x, axes) if _are_split(axes) else x
 
 
 def platform() -> str:
@@ -196,6 +196,11 @@ def device_kind() -> str:
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Fixes the layout of an activation inside a mesh of ours; elsewhere the identity."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if _inside() else x
+
+
+def _are_split(axes: Iterable[str]) -> bool:
+    """Whether several devices lie along them: XLA refuses to sum over one alone while others are automatic."""
+    return _inside() and math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) > 1
 
 
 def _inside() -> bool:

@@ -109,7 +109,7 @@ def test_tiles_of_the_vocabulary_stay_on_the_chip(vocab_size, rows, monkeypatch)
         assert vocabulary_tiles(vocab_size, rows) is None  # the vocabulary is split
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)])
 def test_devices_sum_their_gradients_once(shape, monkeypatch):
     """However many chunks there are, one all-reduce carries the head's gradient and one gather the head itself."""
     monkeypatch.setattr(loss_module, "chunk_rows", lambda vocab_size: 1)

@@ -50,18 +50,6 @@ def test_batches_accumulate_to_the_step_of_one_large_batch():
         assert_close(accumulated, metrics)
 
 
-def test_accumulating_needs_no_second_copy_of_the_gradients():
-    """Of another batch's gradients there is what one layer's product has, and the tied table's."""
-    temporaries = {}
-    for accumulate in (1, 4):
-        config = run_config("SM+LN+G", **{"optimizer.accumulate": accumulate, "model.model_dim": 128})
-        state = jax.eval_shape(functools.partial(init_state, config, model_of(config)))
-        tokens = jax.ShapeDtypeStruct((accumulate, 17), jnp.int32)
-        compiled = step_of(config).lower(state, tokens, False).compile()
-        temporaries[accumulate] = compiled.memory_analysis().temp_size_in_bytes
-    assert temporaries[4] - temporaries[1] < 0.25 * sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
-
-
 def test_accumulated_sums_are_means_over_the_batches():
     """A penalty that sums over its rows is the authors' mean over batches, not a sum over all of them."""
     tokens = random_tokens(12, 17)

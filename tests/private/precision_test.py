@@ -13,10 +13,12 @@ from jax_entropy.private.cost.precision import (
     Precision,
     cheapest,
     held_out_tokens,
+    measure_by_layer,
     measure_precision,
 )
 from jax_entropy.private.engine.engine import Account, Setting
 from jax_entropy.private.program.export import export
+from jax_entropy.private.program.fixed_point import lowest_exponents
 from jax_entropy.runs.load import load_run
 from tests.tiny_model import changed, scattered, tiny
 
@@ -48,6 +50,20 @@ def test_closer_exponentials_are_dearer_but_for_the_default(engine):
     assert default.mean_error < by_name[18, "taylor", 10].mean_error
     assert default.account.bytes[0] < many.account.bytes[0] and default.account.rounds < few.account.rounds
     assert pade.largest_error < 0.001 * largest
+
+
+def test_squarings_are_chosen_layer_by_layer(engine):
+    """The first layer's scores are sharp: it keeps the squarings that the second does without."""
+    config, tokens = tiny("SM+ScFuFFN", vocab_size=13), [3, 12, 0, 7, 1, 1, 8, 2]
+    lowest = lowest_exponents(export(config, scattered(config)), tokens)
+    scale = np.array([30 / -lowest[0], 0.1])[:, None, None, None]
+    sharp = changed(scattered(config), "params/blocks/attention/query/kernel", lambda x: x * scale)
+    rows, largest = measure_by_layer(engine(Setting()), export(config, sharp), tokens, 0.02, lambda line: None)
+    default, best = rows[0], cheapest(rows, 0.02, largest)
+    first, second = best.setting.layer_iterations
+    assert default.setting == Setting(exponent_iterations=6) and first > second
+    assert best.account.bytes[0] < default.account.bytes[0] and best.account.rounds < default.account.rounds
+    assert best.largest_error <= 0.02 * largest
 
 
 def test_what_leaves_the_range_is_a_row_that_says_so(engine, capsys):

@@ -377,7 +377,7 @@ class _OverKeys(NamedTuple):
         position, windowed = unpack(at_ref, num_slots)
         last_key, before = pl.program_id(2) * Q + position, pl.program_id(3) * W
         mask = lambda j: _seen(before + j * K, last_key, K, Q, *windowed)  # noqa: E731
-        _over(key_blocks(last_key, Q, K, length, *windowed), before // K, W // K, block, mask)
+        _over(key_blocks(last_key, Q, K, length, *windowed), W // K, block, mask)
 
 
 class _OverQueries(NamedTuple):
@@ -418,7 +418,7 @@ class _OverQueries(NamedTuple):
         position, windowed = unpack(at_ref, num_slots)
         first_key, before = pl.program_id(2) * K, pl.program_id(3) * W
         mask = lambda i: _seen(first_key, before + i * Q + position, K, Q, *windowed)  # noqa: E731
-        _over(query_blocks(first_key, position, K, Q, length, *windowed), before // Q, W // Q, block, mask)
+        _over(query_blocks(first_key, position, K, Q, length, *windowed), W // Q, block, mask)
 
 
 def _call(kernel: Any, name: str, *, grid, inputs, outputs, scratch, interpret: bool, row_memory: int = 0) -> Any:
@@ -477,8 +477,9 @@ def _seen(first_key: jax.Array, last_key: jax.Array, K: int, Q: int, *windowed: 
     return visible(keys + first_key, queries + last_key, *windowed)
 
 
-def _over(sweep: Sweep, before: jax.Array, count: int, block: Callable, mask: Callable) -> None:
-    """Calls `block(i, mask)`, the mask None where all is seen, for those of a sweep among `count` after `before`."""
+def _over(sweep: Sweep, count: int, block: Callable, mask: Callable) -> None:
+    """Calls `block(i, mask)`, the mask None where all is seen, for those of a sweep among this span's `count`."""
+    before = pl.program_id(3) * count
     for begin, end, masked in sweep.runs():
         masks = mask if masked else lambda i: None
         _loop(*(jnp.clip(i - before, 0, count) for i in (begin, end)), lambda i, masks=masks: block(i, masks(i)))

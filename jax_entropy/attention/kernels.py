@@ -85,6 +85,12 @@ class Sweep(NamedTuple):
         )
         return [run for run in runs if run[0] is not run[1]]
 
+    def nth_masked(self, i: jax.Array) -> jax.Array:
+        """Block i of those in which keys are masked."""
+        block = i + (self.begin - self.slots)
+        block = jnp.where(i < self.slots, i, block) if self.slots else block
+        return jnp.where(block < self.whole, block, block + (self.edge - self.whole))
+
 
 def key_blocks(
     last_key: jax.Array, Q: int, K: int, S: int, window: jax.Array | None = None, num_slots: int = 0

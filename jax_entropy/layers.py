@@ -17,13 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.attention.transformed import capped, power
+from jax_entropy.norms import normalise
 from jax_entropy.parts import Convolution, rotate
 from jax_entropy.products import product
 from jax_entropy.sharding import constrain, platform
 
 _TEMPERATURE_FLOOR = 1e-4
 _POWER_ITERATIONS_AT_START = 15  # as torch's spectral_norm
-_RATE_MEMORY = 0.99  # of a frozen norm's mean rate, a step
 
 
 class Linear(nn.Module):
@@ -323,61 +323,6 @@ def _activate(x: jax.Array, config: ModelConfig, slope: jax.Array | None) -> jax
         case "leaky_relu":
             slope = jnp.asarray(config.negative_slope if slope is None else slope, x.dtype)
             return jnp.where(x >= 0, x, slope * x)
-
-
-def normalise(kind: str, config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
-    """The normalisation layer of a kind, statistics in float32; the identity for "none"."""
-    if kind == "none":
-        return lambda x: x
-    if kind in ("frozen", "tanh"):
-        return (FrozenNorm if kind == "frozen" else DynamicTanh)(config, name=name)
-    # the backward pass keeps x, nothing on the way, which is float32
-    layer = nn.remat(nn.LayerNorm if kind == "layer" else nn.RMSNorm, prevent_cse=False)
-    # E[x²] − E[x]² would lose the variance of a stream whose mean is large
-    options = dict(use_fast_variance=False) if kind == "layer" else {}
-    return layer(epsilon=config.norm_epsilon, dtype=config.dtype, name=name, **options)
-
-
-class FrozenNorm(nn.Module):
-    """LayerNorm without its row statistics: (x − mean)·scale + bias, a linear map that the next matrix takes in.
-
-    With the collection `annealing` it is on its way there: x is multiplied by 1/deviation of its row, of which an
-    `amount` is already `rate`, the mean of all rows seen so far.
-    """
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        config, D = self.config, x_BxTxD.shape[-1:]
-        scale_D = self.param("scale", nn.initializers.ones, D, jnp.float32)
-        bias_D = self.param("bias", nn.initializers.zeros, D, jnp.float32)
-        x_BxTxD = x_BxTxD.astype(jnp.promote_types(x_BxTxD.dtype, jnp.float32))
-        x_BxTxD = x_BxTxD - jnp.mean(x_BxTxD, axis=-1, keepdims=True)
-        if self.has_variable("annealing", "amount"):
-            rate_BxTx1 = jax.lax.rsqrt(jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True) + config.norm_epsilon)
-            amount, rate = self.get_variable("annealing", "amount"), self.get_variable("annealing", "rate")
-            if self.is_mutable_collection("annealing"):
-                mean = jax.lax.stop_gradient(jnp.mean(rate_BxTx1))
-                followed = jnp.where(rate == 0, mean, _RATE_MEMORY * rate + (1 - _RATE_MEMORY) * mean)
-                rate = jnp.where(amount < 1, followed, rate)
-                self.put_variable("annealing", "rate", rate)
-            x_BxTxD = x_BxTxD * ((1 - amount) * rate_BxTx1 + amount * rate)
-        return (x_BxTxD * scale_D[None, None] + bias_D[None, None]).astype(config.dtype)
-
-
-class DynamicTanh(nn.Module):
-    """tanh(α·x)·scale + bias in place of a norm, α learned (DyT, arXiv 2503.10622)."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        alpha = self.param("alpha", nn.initializers.constant(0.5), (), jnp.float32)
-        scale_D = self.param("scale", nn.initializers.ones, x_BxTxD.shape[-1:], jnp.float32)
-        bias_D = self.param("bias", nn.initializers.zeros, x_BxTxD.shape[-1:], jnp.float32)
-        y_BxTxD = jnp.tanh(alpha * x_BxTxD.astype(jnp.promote_types(x_BxTxD.dtype, jnp.float32)))
-        return (y_BxTxD * scale_D[None, None] + bias_D[None, None]).astype(self.config.dtype)
 
 
 class Block(nn.Module):

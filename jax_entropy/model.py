@@ -13,7 +13,8 @@ from flax.traverse_util import unflatten_dict
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats
 from jax_entropy.errors import UserError
-from jax_entropy.layers import Block, Shared, Stream, Watched, normalise
+from jax_entropy.layers import Block, Shared, Stream, Watched
+from jax_entropy.norms import normalise
 from jax_entropy.sharding import BATCH, constrain, platform
 
 

@@ -15,9 +15,10 @@ from jax_entropy.annealing import advanced, beginning, settled, trained_model
 from jax_entropy.architecture import architecture
 from jax_entropy.config import check, model_config
 from jax_entropy.errors import UserError
-from jax_entropy.layers import FeedForward, FrozenNorm
+from jax_entropy.layers import FeedForward
 from jax_entropy.loss import loss_fn, teacher_divergence
 from jax_entropy.model import Transformer
+from jax_entropy.norms import FrozenNorm
 from jax_entropy.private.program.blueprint import NO_REWRITES, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.forward import float32_logits

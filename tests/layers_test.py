@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_entropy.layers import Attention, Block, Linear, Shared, Stream, effective_matrix, normalise, temperature
+from jax_entropy.layers import Attention, Block, Linear, Shared, Stream, effective_matrix, temperature
 from jax_entropy.model import Transformer
+from jax_entropy.norms import normalise
 from tests import reference_model as reference
 from tests.tiny_model import ARCHITECTURES, TARGETS, initial, random_tokens, scattered, shapes, tiny
 

@@ -56,10 +56,10 @@ class History:
 
     @property
     def dataset(self) -> str:
-        """A name to print: the corpus, or the last two parts of the folder or glob."""
+        """A name to print: the corpus, or the last two parts of the folder or glob that say something."""
         data = self.config.get("data") or {}
         source = str(data.get("source") or "unnamed data")
-        files = "/".join(Path(str(data.get("files") or "")).parts[-2:])
+        files = "/".join([part for part in Path(str(data.get("files") or "")).parts if part != "**"][-2:])
         title = SOURCES[source].title if source in SOURCES else ""
         return title or printable(files[-32:] or source)
 

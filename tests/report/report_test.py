@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jax_entropy.errors import UserError
 from jax_entropy.report import print_head_entropy, read_history, report
+from jax_entropy.report.history import History
 from jax_entropy.report.page import page
 from jax_entropy.report.private import of_history
 from jax_entropy.report.verdict import verdict
@@ -280,3 +281,11 @@ def test_terminal_shows_what_is_not_a_number():
     assert text.count("NaN") == 3 + 2  # three heads, two means
     assert "largest (1.00 nats): 0.0 / 0.0 / 0.0 / 25.0 %" in text
     assert "quarter" not in printed(np.full((2, 2), np.nan), 80)
+
+
+@pytest.mark.parametrize(
+    ("files", "name"), [("/data/code/**/*.py", "code/*.py"), ("**/*.py", "*.py"), ("books", "books"), (None, "files")]
+)
+def test_a_corpus_is_named_by_what_its_glob_says(tmp_path, files, name):
+    history = History(Workdir(tmp_path), {"data": {"source": "files", "files": files}}, {}, {})
+    assert history.dataset == name

@@ -75,6 +75,7 @@ def test_nothing_is_imported_from_a_room_above(name):
 
 
 def test_no_modules_import_each_other():
+    """A circle is a CycleError."""
     tuple(graphlib.TopologicalSorter({name: IMPORTS[name] & set(FILES) for name in FILES}).static_order())
 
 

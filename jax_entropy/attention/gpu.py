@@ -18,7 +18,10 @@ from jax.experimental.pallas import triton as plt
 from jax_entropy.attention.blocks import blocks_for
 from jax_entropy.attention.dense import visible
 from jax_entropy.attention.kernels import (
+    HIDDEN,
     LN2,
+    LOWEST,
+    PART,
     Sweep,
     attend_on_shards,
     base2,
@@ -30,10 +33,6 @@ from jax_entropy.attention.kernels import (
     unpack,
 )
 from jax_entropy.sharding import device_kind
-
-_HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
-_LOWEST = -(2.0**100)  # finite and exact, times any scale too: what a masked product is, and the largest of none
-_PART = 8  # columns of a row's running sums: a thread's share of them is one pair for every row that it holds
 
 
 class Blocks(NamedTuple):
@@ -77,7 +76,9 @@ def attend(
       UserError: a head width or a type that there are no tiles for.
     """
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, k_BxSxNxH.shape[1])
-    kernel = lambda *arrays: _attention(*arrays, kernels, with_entropy, interpret, num_slots)  # noqa: E731
+    kernel = functools.partial(
+        _attention, kernels=kernels, with_entropy=with_entropy, interpret=interpret, num_slots=num_slots
+    )
     return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, pack(position, window))
 
 
@@ -143,7 +144,7 @@ def _forward_kernel(
         s_QxK = _dot(q_QxH, k_KxH, ((1,), (1,)))
         if masked:
             seen_QxK = visible((j * K + jnp.arange(K, dtype=jnp.int32))[None, :], last_key_Q[:, None], *windowed)
-            s_QxK = jnp.where(seen_QxK, s_QxK, _LOWEST)
+            s_QxK = jnp.where(seen_QxK, s_QxK, LOWEST)
         new_m_Q = jnp.maximum(m_Q, jnp.max(s_QxK, axis=1) * a_Q)
         x_QxK = fms(s_QxK, a_Q[:, None], new_m_Q[:, None])
         e_QxK = exp2(x_QxK)
@@ -158,8 +159,8 @@ def _forward_kernel(
         out_QxH = out_QxH * decay_Qx1 + _dot(e_QxK.astype(v_KxH.dtype), v_KxH, ((1,), (0,)))
         return out_QxH, new_m_Q, l_QxC, w_QxC
 
-    zeros_QxC = jnp.zeros((Q, _PART), jnp.float32)
-    running = (jnp.zeros((Q, W), jnp.float32), jnp.full((Q,), _LOWEST, jnp.float32), zeros_QxC, zeros_QxC)
+    zeros_QxC = jnp.zeros((Q, PART), jnp.float32)
+    running = (jnp.zeros((Q, W), jnp.float32), jnp.full((Q,), LOWEST, jnp.float32), zeros_QxC, zeros_QxC)
     out_QxH, m_Q, l_QxC, w_QxC = _over(key_blocks(first + position, Q, K, S, *windowed), block, running)
     l_Q, w_Q = jnp.sum(l_QxC, axis=1), jnp.sum(w_QxC, axis=1)
     log_l_Q = jnp.log2(l_Q)
@@ -261,7 +262,7 @@ def _dq_kernel(
         x_QxK = fms(_dot(q_QxH, k_KxH, ((1,), (1,))), a_Q[:, None], m_Q[:, None])
         if masked:
             seen_QxK = visible((j * K + jnp.arange(K, dtype=jnp.int32))[None, :], last_key_Q[:, None], *windowed)
-            x_QxK = jnp.where(seen_QxK, x_QxK, _HIDDEN)
+            x_QxK = jnp.where(seen_QxK, x_QxK, HIDDEN)
         e_QxK = exp2(x_QxK)
         row_QxK = fma(x_QxK, g_Q[:, None], c_Q[:, None]) if with_entropy else c_Q[:, None]
         ds_QxK = e_QxK * fma(_dot(scaled_dout_QxH, v_KxH, ((1,), (1,))), scale_Q[:, None], row_QxK)
@@ -271,7 +272,7 @@ def _dq_kernel(
                 by_scale_QxC = [fma(ds_QxC, x_QxC, *by_scale_QxC)]
         return dq_QxH + _dot(ds_QxK.astype(k_KxH.dtype), k_KxH, ((1,), (0,))), *by_scale_QxC
 
-    running = (jnp.zeros((Q, _width(H)), jnp.float32), *[jnp.zeros((Q, _PART), jnp.float32)] * with_temperature)
+    running = (jnp.zeros((Q, _width(H)), jnp.float32), *[jnp.zeros((Q, PART), jnp.float32)] * with_temperature)
     dq_QxH, *by_scale_QxC = _over(key_blocks(first + position, Q, K, S, *windowed), block, running)
     _store(dq_ref, first, Q, T, H, dq_QxH)
     _store(scaled_dout_ref, first, Q, T, H, scaled_dout_QxH)
@@ -305,7 +306,7 @@ def _dkv_kernel(
         x_KxQ = fms(_dot(k_KxH, q_QxH, ((1,), (1,))), a_Q[None, :], m_Q[None, :])
         if masked:
             last_key_Q = start + position + jnp.arange(Q, dtype=jnp.int32)
-            x_KxQ = jnp.where(visible(keys[:, None], last_key_Q[None, :], *windowed), x_KxQ, _HIDDEN)
+            x_KxQ = jnp.where(visible(keys[:, None], last_key_Q[None, :], *windowed), x_KxQ, HIDDEN)
         e_KxQ = exp2(x_KxQ)
         dv_KxH += _dot(e_KxQ.astype(dout_QxH.dtype), dout_QxH, ((1,), (0,)))
         row_KxQ = _load_rows(c_ref, start, Q, T, 0.0)[None, :]
@@ -387,12 +388,12 @@ def _store_rows(ref, first, count: int, length: int, value: jax.Array) -> None:
 
 
 def _parts(x_QxK: jax.Array) -> list[jax.Array]:
-    """Columns `_PART` by `_PART`.
+    """Columns `PART` by `PART`.
 
     Running sums of a row stay apart by these to the end: in a thread's registers one multiply-add for an element, where
     the sum of each tile's products would be a multiplication, an addition, and the exchange between threads.
     """
-    return jnp.split(x_QxK, x_QxK.shape[1] // _PART, axis=1)
+    return jnp.split(x_QxK, x_QxK.shape[1] // PART, axis=1)
 
 
 def _dot(x: jax.Array, y: jax.Array, contracted: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:

@@ -19,7 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_entropy.attention.blocks import blocks_for
 from jax_entropy.attention.dense import visible
 from jax_entropy.attention.kernels import (
+    HIDDEN,
     LN2,
+    LOWEST,
+    PART,
     Sweep,
     attend_on_shards,
     base2,
@@ -33,9 +36,6 @@ from jax_entropy.sharding import device_kind
 
 WARPGROUPS = 2  # that compute
 WIDTHS = (32, 64, 96, 128)  # of heads
-_HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
-_LOWEST = -(2.0**100)  # finite and exact, times any scale too: what a masked product is, and the largest of none
-_PART = 8  # columns of a row's running sums: a thread's share of them is one pair for every row that it holds
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS, _COLUMNS = _TILE.reduce(1), _TILE.reduce(0)  # a number for each row, or column, of a tile
@@ -87,7 +87,9 @@ def attend(
     if H not in WIDTHS:
         raise UserError(f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any")
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, S)
-    kernel = lambda *arrays: _attention(*arrays, kernels, with_entropy, interpret, num_slots)  # noqa: E731
+    kernel = functools.partial(
+        _attention, kernels=kernels, with_entropy=with_entropy, interpret=interpret, num_slots=num_slots
+    )
     windows = () if window is None else (jnp.asarray(window, jnp.int32)[None],)
     return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, windows)
 
@@ -131,9 +133,9 @@ def _forward(
             plgpu.copy_gmem_to_smem(q_g.at[b, mine, n], q_s.at[wg], q_arrived.at[wg])
             a_Q = _load(a_g.at[n, mine], _ROWS, optimized=False)
             plgpu.barrier_wait(q_arrived.at[wg])
-            zeros_QxC = plgpu.layout_cast(jnp.zeros((Q, _PART), jnp.float32), _TILE)
+            zeros_QxC = plgpu.layout_cast(jnp.zeros((Q, PART), jnp.float32), _TILE)
             out_QxH = plgpu.layout_cast(jnp.zeros((Q, H), jnp.float32), _TILE)
-            lowest_Q = plgpu.layout_cast(jnp.full((Q,), _LOWEST, jnp.float32), _ROWS)
+            lowest_Q = plgpu.layout_cast(jnp.full((Q,), LOWEST, jnp.float32), _ROWS)
             pl.when(wg == 1)(take_turns)
             out_QxH, m_Q, l_QxC, w_QxC, _ = pipeline((out_QxH, lowest_Q, zeros_QxC, zeros_QxC, a_Q))
             pl.when(wg == 0)(take_turns)
@@ -163,16 +165,16 @@ def _forward(
 
             def edge(s_QxK, m_Q, a_Q):
                 seen_QxK = _seen(first + offset, j * K, (Q, K), *windowed)
-                return whole(jnp.where(seen_QxK, s_QxK, _LOWEST), m_Q, a_Q)
+                return whole(jnp.where(seen_QxK, s_QxK, LOWEST), m_Q, a_Q)
 
             all_seen = _all_seen(first + offset, Q, (j + 1) * K, K, S, *windowed)
             x_QxK, new_m_Q = lax.cond(all_seen, whole, edge, s_QxK, m_Q, a_Q)
             e_QxK = jnp.exp2(x_QxK)
             shift_Q = m_Q - new_m_Q
             decay_Q = jnp.exp2(shift_Q)
-            decay_QxC, parts = _over_rows(decay_Q, _PART), _parts(e_QxK)
+            decay_QxC, parts = _over_rows(decay_Q, PART), _parts(e_QxK)
             if with_entropy:
-                w_QxC = decay_QxC * (w_QxC + l_QxC * _over_rows(shift_Q, _PART))
+                w_QxC = decay_QxC * (w_QxC + l_QxC * _over_rows(shift_Q, PART))
                 for e_QxC, x_QxC in zip(parts, _parts(x_QxK), strict=True):
                     w_QxC = w_QxC + e_QxC * x_QxC
             l_QxC = sum(parts, decay_QxC * l_QxC)
@@ -275,7 +277,7 @@ def _dq(
             plgpu.copy_smem_to_gmem(dout_s.at[wg], scaled_g.at[b, mine, n])
             zeros_QxH = plgpu.layout_cast(jnp.zeros((Q, H), jnp.float32), _TILE)
             g = [g_Q] if entropies else []
-            by_scale = [plgpu.layout_cast(jnp.zeros((Q, _PART), jnp.float32), _TILE)] * with_temperature
+            by_scale = [plgpu.layout_cast(jnp.zeros((Q, PART), jnp.float32), _TILE)] * with_temperature
             dq_QxH, by_scale, *_ = pipeline((zeros_QxH, by_scale, a_Q, m_Q, c_Q, g))
             q_s.at[wg][...] = dq_QxH.astype(q.dtype)
             for i, made_Q in enumerate((c_Q, *g, *(total_QxC.sum(axis=1) / scale_Q for total_QxC in by_scale))):
@@ -295,7 +297,7 @@ def _dq(
             x_QxK = lax.cond(
                 _all_seen(first + offset, Q, (j + 1) * K, K, S, *windowed),
                 lambda x_QxK: x_QxK,
-                lambda x_QxK: jnp.where(_seen(first + offset, j * K, (Q, K), *windowed), x_QxK, _HIDDEN),
+                lambda x_QxK: jnp.where(_seen(first + offset, j * K, (Q, K), *windowed), x_QxK, HIDDEN),
                 x_QxK,
             )
             e_QxK = jnp.exp2(x_QxK)
@@ -372,7 +374,7 @@ def _dkv(
             x_KxQ = lax.cond(
                 _all_seen(start + offset, Q, first + K, K, first + K, *windowed),
                 lambda x_KxQ: x_KxQ,
-                lambda x_KxQ: jnp.where(_seen_by_columns(start + offset, first, (K, Q), *windowed), x_KxQ, _HIDDEN),
+                lambda x_KxQ: jnp.where(_seen_by_columns(start + offset, first, (K, Q), *windowed), x_KxQ, HIDDEN),
                 x_KxQ,
             )
             dp_KxQ = products.of_tiles(v_s.at[wg], dout_s, K, Q)
@@ -522,9 +524,9 @@ def _load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
 
 
 def _parts(x_QxK: jax.Array) -> list[jax.Array]:
-    """Columns `_PART` by `_PART`: running sums of rows stay apart by these, and threads exchange none in the loop."""
+    """Columns `PART` by `PART`: running sums of rows stay apart by these, and threads exchange none in the loop."""
     Q, K = x_QxK.shape
-    return [lax.slice(x_QxK, (0, i), (Q, i + _PART)) for i in range(0, K, _PART)]
+    return [lax.slice(x_QxK, (0, i), (Q, i + PART)) for i in range(0, K, PART)]
 
 
 def _over_rows(x_Q: jax.Array, columns: int) -> jax.Array:

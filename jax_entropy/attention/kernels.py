@@ -17,6 +17,9 @@ from jax.sharding import PartitionSpec
 from jax_entropy.sharding import BATCH, on_shards
 
 LN2 = math.log(2)
+HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
+LOWEST = -(2.0**100)  # finite and exact, times any scale too: what a masked product is, and the largest of none
+PART = 8  # columns of a row's running sums on a GPU: a thread's share of them is one pair for every row that it holds
 _LARGEST = 2.0**23  # products are not known to more digits: colder rows put all weight on their largest already
 
 

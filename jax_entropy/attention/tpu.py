@@ -20,12 +20,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_entropy.attention.blocks import blocks_for
 from jax_entropy.attention.dense import MASKED, visible
-from jax_entropy.attention.kernels import LN2, Sweep, attend_on_shards, key_blocks, pack, query_blocks, unpack
+from jax_entropy.attention.kernels import HIDDEN, LN2, Sweep, attend_on_shards, key_blocks, pack, query_blocks, unpack
 from jax_entropy.sharding import device_kind
 
 LANES = 128
 NARROWEST = 16  # head, of which eight share the lanes
-_HIDDEN = -1e4  # 2 to this is 0, and 0 · this is 0: what a masked key adds to every sum
 _TILE_MEMORY = 16 * 2**20  # bytes of VMEM for tiles, beside those of a whole row
 
 
@@ -67,7 +66,7 @@ def attend(
       UserError: a head width or a type that there are no tiles for.
     """
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, k_BxSxNxH.shape[1])
-    kernel = lambda *arrays: _heads_in_lanes(*arrays, kernels, interpret, num_slots)  # noqa: E731
+    kernel = functools.partial(_heads_in_lanes, kernels=kernels, interpret=interpret, num_slots=num_slots)
     return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, pack(position, window))
 
 
@@ -333,7 +332,7 @@ def _backward_tile(k_KxC, v_KxC, q_QxC, dout_QxC, rows: list, seen_KxQ: jax.Arra
     a_1xQ, m_1xQ, log_l_1xQ, c_1xQ, *g = rows
     x_KxQ = (_dot(k_KxC, q_QxC, (1, 1)) - m_1xQ) * a_1xQ
     if seen_KxQ is not None:
-        x_KxQ = jnp.where(seen_KxQ, x_KxQ, _HIDDEN)
+        x_KxQ = jnp.where(seen_KxQ, x_KxQ, HIDDEN)
     p_KxQ = jnp.exp2(x_KxQ - log_l_1xQ)
     row_KxQ = c_1xQ + g[0] * x_KxQ if g else c_1xQ
     return p_KxQ, p_KxQ * (_dot(v_KxC, dout_QxC, (1, 1)) * (a_1xQ * LN2) + row_KxQ), x_KxQ

@@ -120,7 +120,6 @@ def memory(clock: Clock) -> Iterator[Row]:
         for name in available():
             if name == "dense" and T > 8192:
                 continue
-
             compiled = _backward(functools.partial(_ours, name, entropy=True)).lower(*inputs, dout, dentropy).compile()
             row[f"{name} MiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
         yield row

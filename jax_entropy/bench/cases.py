@@ -178,8 +178,8 @@ def errors(case: Case, operator: Operator, dtype: Any = jnp.float32, rounding: f
     def run() -> list[np.ndarray]:
         *tensors, dout_ = (jnp.asarray(x, dtype) for x in (q, k, v, dout))
         t_, *dstats_ = (jnp.asarray(x, jnp.float32) for x in (t, *dstats))
-        run = _compiled(operator, case.num_slots)
-        return jax.device_get(run((*tensors, t_), (dout_, *dstats_), case.position, case.window))
+        compiled = _compiled(operator, case.num_slots)
+        return jax.device_get(compiled((*tensors, t_), (dout_, *dstats_), case.position, case.window))
 
     expected, found, again = in_float64(case, rounding, float(jnp.finfo(dtype).tiny)), run(), run()
     off = {

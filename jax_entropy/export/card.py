@@ -14,9 +14,7 @@ from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import census
 from jax_entropy.entropy import extreme_heads, head_bands, max_entropy
 from jax_entropy.errors import UserError
-from jax_entropy.private.cost.model import predict
-from jax_entropy.private.engine.engine import Setting
-from jax_entropy.report.costs import PRIVATE_TOKENS, predicted_cost
+from jax_entropy.report.costs import cost_of_model
 from jax_entropy.report.history import History, printable, read_history
 from jax_entropy.runs.workdir import Workdir
 
@@ -192,9 +190,8 @@ def _private(history: History | None, model: ModelConfig) -> str:
     """What was measured of the run, else what the cost model predicts, by kind of operation."""
     cost = history and history.private
     if not cost or "costs" not in cost:
-        tokens = min(PRIVATE_TOKENS, model.context_length)
         try:
-            cost = predicted_cost(predict(model, tokens, Setting()), tokens)
+            cost = cost_of_model(model)
         except UserError as error:
             return f"Its cost is not predicted: {_text(str(error))}."
     kinds = sorted(cost["costs"].items(), key=lambda item: -item[1]["bytes"])

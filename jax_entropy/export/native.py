@@ -71,6 +71,7 @@ def from_safetensors(directory: str | os.PathLike) -> tuple[ModelConfig, dict[st
 
 
 def _by_name(tree: Any) -> list[tuple[str, Any]]:
+    # flatten_dict stops at the pairs of singular vectors, which are tuples
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 

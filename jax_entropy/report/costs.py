@@ -1,5 +1,6 @@
 """What running a run's model privately costs: as `private profile` measured it, else as the cost model predicts it."""
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -20,11 +21,21 @@ def private_cost(history: History) -> dict[str, Any] | None:
     """What is in a run's private.json, or its like, predicted; None where neither is known."""
     if history.private or not (model := model_of(history)):
         return history.private
-    num_tokens = min(PRIVATE_TOKENS, model.context_length)
     try:
-        return predicted_cost(predict(model, num_tokens, Setting()), num_tokens)
+        return cost_of_model(model)
     except UserError:
         return None
+
+
+@functools.lru_cache(64)  # a page asks at several places
+def cost_of_model(model: ModelConfig) -> dict[str, Any]:
+    """What is predicted of a model, in the form of private.json.
+
+    Raises:
+      UserError: an operation of it was not measured.
+    """
+    num_tokens = min(PRIVATE_TOKENS, model.context_length)
+    return predicted_cost(predict(model, num_tokens, Setting()), num_tokens)
 
 
 def predicted_cost(costs: Mapping[str, Account], num_tokens: int) -> dict[str, Any]:

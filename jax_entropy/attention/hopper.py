@@ -23,7 +23,6 @@ from jax_entropy.attention.kernels import (
     LN2,
     LOWEST,
     PART,
-    Sweep,
     attend_on_shards,
     base2,
     key_blocks,
@@ -154,7 +153,7 @@ def _forward(
             plgpu.wait_smem_to_gmem(0)
 
         def step(indices, k_s, v_s, k_free, v_free, running):
-            j = _nth(sweep, indices[0])
+            j = sweep.nth(indices[0])
             out_QxH, m_Q, l_QxC, w_QxC, a_Q = running
             s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K, take_turns)
             plgpu.barrier_arrive(k_free)
@@ -186,8 +185,8 @@ def _forward(
             plgpu.barrier_arrive(v_free)
             return out_QxH, new_m_Q, l_QxC, w_QxC, a_Q
 
-        specs = [_tile_spec(K, H, q.dtype, lambda i: (_nth(sweep, i), 0))] * 2
-        _pipeline(step, _length(sweep), stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
+        specs = [_tile_spec(K, H, q.dtype, lambda i: (sweep.nth(i), 0))] * 2
+        _pipeline(step, sweep.length, stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
 
     out, entropy, m, log_l = plgpu.kernel(
         attention_forward,
@@ -290,7 +289,7 @@ def _dq(
             plgpu.wait_smem_to_gmem(0)
 
         def step(indices, k_s, v_s, k_free, v_free, running):
-            j = _nth(sweep, indices[0])
+            j = sweep.nth(indices[0])
             dq_QxH, by_scale, a_Q, m_Q, c_Q, g_Q = running
             s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K)
             x_QxK = products.scaled(s_QxK, _over_rows(a_Q, K), _over_rows(m_Q, K))
@@ -315,8 +314,8 @@ def _dq(
             plgpu.barrier_arrive(k_free)
             return dq_QxH, by_scale, a_Q, m_Q, c_Q, g_Q
 
-        specs = [_tile_spec(K, H, q.dtype, lambda i: (_nth(sweep, i), 0))] * 2
-        _pipeline(step, _length(sweep), stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
+        specs = [_tile_spec(K, H, q.dtype, lambda i: (sweep.nth(i), 0))] * 2
+        _pipeline(step, sweep.length, stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
 
     row = jax.ShapeDtypeStruct((B, N, padded), jnp.float32)
     dq, scaled_dout, *made_rows = plgpu.kernel(
@@ -395,7 +394,7 @@ def _dkv(
 
         specs = [_tile_spec(Q, H, q.dtype, lambda i: (*from_end(i), 0))] * 2
         specs += [plgpu.BlockSpec(block_shape=(Q,), index_map=from_end)] * (3 + with_entropy)
-        _pipeline(step, _length(sweep), stages, compute, specs)(
+        _pipeline(step, sweep.length, stages, compute, specs)(
             q_g.at[b, :, n], dout_g.at[b, :, n], a_g.at[n], *(ref.at[b, n] for ref in (m_g, c_g, *g_g))
         )
 
@@ -479,16 +478,6 @@ def _pipeline(step: Callable, length: jax.Array, stages: int, compute: Callable,
 def _windowed(refs: tuple, windows: tuple, num_slots: int) -> tuple[tuple, tuple]:
     """Window and slots, where there is a window, and the references after it."""
     return (refs[0][0], num_slots) if windows else (), refs[len(windows) :]
-
-
-def _length(sweep: Sweep) -> jax.Array:
-    return sweep.slots + sweep.end - sweep.begin
-
-
-def _nth(sweep: Sweep, i: jax.Array) -> jax.Array:
-    """The block that is met at a step."""
-    later = i + (sweep.begin - sweep.slots)
-    return jnp.where(i < sweep.slots, i, later) if sweep.slots else later
 
 
 def _launch(N: int, tiles: int, B: int, interpret: Any) -> dict[str, Any]:

@@ -88,10 +88,19 @@ class Sweep(NamedTuple):
         )
         return [run for run in runs if run[0] is not run[1]]
 
+    @property
+    def length(self) -> Number:
+        """How many there are."""
+        return self.slots + self.end - self.begin
+
+    def nth(self, i: jax.Array) -> jax.Array:
+        """Block i of all."""
+        later = i + (self.begin - self.slots)
+        return jnp.where(i < self.slots, i, later) if self.slots else later
+
     def nth_masked(self, i: jax.Array) -> jax.Array:
         """Block i of those in which keys are masked."""
-        block = i + (self.begin - self.slots)
-        block = jnp.where(i < self.slots, i, block) if self.slots else block
+        block = self.nth(i)
         return jnp.where(block < self.whole, block, block + (self.edge - self.whole))
 
 

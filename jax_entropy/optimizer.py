@@ -63,6 +63,8 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
 def qk_clip(params: Any, max_logit_LxN: jax.Array, limit: float) -> tuple[Any, jax.Array]:
     """QK-clip (MuonClip, arXiv 2507.20534): W_q and W_k of a head whose logits passed a limit, each times √(limit/max).
 
+    With QK-norm, the scalar of such a head times limit/max.
+
     Args:
       params: of the model, after the optimiser's update.
       max_logit_LxN: largest logit of each head in this step's batch, divided by temperatures as the softmax sees it.
@@ -76,12 +78,20 @@ def qk_clip(params: Any, max_logit_LxN: jax.Array, limit: float) -> tuple[Any, j
         if stack in params:
             attention = params[stack]["attention"]
             last = first + attention["query"]["kernel"].shape[0]
-            root_LxN = jnp.sqrt(factor_LxN[first:last])
-            scaled = {side: _scale_heads(attention[side], root_LxN) for side in ("query", "key")}
-            if "slot_key" in attention:  # learned keys are keys too
-                scaled["slot_key"] = attention["slot_key"] * root_LxN[:, None, :, None]
+            scaled = _clipped(attention, factor_LxN[first:last])
             clipped[stack], first = params[stack] | {"attention": attention | scaled}, last
     return clipped, factor_LxN
+
+
+def _clipped(attention: dict[str, Any], factor_LxN: jax.Array) -> dict[str, Any]:
+    """Those parameters of attention by which the logits of a head are multiplied by a factor."""
+    if "qk_gain" in attention:  # its norm undoes what is done to the matrices
+        return {"qk_gain": attention["qk_gain"] * factor_LxN}
+    root_LxN = jnp.sqrt(factor_LxN)
+    scaled = {side: _scale_heads(attention[side], root_LxN) for side in ("query", "key")}
+    if "slot_key" in attention:  # learned keys are keys too
+        scaled["slot_key"] = attention["slot_key"] * root_LxN[:, None, :, None]
+    return scaled
 
 
 def _scale_heads(linear: dict[str, jax.Array], factor_LxN: jax.Array) -> dict[str, jax.Array]:

@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict
 from jax_entropy.config import default_config
 from jax_entropy.errors import UserError
 from jax_entropy.layers import effective_matrix
+from jax_entropy.model import Transformer
 from jax_entropy.optimizer import decay_mask, learning_rate_schedule, make_optimizer, qk_clip
-from tests.tiny_model import ARCHITECTURES, scattered, shapes, tiny
+from tests.tiny_model import ARCHITECTURES, random_tokens, scattered, shapes, tiny
 
 
 def options(**fields):
@@ -142,3 +143,20 @@ def test_qk_clip_scales_queries_and_keys_of_a_head_and_nothing_else(name):
     pairs = zip(*(flatten_dict(params, sep="/").items() for params in (before, after)), strict=True)
     changed = {path for (path, old), (_, new) in pairs if not np.array_equal(old, new)}
     assert all(path.split("/attention/")[1].startswith(("query/", "key/", "slot_key")) for path in changed)
+
+
+def test_qk_clip_of_normalised_queries_and_keys_scales_their_scalar():
+    """What is done to their matrices the norm undoes; learned keys, which it does not touch, follow all the same."""
+    config = tiny("SM+QKN+Mem2", attention="dense")
+    variables, tokens = scattered(config), random_tokens(2, 9)
+    largest = jax.jit(
+        lambda params: Transformer(config).apply({"params": params}, tokens)[1].stats.max_logit.max((1, 3))
+    )
+    before_LxN = largest(variables["params"])
+    params, factor_LxN = qk_clip(variables["params"], before_LxN, limit := 0.5 * float(before_LxN.min()))
+    np.testing.assert_allclose(factor_LxN, limit / before_LxN, rtol=1e-6)
+    np.testing.assert_allclose(largest(params)[0], limit, rtol=1e-5)  # later layers read what this one says
+    assert not [
+        path for path, old in flatten_dict(variables["params"], sep="/").items()
+        if not path.endswith("qk_gain") and not np.array_equal(old, flatten_dict(params, sep="/")[path])
+    ]  # fmt: skip

@@ -56,6 +56,7 @@ class Loop:
         self.clock = StepClock(self.config.train.num_steps, tokens, token_flops)
         self.guard = Guard(self.config.guard)
         self.trace = _Trace(setup.workdir.profile, profile, setup.notify)
+        self.train_steps: dict[float, Callable] = {}  # by the guard's factor: going back does not compile again
         self.byte_lengths = setup.corpus.tokenizer.byte_lengths()
         self.signals = Signals()
         self.writer: MetricsWriter | None = None  # of process 0 while it trains
@@ -134,9 +135,14 @@ class Loop:
 
     def _train_step(self) -> Callable:
         """The step at the learning rate that the guard allows; jit compiles it when it is first called."""
-        config = self.config.copy_and_resolve_references()
-        config.optimizer.learning_rate *= self.guard.learning_rate_scale
-        return jit_train_step(config, self.setup.model, self.setup.mesh, self.setup.state_sharding)
+        scale = self.guard.learning_rate_scale
+        if scale not in self.train_steps:
+            config = self.config.copy_and_resolve_references()
+            config.optimizer.learning_rate *= scale
+            self.train_steps[scale] = jit_train_step(
+                config, self.setup.model, self.setup.mesh, self.setup.state_sharding
+            )
+        return self.train_steps[scale]
 
     def _place(self, rows: np.ndarray) -> jax.Array:
         """This process's rows of a batch as part of the whole."""

@@ -119,7 +119,8 @@ def batches(tiny):
 
 def test_the_guard_goes_back_and_leaves_the_bad_data_out(tiny, tmp_path, monkeypatch, batches):
     config = tiny("EReg(SM(t)+ScFuFFN)")
-    monkeypatch.setattr("jax_entropy.state.make_train_step", poisoned([batches[8], batches[22]]))
+    made, make = [], poisoned([batches[8], batches[22]])
+    monkeypatch.setattr("jax_entropy.state.make_train_step", lambda *of: made.append(of) or make(*of))
     said = []
     result = train(config, str(tmp_path / "run"), notify=said.append)
     assert result.step == 24 and all(np.isfinite(x).all() for x in jax.tree.leaves(result.variables))
@@ -130,6 +131,7 @@ def test_the_guard_goes_back_and_leaves_the_bad_data_out(tiny, tmp_path, monkeyp
     assert incidents[0]["before"]["gradient_norms"] and incidents[0]["before"]["max_logit"]
     assert any("back to step 6, without the data of steps 7 to 9" in line for line in said)
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 4, 8, 12, 16, 20, 24]
+    assert len(made) == 1  # at one learning rate, what is compiled serves again
 
 
 def test_the_guard_stops_at_its_limit_and_says_why(tiny, tmp_path, monkeypatch, batches):

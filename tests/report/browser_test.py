@@ -152,7 +152,9 @@ def test_a_head_that_is_chosen_is_marked_everywhere_and_its_numbers_are_those_lo
     tab.locator("#heads summary").click()
     cells = tab.locator("#heads tbody tr").nth(0).locator("td")
     playwright.expect(cells).to_have_count(4)  # a table is filled by an event that follows the click
-    assert [float(cell) for cell in cells.all_inner_texts()] == pytest.approx(history.train["head_entropy"][-1, 0], rel=1e-6)
+    assert [float(cell) for cell in cells.all_inner_texts()] == pytest.approx(
+        history.train["head_entropy"][-1, 0], rel=1e-6
+    )
     tab.hover('#heads .cell[data-layer="2"][data-head="0"]')
     assert f"{history.train['head_entropy'][-1, 2, 0]:.5g} nats" in tab.inner_text("#tip")
 

@@ -26,6 +26,11 @@ _CHOICES = {
     "value_embedding_layers": ("alternate", "all"),
     "dtype": ("float32", "bfloat16"),
 }
+_WIDER = {float: float | int, float | None: float | int | None}  # types of values that a field takes beside its own
+_KINDS = {
+    int: "a whole number", int | None: "a whole number, or None", float | int: "a number",
+    float | int | None: "a number, or None", bool: "True or False", str: "text",
+}  # fmt: skip
 _POSITIVE = ("num_layers", "num_heads", "model_dim", "context_length", "vocab_size")
 
 
@@ -104,6 +109,10 @@ class ModelConfig:
                 raise UserError(f"model field {name}={value!r} must be a whole number of at least 1")
         if not isinstance(self.scan_unroll, int) or self.scan_unroll < 0:
             raise UserError(f"model field scan_unroll={self.scan_unroll!r} must be a whole number of at least 0")
+        for field in dataclasses.fields(self):
+            kind, value = _WIDER.get(field.type, field.type), getattr(self, field.name)
+            if not isinstance(value, kind):
+                raise UserError(f"model field {field.name}={value!r} must be {_KINDS[kind]}")
         if self.model_dim % self.num_heads:
             widths = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
             close = min(widths, key=lambda n: abs(n - self.num_heads))
@@ -144,6 +153,11 @@ class ModelConfig:
                 raise UserError(f"model field {name}={value!r} must be a whole number, 0 for none")
         if self.conv_width == 1:
             raise UserError("Conv1 (conv_width=1) sees no other position; the narrowest convolution is Conv2")
+        if self.conv_width > self.context_length:
+            raise UserError(
+                f"Conv{self.conv_width} reaches over more positions than there are; with context_length="
+                f"{self.context_length} the widest convolution is Conv{self.context_length}"
+            )
         if bool(self.window_pattern) != bool(self.window) or not re.fullmatch("[SL]*", self.window_pattern):
             raise UserError(
                 f"Win({self.window_pattern},{self.window}) is no pattern of windows: S for a layer with one, L for one "

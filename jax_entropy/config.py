@@ -55,6 +55,8 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: values that cannot work.
     """
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config={config!r} must be a ConfigDict, as default_config and load_config make one")
     flat, known = flatten(config), {field.name: field.default for field in FIELDS}
     for name in flat:
         if name not in known:
@@ -85,10 +87,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.anneal.end={config.anneal.end} must come after config.anneal.begin={config.anneal.begin}"
         )
-    if config.optimizer.qk_clip and model.reparametrization in ("spectral", "sigma") and "Q" in model.reparametrized:
+    spectral = model.reparametrization in ("spectral", "sigma") and "Q" in model.reparametrized
+    if config.optimizer.qk_clip and (spectral or model.qk_norm):
         raise UserError(
-            f"config.optimizer.qk_clip={config.optimizer.qk_clip} scales queries and keys, which the spectral "
-            f"normalisation of {model} undoes; leave one of them out"
+            f"config.optimizer.qk_clip={config.optimizer.qk_clip} scales queries and keys, which the "
+            f"{'spectral normalisation' if spectral else 'QKN'} of {model} undoes; leave one of them out"
         )
 
 

@@ -4,6 +4,7 @@ The command line turns it into a single sentence and exit code 2; everything els
 """
 
 import difflib
+import numbers
 import re
 from collections.abc import Iterable
 
@@ -14,6 +15,18 @@ class UserError(ValueError):
 
 class Diverged(UserError):
     """Training met a loss that it cannot go on from; its message is the diagnosis. In a sweep this is a result."""
+
+
+def check_number(name: str, value: object, least: float, *, whole: bool = True) -> None:
+    """Checks an argument that is to be a number, a whole one unless said otherwise, of at least `least`.
+
+    Raises:
+      UserError: it is not.
+    """
+    if not isinstance(value, numbers.Integral if whole else numbers.Real):
+        raise UserError(f"{name}={value!r} must be {'a whole number' if whole else 'a number'}")
+    if not value >= least:
+        raise UserError(f"{name}={value} must {f'be at least {least}' if least else 'not be negative'}")
 
 
 def nearest(name: object, choices: Iterable[object]) -> str:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jax_entropy import data
 from jax_entropy.data.packing import pack
-from jax_entropy.errors import UserError
+from jax_entropy.errors import UserError, check_number
 from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
 from jax_entropy.paths import local_path
@@ -131,6 +131,7 @@ def evaluate(
     Raises:
       UserError: the run's corpus has changed, `text` cannot be read, and as `load_run` and `data.prepare` do.
     """
+    check_number("batch_size", batch_size, 1)
     run = run if isinstance(run, Run) else load_run(run, notify, best=best)
     if text is not None:
         batches, words = _text_batches(run, text, batch_size), f"on {os.fspath(text)}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jax_entropy.errors import UserError
+from jax_entropy.errors import UserError, check_number
 from jax_entropy.model import empty_cache
 from jax_entropy.runs.load import Run, load_run
 from jax_entropy.seeds import check_seed, random_key
@@ -68,11 +68,9 @@ def check_sampling(num_tokens: int, temperature: float, top_k: int, seed: int) -
     Raises:
       UserError: options out of range.
     """
-    if num_tokens < 1:
-        raise UserError(f"num_tokens={num_tokens} must be at least 1")
-    for name, value in dict(temperature=temperature, top_k=top_k).items():
-        if not value >= 0:
-            raise UserError(f"{name}={value} must not be negative")
+    check_number("num_tokens", num_tokens, 1)
+    check_number("temperature", temperature, 0, whole=False)
+    check_number("top_k", top_k, 0)
     check_seed(seed)
 
 

@@ -15,7 +15,7 @@ import tokenizers
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import ACTIVATION, ACTIVATIONS, KINDS, NORM, PRODUCT, SOFTMAX
 from jax_entropy.entropy import extreme_heads, head_bands, max_entropy
-from jax_entropy.errors import UserError
+from jax_entropy.errors import UserError, check_number
 from jax_entropy.huggingface.decoder import Decoder, read_decoder
 from jax_entropy.huggingface.decoders import FAMILIES
 from jax_entropy.huggingface.forward import losses
@@ -117,8 +117,7 @@ def inspect(
     """
     directory = local_path(directory, "directory")
     for name, value in (("num_tokens", num_tokens), ("context_length", context_length)):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
+        check_number(name, value, 1)
     decoder, weights = read_decoder(directory, FAMILIES)
     tokens = _tokens(directory, decoder, _reference() if text is None else text)
     T = min(context_length, decoder.context_length, num_tokens, len(tokens) - 1)

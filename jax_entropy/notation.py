@@ -150,7 +150,7 @@ def written_fields(name: str) -> dict[str, Any]:
         raise UserError(f"architecture {name!r}: {'^' + count!r} is not a count of blocks{nearest(name, _PROPOSALS)}")
     first, *pieces = re.split(r"\+(?![^(]*\))", body)
     if (fields := _ATTENTION.read(first)) is None:
-        raise wrong(first, _ATTENTION.examples() if first[:1] in "Ss" else _PROPOSALS)
+        raise wrong(first, _ATTENTION.examples() if first[:1] in "SsPp" else _PROPOSALS)
     fields |= dict(entropy_regularizer=regularized, ffn_free_layers=int(count or 0))
     found: dict[int, dict[str, Any]] = {}
     for previous, piece in zip([first, *pieces], pieces, strict=False):

@@ -18,6 +18,8 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
     Raises:
       UserError: an address like gs://… or s3://…, a `~` that stands for no home, or what no file can be called.
     """
+    if not isinstance(text, str | os.PathLike):
+        raise UserError(f"{name}={text!r} is no path")
     text = os.fspath(text)
     if scheme := _SCHEME.match(text):
         raise UserError(

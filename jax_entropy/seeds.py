@@ -1,5 +1,7 @@
 """Seeds are whole numbers of 64 bits, and all of them count."""
 
+import numbers
+
 import jax
 
 from jax_entropy.errors import UserError
@@ -13,8 +15,8 @@ def check_seed(seed: int) -> None:
     Raises:
       UserError: it is none.
     """
-    if not 0 <= seed < LIMIT:
-        raise UserError(f"seed={seed} must be a whole number from 0 to 2^64 − 1")
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < LIMIT:
+        raise UserError(f"seed={seed!r} must be a whole number from 0 to 2^64 − 1")
 
 
 def random_key(seed: int) -> jax.Array:

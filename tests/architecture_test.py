@@ -164,7 +164,7 @@ def test_nonsense_is_answered_with_the_bad_piece_and_a_valid_spelling(name):
     ("name", "spelling"),
     [
         ("EReg(SM", "EReg(SM)"), ("SM+ScFuFN", "ScFuFFN"), ("SM+WNorm(QKFFN)", "WNorm(QK+FFN)"),
-        ("SM+LR(lay)", "LR(layer)"),
+        ("SM+LR(lay)", "LR(layer)"), ("PSM(0)", "PSM(4)"),
         ("sm", "SM"), ("SM(T)+ScFuFFN", "SM(t)"), ("SM+LN+G+R", "SM+LN+G"), ("SM+SNorm(QKVOFFN)", "SNorm(QKVO+FFN)"),
         ("EReg(SM(t)+ScFuFFN", "EReg(SM(t)+ScFuFFN)"), ("ereg(SM)", "EReg(SM)"),
     ],
@@ -277,7 +277,7 @@ def test_parts_may_come_in_any_order_and_are_printed_in_one():
     ("SM+Win(SXL,32)", r"Win\(SXL,32\) is no pattern"), ("SM+Win(ssl,32)", "is no pattern"),
     ("SM+Win(LL,32)", "no layer"),
     ("SM+Win(,32)", "is no pattern"), ("SM+Win(S,128)", "window=128 must be below context_length=128"),
-    ("SM+Conv1", r"Conv1 \(conv_width=1\) sees no other position"),
+    ("SM+Conv1", r"Conv1 \(conv_width=1\) sees no other position"), ("SM+Conv129", "the widest convolution is Conv128"),
 ])  # fmt: skip
 def test_a_part_that_does_nothing_is_refused(name, message):
     with pytest.raises(UserError, match=message):

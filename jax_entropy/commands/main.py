@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _was_interrupted(error):
             warn(_INTERRUPTED)
+        elif needed := _out_of_memory(error):
+            warn(f"jax-entropy: out of memory: {needed}; docs/troubleshooting.md says what takes less")
+            code = 2
         else:
             traceback.print_exc()
     if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
@@ -70,6 +73,12 @@ def _was_interrupted(error: BaseException | None) -> bool:
     return error is not None and (
         isinstance(error, KeyboardInterrupt) or _was_interrupted(error.__cause__ or error.__context__)
     )
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What did not fit, as NumPy or XLA says it; empty where memory is not what is missing."""
+    said = (str(error) or type(error).__name__).splitlines()[0]
+    return said if isinstance(error, MemoryError) or said.startswith("RESOURCE_EXHAUSTED") else ""
 
 
 def _run(arguments: list[str], is_process: bool) -> int:

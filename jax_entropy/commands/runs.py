@@ -15,14 +15,15 @@ PROMPT_FILE = Flag("prompt_file", None, "file that holds the prompt, as it is; -
 
 @command(WORKDIR, JSON, examples=["status runs/quickstart"])
 def status(values: Namespace) -> None:
-    """Where a run is, told from outside; also of one that died, and why."""
-    from jax_entropy.runs.status import describe
+    """Where a run is, or all runs of a sweep, told from outside; also of one that died, and why."""
+    from jax_entropy.runs.status import describe, runs_in
     from jax_entropy.runs.workdir import Workdir
 
     text = describe(values.workdir)
     if str(values.json) != "-":
         say(text)
-    write_json(values.json, Workdir(values.workdir).read_status())
+    own = Workdir(values.workdir).read_status()
+    write_json(values.json, own or {str(run.path): run.read_status() for run in runs_in(values.workdir)})
 
 
 @command(
@@ -41,8 +42,6 @@ def status(values: Namespace) -> None:
 )
 def evaluate(values: Namespace) -> None:
     """Held-out perplexity, bits per byte and head entropies of a run's checkpoint, or on a text of one's choice."""
-    if values.batch_size < 1:
-        raise UserError(f"--batch_size={values.batch_size} must be at least 1")
     if others := [name for name in values.fields if not name.startswith("data.")]:
         raise UserError(f"--config.{others[0]} changes nothing here: of a config only its data is used")
     if values.text and (values.fields or "config" in values.given):

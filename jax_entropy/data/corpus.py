@@ -78,7 +78,9 @@ def prepare(config: Any, context_length: int, notify: Callable[[str], None] = pr
     """
     home = _home(config)
     request = _Request(config, context_length, open_documents(config, home), _given_tokenizer(config))
-    directory = home / f"{config.source}-{request.fingerprint}"
+    directory = home / request.name
+    if not directory.exists() and (same := _trained_here(request, home)) and not _damage(same, notify):
+        return _load(request, same)
     if _damage(directory, notify):
         _check_writable(home)
         with writing(directory, "config.data.directory"), _locked(directory, notify):
@@ -118,6 +120,11 @@ class _Request:
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.config.source}-{self.fingerprint}"
+
 
 def _home(config: Any) -> Path:
     home = local_path(config.directory, "config.data.directory") if config.directory else cache_directory()
@@ -142,6 +149,16 @@ def _given_tokenizer(config: Any) -> Tokenizer | None:
         return load_tokenizer(config.tokenizer) if config.tokenizer else None
     except UserError as error:
         raise UserError(f"config.data.tokenizer: {error}") from error
+
+
+def _trained_here(request: _Request, home: Path) -> Path | None:
+    """The same chunks under another name: made when the tokenizer, which is given now, was trained on this text."""
+    directory = home / dataclasses.replace(request, tokenizer=None).name
+    try:
+        tokenizer = load_tokenizer(directory / "tokenizer.json")
+    except UserError:  # no such corpus
+        return None
+    return directory if request.tokenizer and tokenizer.digest() == request.tokenizer.digest() else None
 
 
 def _damage(directory: Path, notify: Callable[[str], None]) -> str | None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jax_entropy import config as configs
-from jax_entropy.errors import UserError
+from jax_entropy.errors import UserError, check_number
+from jax_entropy.paths import writing
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.sweep.outcome import Outcome, read_outcome
 from jax_entropy.sweep.spec import Run
@@ -37,8 +38,7 @@ def places(jobs: int) -> list[Place]:
     Raises:
       UserError: there are not so many.
     """
-    if jobs < 1:
-        raise UserError(f"jobs={jobs} must be at least 1")
+    check_number("jobs", jobs, 1)
     if jobs == 1:
         return [Place()]
     if os.environ.get("JAX_PLATFORMS") != "cpu" and list(Path("/dev").glob("accel[0-9]*")):
@@ -135,7 +135,7 @@ def _next(waiting: list[Run]) -> Run | None:
 def _start(run: Run, place: Place, cache: Path) -> subprocess.Popen:
     variables = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ | dict(place.variables)
     command = [*_PROCESS, str(run.path), *([place.cores] if place.cores else [])]
-    with (run.path / "train.log").open("ab") as log:
+    with writing(run.path / "train.log"), (run.path / "train.log").open("ab") as log:
         # in a session of its own: Ctrl-C reaches it once, from here
         return subprocess.Popen(
             command, env=variables, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True

@@ -65,11 +65,11 @@ def run(
 ) -> list[Row]:
     """As `jax_entropy.sweep.sweep`."""
     where = places(jobs)
-    sweep = what if isinstance(what, Sweep) else load_sweep(os.fspath(what), scale)
+    sweep = what if isinstance(what, Sweep) else load_sweep(os.fspath(local_path(what, "what")), scale)
+    points = points_of(sweep, fields)
     for name in sweep.pictures:
         if name not in (known := [*_DRAW, "comparison"]):
             raise UserError(f"the sweep's pictures names {name!r}, which is none{nearest(name, known)}")
-    points = points_of(sweep, fields)
     if workdir is None and isinstance(what, Sweep):
         raise UserError("workdir is missing: a sweep that comes from no file needs a folder for its runs")
     folder = Folder(Path("sweeps", f"{Path(what).stem}-{scale}") if workdir is None else workdir)
@@ -111,7 +111,10 @@ def _prepare(points: Sequence[Point], folder: Folder, notify: Callable[[str], No
         corpora[label] = made[key]
         model_config(config, corpora[label].tokenizer.vocab_size)  # refused before anything is trained
     with reading(folder.corpora):
-        before = json.loads(folder.corpora.read_text()) if folder.corpora.exists() else {}
+        try:
+            before = json.loads(folder.corpora.read_text()) if folder.corpora.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{folder.corpora} is damaged ({error}); choose another workdir, or remove it") from None
     now = {label: corpus.fingerprint for label, corpus in corpora.items()}
     if changed := [label for label in now if before.get(label, now[label]) != now[label]]:
         raise UserError(
@@ -119,7 +122,9 @@ def _prepare(points: Sequence[Point], folder: Folder, notify: Callable[[str], No
             "compare; restore it, or choose another workdir"
         )
     with writing(folder.corpora):
-        folder.corpora.write_text(json.dumps(before | now, indent=1) + "\n")
+        partial = folder.path / "partial"  # it appears whole or not at all
+        partial.write_text(json.dumps(before | now, indent=1) + "\n")
+        partial.replace(folder.corpora)
     return corpora
 
 

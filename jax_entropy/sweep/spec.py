@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import inspect
 import itertools
+import numbers
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +21,18 @@ from jax_entropy.config_file import change, come_along, explained, find, functio
 from jax_entropy.errors import UserError, nearest
 
 _RATE = "optimizer.learning_rate"
+_LISTS: dict[str, tuple[type, str]] = {  # of a sweep, and what is in them
+    "points": (Mapping, "mappings of fields to values"),
+    "seeds": (int, "whole numbers"),
+    "baselines": (str, "labels of points"),
+    "pictures": (str, "names of figures"),
+}
 _LONGEST = 100  # characters of a folder's name that say what is in it
 
 
 def product(fields: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every combination of the values: {"architecture": ["SM", "SM+G"], "model.num_heads": [2, 4]} is four points."""
+    _check_lists(fields)
     return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
 
 
@@ -31,13 +40,20 @@ def zipped(fields: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """The first value of every field, then the second of every field, and so on.
 
     Raises:
-      UserError: the fields have different numbers of values.
+      UserError: the fields have different numbers of values, or no list of them.
     """
+    _check_lists(fields)
     counts = {name: len(values) for name, values in fields.items()}
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise UserError(f"fields that are zipped need as many values each: {told}")
     return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
+
+
+def _check_lists(fields: Mapping[str, Sequence[Any]]) -> None:
+    for name, values in fields.items():
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise UserError(f"{name}={values!r} must be a list of values")
 
 
 class Tuning(NamedTuple):
@@ -162,7 +178,7 @@ def points_of(sweep: Sweep, fields: Mapping[str, str]) -> list[Point]:
     Raises:
       UserError: something in it cannot work.
     """
-    _check(sweep)
+    _check(sweep, fields)
     points = [_point(sweep, point, fields) for point in sweep.points]
     labels = [point.label for point in points]
     for label in labels:
@@ -175,28 +191,50 @@ def points_of(sweep: Sweep, fields: Mapping[str, str]) -> list[Point]:
     return points
 
 
-def _check(sweep: Sweep) -> None:
-    """Checks what is not a field of the configuration.
+def _check(sweep: Sweep, fields: Mapping[str, str]) -> None:
+    """Checks what is not a field of the configuration; `fields` are those of every run.
 
     Raises:
       UserError: it cannot work.
     """
+    for name, (kind, what) in _LISTS.items():
+        values = getattr(sweep, name)
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise UserError(f"the sweep's {name}={values!r} must be a list of {what}")
+        if wrong := [value for value in values if not isinstance(value, kind)]:
+            raise UserError(f"the sweep's {name} must be {what}, not {wrong[0]!r}")
+    for name in ("fields", "published"):
+        if not isinstance(value := getattr(sweep, name), Mapping):
+            raise UserError(f"the sweep's {name}={value!r} must be a mapping")
+    if wrong := [value for value in sweep.published.values() if not isinstance(value, Published)]:
+        raise UserError(f"the sweep's published must be Published(…), not {wrong[0]!r}")
+    if not isinstance(sweep.config, str | os.PathLike | ConfigDict):
+        raise UserError(f"the sweep's config={sweep.config!r} must be a file, by path or name, or a ConfigDict")
     if not sweep.points:
         raise UserError("the sweep has no points; product and zipped make lists of them")
-    for name, values, kind in (("points", sweep.points, Mapping), ("seeds", sweep.seeds, int)):
-        if wrong := [value for value in values if not isinstance(value, kind)]:
-            what = "mappings of fields to values" if kind is Mapping else "whole numbers"
-            raise UserError(f"the sweep's {name} must be {what}, not {wrong[0]!r}")
     if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds) or min(sweep.seeds) < 0:
         raise UserError(f"the sweep's seeds={tuple(sweep.seeds)} must be different, at least one, and not negative")
+    if any("seed" in fields for fields in (*sweep.points, sweep.fields, fields)):
+        raise UserError(f"the sweep's seeds={tuple(sweep.seeds)} are those of its runs; seed is no field of a point")
     tuning = sweep.tuning
     if tuning is None:
         return
+    if not isinstance(tuning, Tuning):
+        raise UserError(f"the sweep's tuning={tuning!r} must be Tuning(rates, seed, share), or None")
     if tuning.seed in sweep.seeds:
         raise UserError(f"the sweep's tuning.seed={tuning.seed} is one of the reported seeds={tuple(sweep.seeds)}")
-    if not tuning.rates or any(not rate > 0 for rate in tuning.rates):
-        raise UserError(f"the sweep's tuning.rates={tuning.rates} must be numbers above 0, at least one")
-    if not 0 < tuning.share <= 1:
+    rates = tuning.rates if isinstance(tuning.rates, Sequence) else ()
+    if (
+        not rates
+        or not all(isinstance(rate, numbers.Real) and rate > 0 for rate in rates)
+        or len({*rates}) < len(rates)
+    ):
+        raise UserError(
+            f"the sweep's tuning.rates={tuning.rates!r} must be different numbers above 0, at least one of them"
+        )
+    if not isinstance(tuning.seed, int) or tuning.seed < 0:
+        raise UserError(f"the sweep's tuning.seed={tuning.seed!r} must be a whole number, not negative")
+    if not isinstance(tuning.share, numbers.Real) or not 0 < tuning.share <= 1:
         raise UserError(f"the sweep's tuning.share={tuning.share} must be above 0 and at most 1")
 
 
@@ -208,7 +246,7 @@ def _point(sweep: Sweep, point: Mapping[str, Any], fields: Mapping[str, str]) ->
         config = sweep.config.copy_and_resolve_references()
         config.architecture = architecture or config.architecture
     else:
-        config = load_config(f"{sweep.config}:{architecture}" if architecture else sweep.config)
+        config = load_config(f"{sweep.config}:{architecture}" if architecture else str(sweep.config))
     check(change(config, values))
     differing = [f"{name.rpartition('.')[2]}={text}" for name, text in own.items() if name != "architecture"]
-    return Point(", ".join([config.architecture, *differing]), config, sweep.tuning is not None and _RATE not in own)
+    return Point(", ".join([config.architecture, *differing]), config, sweep.tuning is not None and _RATE not in values)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jax_entropy import data
 from jax_entropy.annealing import settled, trained_model
 from jax_entropy.config import check, model_config
-from jax_entropy.errors import UserError
+from jax_entropy.errors import UserError, check_number
 from jax_entropy.model import Transformer
 from jax_entropy.paths import writing
 from jax_entropy.runs.checkpoint import Checkpointer
@@ -67,8 +67,7 @@ def train(
         is no longer one to train on.
     """
     check(config)
-    if profile < 0:
-        raise UserError(f"profile={profile} must not be negative")
+    check_number("profile", profile, 0)
     mesh = config_mesh(config)
     workdir = Workdir(workdir)
     if jax.process_index() > 0:

@@ -4,11 +4,14 @@ import codecs
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from jax_entropy import __main__
 from jax_entropy.commands import console
 from jax_entropy.commands.main import main
 
@@ -151,3 +154,32 @@ def test_ctrl_c_behind_an_import_error_is_no_bug(monkeypatch, capsys):
     monkeypatch.setitem(module.COMMANDS, "status", module.COMMANDS["status"]._replace(run=lambda values: 1 / 0))
     assert main(["status", "nowhere"]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_ctrl_c_during_the_first_imports_is_a_sentence(monkeypatch, capsys):
+    def find_spec(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(signal, "signal", lambda number, what: asked.append((number, what)))
+    asked = []
+    monkeypatch.delitem(sys.modules, "jax_entropy.commands.main")
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec)])
+    assert __main__.main() == 1
+    assert capsys.readouterr().err == "jax-entropy: interrupted; the same command starts again\n"
+    assert asked == [(signal.SIGINT, signal.SIG_DFL)]  # nor does one in the interpreter's last moments show anything
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError("Unable to allocate 119. GiB for an array"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nmore"),
+])  # fmt: skip
+def test_too_little_memory_is_a_sentence(error, monkeypatch, capsys):
+    def starved(values):
+        raise error
+
+    from jax_entropy.commands import main as module
+
+    monkeypatch.setitem(module.COMMANDS, "status", module.COMMANDS["status"]._replace(run=starved))
+    assert main(["status", "nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(error).splitlines()[0] in said and "docs/troubleshooting.md" in said

@@ -249,6 +249,18 @@ def test_existing_tokenizer_is_used_as_it_is(tmp_path, folder):
     assert prepared.tokenizer.digest() == tokenizer.digest()
 
 
+def test_a_tokenizer_that_was_trained_on_this_text_finds_the_chunks_that_were_made_with_it(tmp_path, folder, builds):
+    trained, given = prepare(tmp_path), str(tmp_path / "given.json")
+    shutil.copy(trained.directory / "tokenizer.json", given)
+    found = prepare(tmp_path, tokenizer=given)
+    assert len(builds) == 1 and found.directory == trained.directory != prepare(tmp_path, T - 1).directory
+    expected = rows(found, "train")
+    flip(trained.directory / "tokenizer.json", 400)  # what is damaged there is not taken from there
+    made = prepare(tmp_path, tokenizer=given)
+    assert len(builds) == 3 and made.directory != trained.directory and made.fingerprint == found.fingerprint
+    np.testing.assert_array_equal(rows(made, "train"), expected)
+
+
 def test_local_shards_become_a_corpus(tmp_path):
     pyarrow = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from jax_entropy.commands.main import main
 from jax_entropy.config import default_config, model_config
 from jax_entropy.errors import UserError
 from jax_entropy.runs.load import load_run
@@ -126,6 +127,25 @@ def test_the_workdir_of_another_user(tmp_path, nobody):
     for ask in (describe, lambda path: Workdir(path).held(config, print).__enter__(), load_run):
         with nobody(), pytest.raises(UserError, match="Permission denied"):
             ask(workdir.path)
+
+
+def test_a_folder_of_runs_tells_where_each_is_that_needs_a_look(tmp_path, capsys):
+    states = {"tuning/a": "complete", "tuning/b": "diverged", "runs/a": "complete", "runs/b": "training", "runs/c": ""}
+    for name, state in states.items():
+        workdir = Workdir(tmp_path / name)
+        workdir.claim(default_config("SM"), None)
+        if state:
+            workdir.write_status(state, 4, 24, "the loss is NaN" if state == "diverged" else "")
+    told = describe(tmp_path)
+    assert told.splitlines()[:3] == [
+        f"{tmp_path}: nothing goes on", "runs: 1 complete, 1 died, 1 waiting", "tuning: 1 complete, 1 diverged"
+    ]  # fmt: skip
+    assert "runs/b: died at step 4 of 24" in told and "tuning/b: diverged at step 4" in told and told.count("\n") == 4
+    with Workdir(tmp_path)._locked(), Workdir(tmp_path / "runs/b")._locked():
+        told = describe(tmp_path)
+    assert f"{tmp_path}: a sweep goes on" in told and "1 training" in told and "runs/b: training, step 4 of 24" in told
+    assert main(["status", str(tmp_path), "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out)[f"{tmp_path}/runs/a"]["state"] == "complete"
 
 
 def test_asking_leaves_no_trace(tmp_path):

@@ -5,16 +5,19 @@ import pytest
 from jax_entropy.commands.main import main
 from jax_entropy.config_file import come_along
 from jax_entropy.errors import UserError
-from jax_entropy.sweep import SCALES, Sweep, product, zipped
+from jax_entropy.sweep import SCALES, Sweep, Tuning, product, zipped
 from jax_entropy.sweep.queue import Place, places
 from jax_entropy.sweep.spec import load_sweep, points_of
 
 
 def test_lists_of_points():
-    assert product({"a": [1, 2], "b": "xy"}) == [dict(a=a, b=b) for a in (1, 2) for b in "xy"]
-    assert zipped({"a": [1, 2], "b": "xy"}) == [dict(a=1, b="x"), dict(a=2, b="y")]
+    assert product({"a": [1, 2], "b": ["x", "y"]}) == [dict(a=a, b=b) for a in (1, 2) for b in "xy"]
+    assert zipped({"a": [1, 2], "b": ["x", "y"]}) == [dict(a=1, b="x"), dict(a=2, b="y")]
     with pytest.raises(UserError, match="as many values each: a 2, b 1"):
-        zipped({"a": [1, 2], "b": "x"})
+        zipped({"a": [1, 2], "b": ["x"]})
+    for make in (product, zipped):
+        with pytest.raises(UserError, match="architecture='SM' must be a list of values"):
+            make({"architecture": "SM"})
 
 
 def test_there_is_a_sweep_for_each_table_and_figure():
@@ -33,10 +36,16 @@ def test_sweeps_that_come_along_are_whole_at_every_scale(name, scale, tmp_path):
 
 
 def test_what_a_point_sets_wins_over_the_command_and_that_over_the_sweep():
-    sweep = Sweep(points=[{"seed": 5}], fields={"seed": 1, "train.num_steps": 1, "data.num_threads": 9})
-    (point,) = points_of(sweep, {"seed": "3", "train.num_steps": "3"})
-    assert (point.config.seed, point.config.train.num_steps, point.config.data.num_threads) == (5, 3, 9)
-    assert point.label == "EReg(SM(t)+ScFuFFN), seed=5"
+    sweep = Sweep(
+        tuning=Tuning(),
+        points=[{"train.keep": 5}],
+        fields={"train.keep": 1, "train.num_steps": 1, "data.num_threads": 9},
+    )
+    (point,) = points_of(sweep, {"train.keep": "3", "train.num_steps": "3"})
+    assert (point.config.train.keep, point.config.train.num_steps, point.config.data.num_threads) == (5, 3, 9)
+    assert point.label == "EReg(SM(t)+ScFuFFN), keep=5" and point.tuned
+    (point,) = points_of(sweep, {"optimizer.learning_rate": "0.02"})
+    assert point.config.optimizer.learning_rate == 0.02 and not point.tuned
 
 
 def test_a_long_label_is_a_short_folder_of_its_own(tmp_path):
@@ -52,7 +61,18 @@ BAD = {
     "points=[{'train.num_step': 3}]": "config.train.num_step is not a field; did you mean 'train.num_steps'?",
     "points=[{'train.num_steps': 1.5}]": "config.train.num_steps=1.5 must be a whole number",
     "points=[{'train.num_steps': 0}]": "config.train.num_steps=0 must be at least 1",
-    "points=[{'seed': 1}, {'seed': 1}]": "two points of the sweep are the same: EReg(SM(t)+ScFuFFN), seed=1",
+    "points=[{'train.keep': 1}, {'train.keep': 1}]": "two points of the sweep are the same: EReg(SM(t)+ScFuFFN), keep",
+    "points=[{'seed': 1}]": "seeds=(1, 2, 3) are those of its runs; seed is no field of a point",
+    "points='SM'": "points='SM' must be a list of mappings of fields to values",
+    "points=[{}], config=None": "config=None must be a file, by path or name, or a ConfigDict",
+    "points=[{}], seeds=3": "seeds=3 must be a list of whole numbers",
+    "points=[{}], fields=['seed']": "fields=['seed'] must be a mapping",
+    "points=[{}], published={'SM': 3.0}": "published must be Published(…), not 3.0",
+    "points=[{}], tuning=(1e-3, 3e-3)": "tuning=(0.001, 0.003) must be Tuning(rates, seed, share), or None",
+    "points=[{}], tuning=Tuning(rates=('a',))": "tuning.rates=('a',) must be different numbers above 0",
+    "points=[{}], tuning=Tuning(rates=(1, 1))": "tuning.rates=(1, 1) must be different numbers",
+    "points=[{'architecture': 'SM'}], baselines='SM'": "baselines='SM' must be a list of labels of points",
+    "points=[{}], pictures='loss'": "pictures='loss' must be a list of names of figures",
     "points=[{}], config='quikstart'": "did you mean 'quickstart'?",
     "points=[{}], seeds=()": "seeds=() must be different",
     "points=[{}], seeds=(1, 1)": "seeds=(1, 1) must be different",
@@ -92,6 +112,7 @@ LINES = {
     "configs/sweeps/none.py": "is no sweep file",
     "table2 --jobs=0": "jobs=0 must be at least 1",
     "table2 --jobs=10000": "jobs=10000 is more than the",
+    "table2 --config.seed=4": "are those of its runs; seed is no field of a point",
     "table2 --jobs=x": "--jobs=x must be a whole number",
     "table2 --scale=smal": "--scale='smal' is not known; did you mean 'small'?",
     "table2 --config.train.num_steps=x": "config.train.num_steps=x must be a whole number",

@@ -87,11 +87,10 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.anneal.end={config.anneal.end} must come after config.anneal.begin={config.anneal.begin}"
         )
-    spectral = model.reparametrization in ("spectral", "sigma") and "Q" in model.reparametrized
-    if config.optimizer.qk_clip and (spectral or model.qk_norm):
+    if config.optimizer.qk_clip and model.reparametrization in ("spectral", "sigma") and "Q" in model.reparametrized:
         raise UserError(
-            f"config.optimizer.qk_clip={config.optimizer.qk_clip} scales queries and keys, which the "
-            f"{'spectral normalisation' if spectral else 'QKN'} of {model} undoes; leave one of them out"
+            f"config.optimizer.qk_clip={config.optimizer.qk_clip} scales queries and keys, which the spectral "
+            f"normalisation of {model} undoes; leave one of them out"
         )
 
 

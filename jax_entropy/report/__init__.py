@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from jax_entropy.errors import UserError, nearest
-from jax_entropy.paths import writing
+from jax_entropy.paths import local_path, writing
 from jax_entropy.report.comparison import comparison
 from jax_entropy.report.figures import ITEMS
 from jax_entropy.report.history import History, read_history
@@ -49,7 +49,11 @@ def report(
     """
     if figures not in FORMATS:
         raise UserError(f"figures={figures!r} is not known{nearest(figures, FORMATS)}")
-    against = [against] if isinstance(against, (str, Path)) else against
+    page_file, csv_file = (
+        given and local_path(given, name) for name, given in (("page_file", page_file), ("csv_file", csv_file))
+    )
+    if not isinstance(against, Sequence) or isinstance(against, str):
+        against = [against]
     histories = [read_history(path) for path in (workdir, *against)]
     history, found = histories[0], read_sweep(sweep) if sweep else None
     drawn = {item.name: figure for item in ITEMS if (figure := item.draw(history)) is not None}
@@ -58,10 +62,10 @@ def report(
     folder = history.workdir.figures
     written = {name: _write(folder / f"{name}.{figures}", _file(drawn[name], figures)) for name in drawn}
     text = page(histories, sweep=found).encode("utf-8", "backslashreplace")
-    written["page"] = _write(Path(page_file or history.workdir.report), text)
+    written["page"] = _write(page_file or history.workdir.report, text)
     if csv_file:
-        write_csv(Path(csv_file), histories)
-        written["csv"] = Path(csv_file)
+        write_csv(csv_file, histories)
+        written["csv"] = csv_file
     return written
 
 

@@ -36,6 +36,8 @@ def generate(
     Raises:
       UserError: an empty prompt, one that leaves no room, or options out of range; and as `load_run` does.
     """
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt={prompt!r} must be text")
     check_sampling(num_tokens, temperature, top_k, seed)
     run = run if isinstance(run, Run) else load_run(run, notify, best=best)
     ids, context, end_of_text = run.tokenizer.encode(prompt), run.model.config.context_length, run.tokenizer.end_of_text

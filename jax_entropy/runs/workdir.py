@@ -85,6 +85,8 @@ class Workdir:
             except BaseException as error:
                 reason = str(error) if isinstance(error, UserError) else repr(error)
                 state = "diverged" if isinstance(error, Diverged) else "failed"
+                if isinstance(error, KeyboardInterrupt):  # before the loop, or a second one
+                    state, reason = "stopped", ""
                 with contextlib.suppress(UserError):  # a full disk must not hide what went wrong
                     self.write_status(state, *self._progress(config), reason)
                 raise

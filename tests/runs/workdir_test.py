@@ -148,6 +148,13 @@ def test_a_folder_of_runs_tells_where_each_is_that_needs_a_look(tmp_path, capsys
     assert json.loads(capsys.readouterr().out)[f"{tmp_path}/runs/a"]["state"] == "complete"
 
 
+def test_ctrl_c_before_the_first_step_is_no_failure(tmp_path):
+    workdir, config = Workdir(tmp_path), default_config("SM")
+    with pytest.raises(KeyboardInterrupt), workdir.held(config, print):
+        raise KeyboardInterrupt
+    assert "stopped at step 0 of 1000" in describe(tmp_path) and "the same train command goes on" in describe(tmp_path)
+
+
 def test_asking_leaves_no_trace(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.write_status("training", 4, 24)

@@ -229,7 +229,7 @@ def _address(text: str, flag: str) -> tuple[str, int]:
       UserError: `text` is not of that form.
     """
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+    if not host or not port.isdecimal() or not 0 < int(port) < 65535:
         raise UserError(f"--{flag}={text!r} must be HOST:PORT, like 127.0.0.1:9500")
     if ":" in host:
         raise UserError(f"--{flag}={text!r} is an IPv6 address; the engine's links need an IPv4 address or a name")

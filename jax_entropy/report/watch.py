@@ -4,8 +4,10 @@ import contextlib
 import errno
 import hashlib
 import http.server
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jax_entropy.errors import UserError
 from jax_entropy.report.history import read_history
@@ -39,10 +41,18 @@ def serve(workdir: str | Path, port: int) -> http.server.ThreadingHTTPServer:
     if not 0 <= port < 65536:
         raise UserError(f"port={port} must be between 1 and 65535, or 0 for any that is free")
     try:
-        return http.server.ThreadingHTTPServer((HOST, port), _handler(_Pages(workdir)))
+        return _Server((HOST, port), _handler(_Pages(workdir)))
     except OSError as error:
         reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
         raise UserError(f"port={port} {reason}; take another, or 0 for any that is free") from None
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """Says nothing of a browser that has gone before it was answered."""
+
+    def handle_error(self, *request: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*request)
 
 
 class _Pages:

@@ -213,6 +213,16 @@ def test_watch_ends_when_it_is_interrupted(tmp_path, monkeypatch):
     assert said[0].startswith("http://127.0.0.1:") and "Ctrl-C ends it" in said[0]
 
 
+def test_a_browser_that_goes_away_is_no_fault(tmp_path, capsys):
+    with serve(write_run(tmp_path / "run", L=2, N=2, steps=3), 0) as server:
+        for error, is_told in ((BrokenPipeError, False), (ConnectionResetError, False), (KeyError, True)):
+            try:
+                raise error
+            except error:
+                server.handle_error(None, ("127.0.0.1", 1))
+            assert bool(capsys.readouterr().err) == is_told
+
+
 def test_the_server_answers_this_machine_only_and_says_what_is_new(tmp_path):
     Workdir(tmp_path).write_status("starting", 0, 10)
     with serve(tmp_path, 0) as server:

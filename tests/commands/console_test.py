@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+import time
 
 import pytest
 
@@ -156,17 +156,29 @@ def test_ctrl_c_behind_an_import_error_is_no_bug(monkeypatch, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_ctrl_c_during_the_first_imports_is_a_sentence(monkeypatch, capsys):
-    def find_spec(*_):
-        raise KeyboardInterrupt
+def test_ctrl_c_waits_for_the_end_of_an_import_and_is_a_sentence(tmp_path, monkeypatch, capsys):
+    # as extension modules do, this one loses what is raised while it is imported
+    body = (
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\nwhole = True\n"
+    )
+    (tmp_path / "slow_to_import.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
 
-    monkeypatch.setattr(signal, "signal", lambda number, what: asked.append((number, what)))
-    asked = []
-    monkeypatch.delitem(sys.modules, "jax_entropy.commands.main")
-    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec)])
-    assert __main__.main() == 1
+    def run():
+        import slow_to_import
+
+        assert slow_to_import.whole
+        time.sleep(10)
+
+    monkeypatch.setattr("jax_entropy.commands.main.main", run)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        assert __main__.main() == 1
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the interpreter's last moments are cut in silence
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert capsys.readouterr().err == "jax-entropy: interrupted; the same command starts again\n"
-    assert asked == [(signal.SIGINT, signal.SIG_DFL)]  # nor does one in the interpreter's last moments show anything
 
 
 @pytest.mark.parametrize("error", [

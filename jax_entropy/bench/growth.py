@@ -30,38 +30,41 @@ def bench_growth(
 ) -> Iterator[dict[str, Any]]:
     """Rows of every series: processor seconds of a step (the least of `rounds`), FLOPs, temporaries and the state.
 
-    `time / first` and `FLOPs / first` are against the series' first row; where nothing grows faster than its
-    arithmetic, the one stays at or below the other. FLOPs are the products', under the causal mask.
+    `… / first` are against the series' first row, whose steps take turns with those of every other row, so that both
+    have the same machine. Where nothing grows faster than its arithmetic, `seconds / first` stays at or below
+    `GFLOP / first`. FLOPs are the products', under the causal mask.
     """
     for name, (values, tokens) in series.items():
-        first: dict[str, Any] = {}
+        first_step, first = _compiled(_BASE | {name: values[0]}, tokens)
         for value in values:
             notify(f"{name} {value:,}")
-            row = _measured(_BASE | {name: value}, tokens, rounds)
-            first = first or row
-            ratios = {f"{what} / first": row[what] / first[what] for what in ("seconds", "GFLOP", "temporaries, MiB")}
-            yield dict(grows=name, value=value) | row | ratios
+            step, row = (first_step, first) if value == values[0] else _compiled(_BASE | {name: value}, tokens)
+            turns = [(step(), first_step()) for _ in range(rounds + 1)][1:]  # the first one is slower
+            seconds, seconds_of_first = map(min, zip(*turns, strict=True))
+            ratios = {"seconds / first": seconds / seconds_of_first}
+            ratios |= {f"{what} / first": row[what] / first[what] for what in ("GFLOP", "temporaries, MiB")}
+            yield dict(grows=name, value=value, seconds=seconds) | row | ratios
 
 
-def _measured(sizes: dict[str, int], tokens: int, rounds: int) -> dict[str, float]:
+def _compiled(sizes: dict[str, int], tokens: int) -> tuple[Callable[[], float], dict[str, float]]:
+    """A function that trains one step and returns its processor seconds; FLOPs and memory of the step."""
     config = default_config("EReg(SM+LN+G)")
     config.model.update({name: size for name, size in sizes.items() if name != "vocab_size"})
     model = Transformer(model_config(config, sizes["vocab_size"]))
     state = jax.jit(functools.partial(init_state, config, model))()
     T, size = sizes["context_length"], sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     batch = jax.random.randint(jax.random.key(0), (tokens // T, T + 1), 0, sizes["vocab_size"])
-    compiled = (
-        jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0).lower(state, batch, False).compile()
-    )
-    seconds = []
-    for _ in range(rounds + 1):
+    train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
+    compiled = train_step.lower(state, batch, False).compile()
+
+    def step() -> float:
+        nonlocal state
         start = time.process_time()
         state, _ = jax.block_until_ready(compiled(state, batch))
-        seconds.append(time.process_time() - start)
-    counted = census(model.config)
-    return {
-        "seconds": min(seconds[1:]),
-        "GFLOP": 3 * counted.forward_flops * (tokens // T) / 1e9,
+        return time.process_time() - start
+
+    return step, {
+        "GFLOP": 3 * census(model.config).forward_flops * (tokens // T) / 1e9,
         "temporaries, MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
         "state, MiB": size / 2**20,
     }

@@ -31,18 +31,19 @@ def bench_growth(
     """Rows of every series: processor seconds of a step (the least of `rounds`), FLOPs, temporaries and the state.
 
     `… / first` are against the series' first row, whose steps take turns with those of every other row, so that both
-    have the same machine. Where nothing grows faster than its arithmetic, `seconds / first` stays at or below
+    have the same machine; `notify` is told each as it is measured. Where nothing grows faster than its arithmetic, `seconds / first` stays at or below
     `GFLOP / first`. FLOPs are the products', under the causal mask.
     """
     for name, (values, tokens) in series.items():
         first_step, first = _compiled(_BASE | {name: values[0]}, tokens)
         for value in values:
-            notify(f"{name} {value:,}")
             step, row = (first_step, first) if value == values[0] else _compiled(_BASE | {name: value}, tokens)
             turns = [(step(), first_step()) for _ in range(rounds + 1)][1:]  # the first one is slower
             seconds, seconds_of_first = map(min, zip(*turns, strict=True))
             ratios = {"seconds / first": seconds / seconds_of_first}
             ratios |= {f"{what} / first": row[what] / first[what] for what in ("GFLOP", "temporaries, MiB")}
+            times, flops = ratios["seconds / first"], ratios["GFLOP / first"]
+            notify(f"{name} {value:,}: {seconds:.3g} s, {times:.3g} times the first one's, its FLOPs {flops:.3g} times")
             yield dict(grows=name, value=value, seconds=seconds) | row | ratios
 
 

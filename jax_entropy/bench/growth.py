@@ -31,8 +31,8 @@ def bench_growth(
     """Rows of every series: processor seconds of a step (the least of `rounds`), FLOPs, temporaries and the state.
 
     `… / first` are against the series' first row, whose steps take turns with those of every other row, so that both
-    have the same machine; `notify` is told each as it is measured. Where nothing grows faster than its arithmetic, `seconds / first` stays at or below
-    `GFLOP / first`. FLOPs are the products', under the causal mask.
+    have the same machine. Where nothing grows faster than its arithmetic, `seconds / first` stays at or below
+    `GFLOP / first`. FLOPs are the products', under the causal mask. `notify` is told of each row as it is measured.
     """
     for name, (values, tokens) in series.items():
         first_step, first = _compiled(_BASE | {name: values[0]}, tokens)

@@ -1,4 +1,5 @@
 import itertools
+import os
 
 import grain
 import numpy as np
@@ -167,3 +168,5 @@ def test_impossible_batches_are_one_sentence(corpus, options, sentence):
 def test_loader_benchmark_counts_tokens(corpus):
     rates = bench_data(corpus, B, num_threads=1, num_workers=0, prefetch=2, seconds=0.2)
     assert rates["loader tokens/s"] > 10_000 and rates["first batch, s"] > 0
+    busy = rates["cores at 600,000 tokens/s"] / 600_000 * rates["loader tokens/s"]
+    assert 0 < busy <= os.cpu_count()

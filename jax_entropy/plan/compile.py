@@ -160,7 +160,8 @@ def search(config: ConfigDict, topology: str, notify: Callable[[str], None]) -> 
             trial.model.remat = remat
             trial.mesh.update(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])
             tried = plan(trial, topology)
-            verdict = f"{max(tried.terms.values()) * 1e3:.1f} ms at published rates" if tried.fits else "does not fit"
+            terms = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in tried.terms.items())
+            verdict = f"{terms} ms at published rates" if tried.fits else "does not fit"
             kind = "" if remat == "none" else f", remat {remat}"
             notify(f"{'×'.join(map(str, mesh))}{kind}: {tried.peak / 2**30:.2f} GiB, {verdict}")
             if tried.fits:

@@ -364,7 +364,7 @@ def test_a_search_ranks_what_fits(tpu):
     steps = [max(found.terms.values()) for found in plans]
     assert steps == sorted(steps) and all(found.fits for found in plans)
     assert {found.mesh for found in plans} == {(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)}
-    assert len(heard) == len(plans)
+    assert len(heard) == len(plans) and all(name in line for line in heard for name in plans[0].terms)
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def serve(values: Namespace) -> None:
         config = loaded.model.config
         exported = export(config, loaded.variables, rewrites, setting, embedding=values.embedding)
         tell_given_away(exported.blueprint)
-        check_range(exported, random_tokens(config.vocab_size, config.context_length), setting)
+        check_range(exported, random_tokens(config.vocab_size, config.context_length), setting, steps=True)
         print(f"serves {config} on {values.listen}", flush=True)
         run(
             door(), exported, Workdir(values.workdir).tokenizer.read_text(), setting, files,

@@ -83,7 +83,7 @@ def generate(values: Namespace) -> None:
     if str(of):
         warn(f"to fit into memory: {of}")
     check_request(exported.blueprint, ids, values.tokens, values.reveal)
-    check_range(exported, ids, setting)
+    check_range(exported, ids, setting, steps=True)
     text, came = Streamed(loaded.tokenizer, prompt, output(values.json)), []
 
     def notify(token: int) -> None:

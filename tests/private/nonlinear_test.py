@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_entropy.private.cost.work import Compared
-from jax_entropy.private.program.nonlinear import at_once, bent, halvings, largest, reciprocal
+from jax_entropy.private.program.nonlinear import at_once, bent, divided, halvings, largest, reciprocal, shifted, shifts
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 128, 1024])
@@ -23,6 +23,24 @@ def test_the_largest_of_any_number_with_equals_among_them(count, seed):
     values = np.random.default_rng(seed).integers(-5, 5, (2, count)).astype(np.float32)
     for groups in (halvings(count), at_once(count)):
         np.testing.assert_array_equal(largest(jnp.asarray(values), groups), values.max(-1))
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_of_several_shifts_the_right_one_gives_the_softmax(size, spread, seed):
+    """Whatever the exponentials of too small ones, which no number holds, have become."""
+    rng, reach = np.random.default_rng(seed), 48.0
+    scores = rng.uniform(-reach, reach, (4, size)) * spread
+    scores[:, 0] = 0.0
+    scores[0] = np.minimum(scores[0], 0)
+    lowered = scores - shifts(reach, size)[:, None, None]
+    e = np.where(lowered > 10, rng.uniform(-1e7, 1e7, lowered.shape), np.exp(np.minimum(lowered, 10)))
+    found, values = shifted(jnp.asarray(e, jnp.float32)), rng.normal(size=(4, size, 5))
+    assert np.all((np.abs(np.log(found.sums_N)) < 3.01))
+    expected = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("ns,nsh->nh", expected / expected.sum(-1, keepdims=True), values)
+    mixed = jnp.einsum("ns,nsh->nh", found.weights_NxS, jnp.asarray(values, jnp.float32))
+    np.testing.assert_allclose(divided(mixed, found.sums_N, found.near_N), expected, atol=2e-5)
 
 
 def test_work_of_a_maximum():

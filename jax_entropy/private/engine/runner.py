@@ -7,7 +7,6 @@ parties, as threads, or one party of a link between processes; the messages of b
 import ctypes
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -177,7 +176,8 @@ class Machine:
 
     def peak_memory(self) -> int:
         """Bytes of memory that this process held at most."""
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with open("/proc/self/status") as status:  # getrusage counts what the process held that started this one
+            return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
     def _send_share(self, to, share) -> None:
         context, chunks = self.contexts[0], share.share_chunks

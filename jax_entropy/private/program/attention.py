@@ -16,7 +16,16 @@ import numpy as np
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.parts import visible_keys
 from jax_entropy.private.program.blueprint import Blueprint
-from jax_entropy.private.program.nonlinear import at_once, exponential, halvings, largest, reciprocal
+from jax_entropy.private.program.nonlinear import (
+    at_once,
+    divided,
+    exponential,
+    halvings,
+    largest,
+    reciprocal,
+    shifted,
+    shifts,
+)
 from jax_entropy.private.program.stage import PAST, POSITION, Stage
 
 
@@ -110,8 +119,6 @@ def _product(left_GxTxI: jax.Array, right_GxIxgO: jax.Array, together: int) -> j
 def _softmax(blueprint: Blueprint, layer: int, exponentials: Callable, *extra: str) -> list[Stage]:
     """scores → weights, or unnormalised ones and the reciprocals of their sums."""
     config = blueprint.config
-    cap = lambda scores_NxTxS: config.logit_cap * jnp.tanh(scores_NxTxS / config.logit_cap)  # noqa: E731
-    capped = [Stage("soft cap", layer, cap, ("scores",), ("scores",))] if config.logit_cap else []
     bounded = blueprint.rewrites.reciprocal and not config.power  # the sum, between 1 and the number of keys
 
     def function(*arrays: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -122,7 +129,12 @@ def _softmax(blueprint: Blueprint, layer: int, exponentials: Callable, *extra: s
 
     outputs = ("weights", "reciprocal") if blueprint.rewrites.denominator else ("weights",)
     kind = "power softmax" if config.power else "softmax"
-    return [*capped, Stage(kind, layer, function, ("scores", *extra), outputs)]
+    return [*_capped(config, layer), Stage(kind, layer, function, ("scores", *extra), outputs)]
+
+
+def _capped(config: ModelConfig, layer: int) -> list[Stage]:
+    cap = lambda scores_NxTxS: config.logit_cap * jnp.tanh(scores_NxTxS / config.logit_cap)  # noqa: E731
+    return [Stage("soft cap", layer, cap, ("scores",), ("scores",))] if config.logit_cap else []
 
 
 def _exp(blueprint: Blueprint, layer: int, x: jax.Array, seen: jax.Array) -> jax.Array:
@@ -154,6 +166,37 @@ def _mixed(blueprint: Blueprint, layer: int, values: str, mix: Callable[..., jax
 
     reciprocal = ("reciprocal",) if blueprint.rewrites.denominator else ()
     return Stage("mix", layer, function, ("weights", values, *reciprocal), ("mixed",))
+
+
+def _shifted(blueprint: Blueprint, layer: int, values: str, mix: Callable[..., jax.Array], at: str) -> list[Stage]:
+    """scores and values → `mixed` [1, D]: the softmax without a maximum, and with a reciprocal inside the mix.
+
+    Scores count from the token's own, so that the largest is none below 0.
+    """
+    config, reach = blueprint.config, blueprint.reach(layer)
+
+    def softmax(scores_Nx1xS: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
+        own, seen_1x1xS = _seen(blueprint, layer, position, scores_Nx1xS.shape[-1])
+        own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, own, 1, axis=2)
+        above_NxS = jnp.where(seen_1x1xS, scores_Nx1xS - own_Nx1x1, 0.0)[:, 0]
+        lowered_JxNxS = above_NxS[None] - shifts(reach, above_NxS.shape[-1])[:, None, None]
+        return shifted(_exp(blueprint, layer, lowered_JxNxS, seen_1x1xS))
+
+    def mixed(weights_NxS: jax.Array, v_SxNxH: jax.Array, sums_N: jax.Array, near_N: jax.Array) -> jax.Array:
+        out_NxH = divided(mix(weights_NxS[:, None], v_SxNxH)[0], sums_N, near_N)
+        return out_NxH.reshape(1, config.model_dim)
+
+    return [
+        *_capped(config, layer),
+        Stage("softmax", layer, softmax, ("scores", at), ("weights", "sums", "near")),
+        Stage("mix", layer, mixed, ("weights", values, "sums", "near"), ("mixed",)),
+    ]
+
+
+def _seen(blueprint: Blueprint, layer: int, position: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The place of the token's own key within what its window leaves, and [1, 1, S] of the keys up to it."""
+    own = blueprint.config.num_slots + jnp.minimum(position, blueprint.config.windows[layer] - 1)
+    return own, (jnp.arange(size) <= own)[None, None]
 
 
 class Tiles(NamedTuple):
@@ -269,22 +312,22 @@ def cached_attention(blueprint: Blueprint, layer: int, num_keys: int) -> list[St
     # the projections wrote the new key and value over the names of the cache, which came in as past
     names = [f"{layer}.{name}" for name in "kv"]
     writes = [Stage("cache", layer, write, (name + PAST, name, POSITION), (name,)) for name in names]
-    return [*writes, *single_query(blueprint, layer, POSITION, num_keys)]
+    return [*writes, *single_query(blueprint, layer, POSITION, num_keys, blueprint.shifted)]
 
 
-def single_query(blueprint: Blueprint, layer: int, at: str, num_keys: int) -> list[Stage]:
+def single_query(blueprint: Blueprint, layer: int, at: str, num_keys: int, is_shifted: bool = False) -> list[Stage]:
     """The query of one token and the keys and values of all → its `mixed` [1, D]; those behind it do not count.
 
     Args:
       at: the name of its position.
       num_keys: of which the first so many are looked at.
+      is_shifted: whether exponentials are taken with several shifts.
     """
     q, k, v = (f"{layer}.{name}" for name in "qkv")
     divided = blueprint.present(f"{layer}.temperature")
     N, H = blueprint.config.num_heads, blueprint.config.head_dim
     near, names = _within_window(blueprint, layer, at, num_keys, k, v)
     after_slots, (keys, values) = _after_slots(blueprint, layer, *names)
-    slots, window = blueprint.config.num_slots, blueprint.config.windows[layer]
 
     def scores(q_1xNxH: jax.Array, k_SxNxH: jax.Array, *temperature: jax.Array) -> jax.Array:
         if blueprint.rewrites.one_dot:
@@ -297,8 +340,7 @@ def single_query(blueprint: Blueprint, layer: int, at: str, num_keys: int) -> li
         return scores_Nx1xS / _divisor(blueprint, _column(*temperature) if temperature else None)
 
     def exponentials(scores_Nx1xS: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = slots + jnp.minimum(position, window - 1)  # within what the window leaves
-        seen_1x1xS = (jnp.arange(scores_Nx1xS.shape[-1]) <= own)[None, None]
+        own, seen_1x1xS = _seen(blueprint, layer, position, scores_Nx1xS.shape[-1])
         own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, own, 1, axis=2)
         scores_Nx1xS = jnp.where(seen_1x1xS, scores_Nx1xS, own_Nx1x1)
         if blueprint.config.power:
@@ -320,8 +362,11 @@ def single_query(blueprint: Blueprint, layer: int, at: str, num_keys: int) -> li
         *near,
         *after_slots,
         Stage("scores", layer, scores, (q, keys, *divided, *((at,) if divided else ())), ("scores",)),
-        *_softmax(blueprint, layer, exponentials, at),
-        _mixed(blueprint, layer, values, mix),
+        *(
+            _shifted(blueprint, layer, values, mix, at)
+            if is_shifted
+            else [*_softmax(blueprint, layer, exponentials, at), _mixed(blueprint, layer, values, mix)]
+        ),
     ]
 
 

@@ -31,6 +31,7 @@ class Rewrites:
     joined: without norms and activations, the output projection, the feed-forward and the next projections are one.
     reciprocal: of a row's sum by a line chosen among comparisons; off, the engine's, in twice the rounds.
     tournament: of a row's maximum the last levels compare all with all; off, all halve.
+    shifts: a step takes exponentials with several shifts at once, and picks; off, it looks for the row's maximum.
     last_row: where only the last position's logits are wanted, the last block is for that row only.
     cached: weights are opened once, masked, and not at each use (SEMI2K; the others gain nothing).
     """
@@ -48,6 +49,7 @@ class Rewrites:
     joined: bool = True
     reciprocal: bool = True
     tournament: bool = True
+    shifts: bool = True
     last_row: bool = True
     cached: bool = True
 
@@ -77,9 +79,10 @@ class Blueprint:
     """A private program's public description; no weight is in it, only what each is called and its shape.
 
     squarings: of each layer's exponential, whose argument is bent before (`nonlinear.bent`); (): the engine's, as it
-    is. heads_at_once: how many heads of many queries are one product. embedding: "shared", or "public": the server
-    gives the embedding table away and with it a tied head, and rows come in as the client looks them up. piece: of how
-    many weights a product is at most, larger ones being cut so that they fit into memory; 0: they are whole.
+    is. heads_at_once: how many heads of many queries are one product. shifted: whether steps take exponentials with
+    several shifts. embedding: "shared", or "public": the server gives the embedding table away and with it a tied head,
+    and rows come in as the client looks them up. piece: of how many weights a product is at most, larger ones being cut
+    so that they fit into memory; 0: they are whole.
 
     Raises:
       UserError: a weight that no export of such a model writes, or a number that fits no program.
@@ -90,6 +93,7 @@ class Blueprint:
     weights: Mapping[str, tuple[int, ...]]
     squarings: tuple[int, ...] = ()
     heads_at_once: int = 1
+    shifted: bool = False
     embedding: str = "shared"
     piece: int = 0
 
@@ -117,6 +121,10 @@ class Blueprint:
                 raise UserError(f"a private program of {self.config} has no weight {name[:60]!r}")
             if tuple(shape) != expected:
                 raise UserError(f"the weight {name} of {self.config} has the shape {expected}, not {tuple(shape)}")
+
+    def reach(self, layer: int) -> float:
+        """How far a step's scores may be over and under the token's own, where it takes several shifts."""
+        return 0.75 * 2.0 ** (self.squarings[layer] if self.squarings else 6)
 
     def present(self, *names: str) -> tuple[str, ...]:
         """Those of the names that weights have."""

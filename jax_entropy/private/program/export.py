@@ -88,7 +88,9 @@ def export(
     shapes = {name: value.shape for name, value in weights.items()}
     together = setting.heads_at_once(config.num_heads) if rewrites.heads else 1
     squarings = setting.bent_squarings(config.num_layers)
-    return Export(Blueprint(config, rewrites, shapes, squarings, together, embedding, piece), weights)
+    # each shift costs as many exponentials, of which CHEETAH's fill ciphertexts
+    shifted = rewrites.shifts and rewrites.denominator and not config.power and setting.protocol != "cheetah"
+    return Export(Blueprint(config, rewrites, shapes, squarings, together, shifted, embedding, piece), weights)
 
 
 def _layer(config: ModelConfig, variables: Any, layer: int) -> dict[str, np.ndarray]:

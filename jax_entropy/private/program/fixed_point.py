@@ -30,9 +30,11 @@ def lowest_exponent(exponent: str, squarings: int) -> float:
     return {"quadratic": -1.7, "taylor": -1.9, "pade": -np.inf}[exponent] * 2.0**squarings
 
 
-def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> None:
+def check_range(exported: Export, tokens: Sequence[int], setting: Setting, *, steps: bool = False) -> None:
     """Runs a model in float32 on tokens, and looks at every value that an operation of a stage leaves.
 
+    Args:
+      steps: whether more tokens follow, whose exponentials have less room where they are `shifted`.
     Raises:
       UserError: names the layer and the value that fixed point would not hold.
     """
@@ -42,13 +44,20 @@ def check_range(exported: Export, tokens: Sequence[int], setting: Setting) -> No
     bent = exported.blueprint.squarings
     for stage in forward(exported.blueprint, len(tokens)):
         squarings = setting.squarings if stage.layer is None or not bent else bent[stage.layer]
+        limit = lowest_exponent(setting.exponent, squarings)
+        form = f"the exponential with exponent_iterations={squarings} holds"
+        advice = "raise them, or take exponent=pade"
+        if steps and exported.blueprint.shifted and stage.layer is not None:
+            limit, form = -exported.blueprint.reach(stage.layer), "a step that takes several shifts holds"
+            advice = f"{'raise exponent_iterations, or ' if bent else ''}leave out the rewrite shifts"
         where = stage.kind if stage.layer is None else f"{stage.kind} of layer {stage.layer}"
 
         def look(
-            operation: str, arguments: list[Any], results: list[Any], where: str = where, squarings: int = squarings
-        ) -> None:
-            if operation == ("bent" if bent else "exp"):
-                _check_exponent(f"an exponent in the {where}", arguments[0], setting.exponent, squarings)
+            operation: str, arguments: list[Any], results: list[Any], where: str = where, limit: float = limit,
+            otherwise: str = f"{form} down to {limit:.4g}; {advice}",
+        ) -> None:  # fmt: skip
+            if operation == ("bent" if bent else "exp") and (lowest := float(jnp.min(arguments[0]))) < limit:
+                raise UserError(f"an exponent in the {where} is {lowest:.4g}, and {otherwise}")
             for value in results:
                 _check(f"a value in {where}", value, setting)
 
@@ -113,15 +122,6 @@ def _check(what: str, value: Any, setting: Setting) -> None:
                 f"{what} reaches {size:.4g}, and with fraction_bits={setting.fraction_bits} fixed point holds "
                 f"{limit:.4g}; fewer fraction bits hold more"
             )
-
-
-def _check_exponent(what: str, value: Any, exponent: str, squarings: int) -> None:
-    lowest, limit = float(jnp.min(value)), lowest_exponent(exponent, squarings)
-    if lowest < limit:
-        raise UserError(
-            f"{what} is {lowest:.4g}, and the exponential with exponent_iterations={squarings} "
-            f"holds down to {limit:.4g}; raise them, or take exponent=pade"
-        )
 
 
 def random_tokens(vocab_size: int, num_tokens: int) -> list[int]:

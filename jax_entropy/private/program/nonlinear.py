@@ -6,6 +6,7 @@ Rounds are what a slow network pays. Each form is exact, or as close as fixed po
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,55 @@ def reciprocal(sums: jax.Array, largest: int) -> jax.Array:
     off = 1 - sums * near
     squared, near = jnp.stack([off, near]) * jnp.stack([off, 1 + off])
     return near * (1 + squared)
+
+
+class Shifted(NamedTuple):
+    """Exponentials of a row's scores less a shift of their own, their sum and about its reciprocal."""
+
+    weights_NxS: jax.Array
+    sums_N: jax.Array
+    near_N: jax.Array
+
+
+_STEP = 6.0  # from one shift to the next: the right one's sums lie between e⁻³ and e³
+
+
+def shifts(reach: float, size: int) -> np.ndarray:
+    """What so many scores are lowered by, of which the largest is at most `reach` over 0, and one is 0."""
+    return _STEP / 2 + _STEP * np.arange(max(math.ceil((reach + math.log(size)) / _STEP), 1), dtype=np.float32)
+
+
+def shifted(e_JxNxS: jax.Array) -> Shifted:
+    """Of exponentials with all shifts, those with the largest shift whose sum is large enough, in 12 rounds.
+
+    What has smaller shifts than that may have left the range of numbers, and does not count.
+    """
+    sums_JxN = e_JxNxS.sum(-1)
+    edges = np.exp(np.linspace(-_STEP / 2, _STEP / 2, 71)).astype(np.float32)  # each 9 % after the one before
+    passed_MxJxN = sums_JxN[None] >= edges[:-1, None, None]
+    middles = 2 / (edges[:-1] + edges[1:])
+    steps_Mx1x1 = np.diff(middles, prepend=middles[:1]).astype(np.float32)[:, None, None]
+    near_JxN = middles[0] + jnp.where(passed_MxJxN, steps_Mx1x1, 0.0).sum(0)
+    # whether all from here on are too small; the first never counts, which is large enough
+    small_JxN, distance = ~passed_MxJxN[0, 1:], 1
+    beyond = jnp.ones((1, *small_JxN.shape[1:]), bool)
+    while distance < len(small_JxN):
+        after = jnp.concatenate([small_JxN[distance:], jnp.repeat(beyond, distance, axis=0)])
+        small_JxN, distance = small_JxN & after, 2 * distance
+    own_JxN = jnp.concatenate([small_JxN, beyond]) ^ jnp.concatenate([~beyond, small_JxN])
+    all_JxNxS = jnp.concatenate([e_JxNxS, sums_JxN[..., None], near_JxN[..., None]], axis=-1)
+    picked_NxS = jnp.where(own_JxN[..., None], all_JxNxS, 0.0).sum(0)
+    return Shifted(picked_NxS[:, :-2], picked_NxS[:, -2], picked_NxS[:, -1])
+
+
+def divided(values_NxH: jax.Array, sums_N: jax.Array, near_N: jax.Array) -> jax.Array:
+    """values / sums by two steps of Goldschmidt, whose first goes with the values: 6 rounds."""
+    scaled_NxH1 = jnp.concatenate([values_NxH, sums_N[:, None]], axis=1) * near_N[:, None]
+    off_Nx1 = 1 - scaled_NxH1[:, -1:]
+    values_NxH, H = scaled_NxH1[:, :-1], values_NxH.shape[1]
+    factors_NxH1 = jnp.concatenate([jnp.repeat(1 + off_Nx1, H, axis=1), off_Nx1], axis=1)
+    closer_NxH1 = jnp.concatenate([values_NxH, off_Nx1], axis=1) * factors_NxH1
+    return closer_NxH1[:, :-1] * (1 + closer_NxH1[:, -1:])
 
 
 def largest(values: jax.Array, groups: Sequence[int]) -> jax.Array:

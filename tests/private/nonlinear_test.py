@@ -25,7 +25,7 @@ def test_the_largest_of_any_number_with_equals_among_them(count, seed):
         np.testing.assert_array_equal(largest(jnp.asarray(values), groups), values.max(-1))
 
 
-@given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 10_000))
+@given(st.sampled_from([1, 40, 300]), st.floats(0, 1), st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_of_several_shifts_the_right_one_gives_the_softmax(size, spread, seed):
     """Whatever the exponentials of too small ones, which no number holds, have become."""
@@ -36,7 +36,7 @@ def test_of_several_shifts_the_right_one_gives_the_softmax(size, spread, seed):
     lowered = scores - shifts(reach, size)[:, None, None]
     e = np.where(lowered > 10, rng.uniform(-1e7, 1e7, lowered.shape), np.exp(np.minimum(lowered, 10)))
     found, values = shifted(jnp.asarray(e, jnp.float32)), rng.normal(size=(4, size, 5))
-    assert np.all((np.abs(np.log(found.sums_N)) < 3.01))
+    assert np.all(np.abs(np.log(found.sums_N)) < 3.01)
     expected = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("ns,nsh->nh", expected / expected.sum(-1, keepdims=True), values)
     mixed = jnp.einsum("ns,nsh->nh", found.weights_NxS, jnp.asarray(values, jnp.float32))

@@ -137,11 +137,11 @@ def _capped(config: ModelConfig, layer: int) -> list[Stage]:
     return [Stage("soft cap", layer, cap, ("scores",), ("scores",))] if config.logit_cap else []
 
 
-def _exp(blueprint: Blueprint, layer: int, x: jax.Array, seen: jax.Array) -> jax.Array:
-    """Of what is seen, elsewhere 0."""
+def _exp(blueprint: Blueprint, layer: int, x: jax.Array, seen: jax.Array, more: int = 0) -> jax.Array:
+    """Of what is seen, elsewhere 0; with so many squarings more than the layer has."""
     if not blueprint.squarings:
         return jnp.where(seen, jnp.exp(x), 0.0)
-    return exponential(x, seen, blueprint.squarings[layer], min(blueprint.squarings))
+    return exponential(x, seen, blueprint.squarings[layer] + more, min(blueprint.squarings))
 
 
 def _power(scores: jax.Array, exponent: int) -> jax.Array:
@@ -180,7 +180,8 @@ def _shifted(blueprint: Blueprint, layer: int, values: str, mix: Callable[..., j
         own_Nx1x1 = jax.lax.dynamic_slice_in_dim(scores_Nx1xS, own, 1, axis=2)
         above_NxS = jnp.where(seen_1x1xS, scores_Nx1xS - own_Nx1x1, 0.0)[:, 0]
         lowered_JxNxS = above_NxS[None] - shifts(reach, above_NxS.shape[-1])[:, None, None]
-        return shifted(_exp(blueprint, layer, lowered_JxNxS, seen_1x1xS))
+        # one squaring more, since the largest is not at 0, next to which the exponential is closest
+        return shifted(_exp(blueprint, layer, lowered_JxNxS, seen_1x1xS, more=1))
 
     def mixed(weights_NxS: jax.Array, v_SxNxH: jax.Array, sums_N: jax.Array, near_N: jax.Array) -> jax.Array:
         out_NxH = divided(mix(weights_NxS[:, None], v_SxNxH)[0], sums_N, near_N)

@@ -1,14 +1,16 @@
 """The exported program is the model, in every architecture and with every step on, off and alone."""
 
 import dataclasses
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_entropy.architecture import architecture
 from jax_entropy.model import Transformer
 from jax_entropy.private.engine.engine import Setting
-from jax_entropy.private.program.blueprint import NO_REWRITES, REWRITES, Rewrites
+from jax_entropy.private.program.blueprint import NO_REWRITES, REWRITES, Blueprint, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.forward import float32_logits, prefill, step
 from jax_entropy.private.program.stage import caches, compose, external_inputs, pieces
@@ -91,6 +93,17 @@ def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, rewrites):
             tokens=exported.blueprint.enter(tokens_T[position : position + 1]), position=jnp.int32(position),
         )  # fmt: skip
         np.testing.assert_allclose(logits_1xV[0], expected_TxV[position], **tolerance)
+
+
+def test_tokens_enter_in_the_memory_of_their_rows():
+    """Not of the square of the vocabulary, which was 10 GB of GPT-2's for every token."""
+    blueprint = Blueprint(architecture("SM", vocab_size=50_257), Rewrites(), {})
+    tracemalloc.start()
+    rows_TxV = blueprint.enter([3, 50_256])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * rows_TxV.nbytes and rows_TxV.sum() == 2
+    assert rows_TxV.shape == (2, 50_257) and rows_TxV.argmax(-1).tolist() == [3, 50_256]
 
 
 def test_a_linear_feed_forward_is_one_matrix_and_an_activated_one_is_not():

@@ -159,7 +159,9 @@ class Blueprint:
         if self.embedding == "public":
             return table_VxD[np.asarray(tokens_T)]
         if self.rewrites.one_hot:
-            return np.eye(self.config.vocab_size, dtype=np.float32)[np.asarray(tokens_T)]
+            rows_TxV = np.zeros((len(tokens_T), self.config.vocab_size), np.float32)
+            rows_TxV[np.arange(len(tokens_T)), np.asarray(tokens_T)] = 1
+            return rows_TxV
         return np.asarray(tokens_T, np.int32)
 
 

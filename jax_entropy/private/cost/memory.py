@@ -68,39 +68,55 @@ def layout(
     # Elsewhere than under CHEETAH each piece would be opened anew.
     cuts = [0, *(1 << power for power in range(24, 17, -1))] if setting.protocol == "cheetah" else [0]
     layouts = [Layout(*of) for of in itertools.product(cuts, (False, True)[: 1 + streamable])]
-    needed = {of: _needed(config, num_tokens, setting, plain, logits, embedding, of) for of in layouts}
-    found = next((of for of in layouts if needed[of] <= limit), None)
+    memory = {of: needed(config, num_tokens, setting, plain, logits, embedding, of) for of in layouts}
+    found = next((of for of in layouts if memory[of] <= limit), None)
     if found is None:
         hints = [
             *(["one token's logits (logits=last)"] if logits == "every" else []),
             *(["a table that is given away (embedding=public)"] if embedding == "shared" else []),
         ]
         raise UserError(
-            f"{config} on {num_tokens} tokens under {setting.protocol} needs some {min(needed.values()) / 1e9:.2g} GB "
+            f"{config} on {num_tokens} tokens under {setting.protocol} needs some {min(memory.values()) / 1e9:.2g} GB "
             f"of memory, and may take {limit / 1e9:.2g} GB; take fewer tokens, layers or entries of the vocabulary"
             + "".join(f", or {hint}" for hint in hints)
         )
     return found
 
 
-def _needed(
+def needed(
     config: ModelConfig, num_tokens: int, setting: Setting, plain: bool, logits: str, embedding: str, of: Layout
 ) -> float:
-    """Bytes of all parties together.
+    """Bytes of all parties together, some tenth above what was measured.
 
-    Each has weights as shares, masks and products, and a dozen arrays of the largest of scores, hidden, one-hot and
-    logits; under CHEETAH, the polynomials of its products instead of arrays.
+    Each has weights as shares, and opened ones; the factors and the result of the largest product several times over;
+    and a dozen arrays of the largest of scores and hidden. Under CHEETAH, the polynomials of its products instead.
     """
     T, L, N, D, V = num_tokens, config.num_layers, config.num_heads, config.model_dim, config.vocab_size
-    is_shared = embedding == "shared"
-    layer, table = (4 + 2 * config.hidden_dim / D) * D**2, V * D
-    matrices = max(layer, table) if of.streamed else layer * L + (2 if is_shared else 1) * table
-    needed = setting.num_parties * 8 * 4 * matrices
+    layer, table, tables = (4 + 2 * config.hidden_dim / D) * D**2, V * D, 2 if embedding == "shared" else 1
+    found = work(config, T, plain, setting.protocol, logits, embedding)
     if setting.protocol == "cheetah":
-        return needed + 1.7e9 + ciphertext_memory(work(config, T, plain, "cheetah", logits, embedding), of.piece)
-    copies = {"semi2k": 16, "aby3": 24}[setting.protocol]
-    rows = T if is_shared or logits == "every" else 1
-    return needed + setting.num_parties * 8 * copies * max(N * T * T, T * config.hidden_dim, rows * V)
+        matrices = max(layer, table) if of.streamed else layer * L + tables * table
+        return setting.num_parties * 8 * 4 * matrices + 1.7e9 + ciphertext_memory(found, of.piece)
+    private = {kind: [part for part in parts if part.private and part.products] for kind, parts in found.items()}
+    once = [size for kind in ("embedding", "vocabulary") for part in private.pop(kind, []) for size in _weights(part)]
+    inside = sum(part.parts * size for parts in private.values() for part in parts for size in _weights(part))
+    if embedding == "public":
+        once += [table, table]
+    matrices = max(*once, inside / L) if of.streamed else sum(once) + inside
+    shapes = [shape for parts in found.values() for part in parts for shape in part.products]
+    largest = max(rows * inner + inner * columns + rows * columns for rows, inner, columns in shapes)
+    activations = max(N * T * T, T * config.hidden_dim)
+    held, multiplied, copies = _ARRAYS[setting.protocol]
+    return _ENGINE + setting.num_parties * 8 * (held * matrices + multiplied * largest + copies * activations)
+
+
+_ENGINE = 0.3e9  # before there is any model
+# Of 8 bytes, in each party: of every weight, of every number of the largest product, and of one operation's.
+_ARRAYS = {"semi2k": (2, 6, 16), "aby3": (2, 3, 24)}
+
+
+def _weights(part: Work) -> list[int]:
+    return [inner * columns for _, inner, columns in part.products]
 
 
 def ciphertext_memory(found: dict[str, list[Work]], piece: int = 0) -> float:

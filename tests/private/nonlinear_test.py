@@ -17,7 +17,7 @@ def test_reciprocals_of_all_that_a_softmax_sums_to(most):
     np.testing.assert_allclose(reciprocal(jnp.asarray(sums), most) * sums, 1, atol=max(5e-7, unit / 100))
 
 
-@given(st.integers(1, 40), st.integers(0, 10_000))
+@given(st.sampled_from([1, 2, 5, 16, 23, 40]), st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_the_largest_of_any_number_with_equals_among_them(count, seed):
     values = np.random.default_rng(seed).integers(-5, 5, (2, count)).astype(np.float32)

@@ -14,13 +14,14 @@ from flax.traverse_util import flatten_dict
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.folder import write_folder
+from jax_entropy.notation import written_fields
 
-# What it has no place for, or another one.
-_FIXED = dict(
-    norm="none", final_norm="none", learnable_temperature=False, log_scale=False, power=0, reparametrization="none",
-    conv_width=0, rotary=False, qk_norm=False, logit_cap=0, value_residual=False, value_embedding=False, num_slots=0,
-    window_pattern="", learned_positions=True,
+# Of what the notation writes, what it can express, whatever the value is; it has no place for the rest.
+_EXPRESSED = (
+    "activation", "negative_slope", "slope", "ffn", "scaled", "ffn_free_layers", "entropy_regularizer",
 )  # fmt: skip
+_FIXED = {name: value for name, value in written_fields("SM").items() if name not in _EXPRESSED}
+_FIXED |= dict(final_norm="none", learned_positions=True)
 _BENT = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}  # what a linear one or a leaky ReLU is made of: relu
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from jax_entropy.architecture import architecture
+from jax_entropy.census import KINDS
 from jax_entropy.model import Transformer
+from jax_entropy.private.cost.work import work
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import NO_REWRITES, REWRITES, Blueprint, Rewrites
 from jax_entropy.private.program.export import export
-from jax_entropy.private.program.forward import float32_logits, prefill, step
+from jax_entropy.private.program.forward import float32_logits, forward, prefill, step
 from jax_entropy.private.program.stage import caches, compose, external_inputs, pieces
 from tests.private.helpers import plain_logits
 from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
@@ -24,15 +26,21 @@ def run(exported, stages, outputs, **values):
 
 
 def assert_equal_to_model(config, rewrites, num_tokens=16):
-    expected_TxV = plain_logits(config, num_tokens)
-    logits_TxV = float32_logits(export(config, scattered(config), rewrites), random_tokens(1, num_tokens)[0])
+    expected_TxV, exported = plain_logits(config, num_tokens), export(config, scattered(config), rewrites)
+    logits_TxV = float32_logits(exported, random_tokens(1, num_tokens)[0])
     np.testing.assert_allclose(logits_TxV, expected_TxV, atol=2e-5 * np.abs(expected_TxV).max(), rtol=0)
+    return exported
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("rewrites", [Rewrites(), NO_REWRITES], ids=["all", "none"])
 def test_every_architecture_is_exported_as_it_is(name, rewrites):
-    assert_equal_to_model(tiny(name), rewrites)
+    """And its cost is predicted of what it executes: a kind that is not there costs nothing, one that is, something."""
+    config = tiny(name)
+    executed = {stage.kind for stage in forward(assert_equal_to_model(config, rewrites).blueprint, 16)}
+    predicted = {*work(config, 16, rewrites == NO_REWRITES, "semi2k", "every")}
+    # a residual without scales is a sum, which nobody sends anything for
+    assert executed & {kind.name for kind in KINDS} - {"residual"} == predicted - {"residual"}
 
 
 @pytest.mark.parametrize("overrides", [

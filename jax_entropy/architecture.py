@@ -9,20 +9,19 @@ import re
 from typing import Any
 
 from jax_entropy.errors import UserError, nearest
-from jax_entropy.notation import notation, written_fields
+from jax_entropy.notation import TARGETS, notation, written_fields
 
-REMAT = ("none", "attention+ffn", "attention", "full")  # the more is computed again, the later
-_CHOICES = {
+CHOICES = {
     "norm": ("none", "layer", "rms", "frozen", "tanh"),
     "final_norm": ("none", "layer", "rms", "frozen", "tanh"),
     "activation": ("identity", "gelu", "gelu_tanh", "relu", "leaky_relu"),
     "slope": ("fixed", "layer", "global"),
     "ffn": ("full", "fused", "bilinear"),
     "reparametrization": ("none", "weight", "spectral", "sigma"),
-    "reparametrized": ("", "QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN"),
+    "reparametrized": ("", *TARGETS),
     "temperature_parameter": ("direct", "log"),
     "bias": ("none", "qk", "all"),
-    "remat": REMAT,
+    "remat": ("none", "attention+ffn", "attention", "full"),  # the more is computed again, the later
     "value_embedding_layers": ("alternate", "all"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -101,7 +100,7 @@ class ModelConfig:
     dtype: str = "float32"  # of activations and matrix products; statistics and loss are float32
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"model field {name}={value!r} is not known{nearest(value, choices)}")
         for name in (*_POSITIVE, *(("ffn_dim",) if self.ffn_dim is not None else ())):

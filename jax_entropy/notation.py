@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jax_entropy.errors import UserError, nearest
 
-_TARGETS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")  # of a reparametrisation
+TARGETS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")  # of a reparametrisation
 
 
 class Place(NamedTuple):
@@ -94,7 +94,7 @@ _PIECES = (
     Place("reparametrisation", dict(reparametrization="none", reparametrized=""), tuple(
         (f"{spelling}({target})", dict(reparametrization=kind, reparametrized=target))
         for spelling, kind in (("WNorm", "weight"), ("SNorm", "spectral"), ("SReparam", "sigma"))
-        for target in _TARGETS
+        for target in TARGETS
     )),
     Place("feed-forward", dict(ffn="full", scaled=False), (
         ("ScFFN", dict(ffn="full", scaled=True)), ("ScFuFFN", dict(ffn="fused", scaled=True)),

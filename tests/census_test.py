@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jax_entropy.architecture import _CHOICES, architecture
+from jax_entropy.architecture import CHOICES, architecture
 from jax_entropy.census import ACTIVATIONS, GROUPS, KINDS, NORMS, PRODUCTS, census
 from jax_entropy.commands.census import print_census, print_costs
 from jax_entropy.commands.main import main
@@ -148,9 +148,9 @@ def test_the_table_of_kinds_has_every_nonlinearity_of_the_notation_once():
     """What a value of the notation is called stands in this table only; everything else asks it."""
     names = [kind.name for kind in KINDS]
     assert len({*names}) == len(names) and {kind.group for kind in KINDS} == {*GROUPS}
-    assert {"none", *NORMS} == {*_CHOICES["norm"]} == {*_CHOICES["final_norm"]}
-    assert {"identity", *ACTIVATIONS} == {*_CHOICES["activation"]}
-    assert {"full", "fused", *PRODUCTS} == {*_CHOICES["ffn"]}
+    assert {"none", *NORMS} == {*CHOICES["norm"]} == {*CHOICES["final_norm"]}
+    assert {"identity", *ACTIVATIONS} == {*CHOICES["activation"]}
+    assert {"full", "fused", *PRODUCTS} == {*CHOICES["ffn"]}
 
 
 def test_the_vocabulary_is_that_of_the_tokenizer_that_a_config_names(tmp_path, capsys):

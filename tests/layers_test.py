@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from jax_entropy.layers import Attention, Block, Linear, Shared, Stream, effective_matrix, temperature
 from jax_entropy.model import Transformer
 from jax_entropy.norms import normalise
+from jax_entropy.notation import TARGETS
 from tests import reference_model as reference
-from tests.tiny_model import ARCHITECTURES, TARGETS, initial, random_tokens, scattered, shapes, tiny
+from tests.tiny_model import ARCHITECTURES, initial, random_tokens, scattered, shapes, tiny
 
 WIDTH, HEADS = 12, (3, 4)
 

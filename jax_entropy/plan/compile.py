@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jax_entropy.annealing import trained_model
-from jax_entropy.architecture import REMAT, ModelConfig
+from jax_entropy.architecture import CHOICES, ModelConfig
 from jax_entropy.census import Census, census
 from jax_entropy.chips import Chip
 from jax_entropy.config import check
@@ -155,7 +155,7 @@ def search(config: ConfigDict, topology: str, notify: Callable[[str], None]) -> 
     _, devices = devices_of(topology)
     plans = []
     for mesh in _meshes(config, devices):
-        for remat in REMAT:
+        for remat in CHOICES["remat"]:
             trial = config.copy_and_resolve_references()
             trial.model.remat = remat
             trial.mesh.update(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])

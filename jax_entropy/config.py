@@ -5,13 +5,14 @@ A file in `configs/` starts from `default_config(architecture)` and changes what
 
 import json
 import math
+import re
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.errors import UserError, nearest
-from jax_entropy.fields import FIELDS, Bound
+from jax_entropy.fields import AXES, FIELDS, Bound
 from jax_entropy.paths import local_path
 
 PATHS = ("data.files", "data.directory", "data.tokenizer")  # fields that name places on this machine
@@ -77,6 +78,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{field.name}={value} {bound.words}")
     for name in PATHS:
         local_path(flat[name], f"config.{name}")
+    for rule in config.mesh.rules:
+        _check_rule(rule)
     model = model_config(config, 1 if config.model.vocab_size is None else config.model.vocab_size)
     if config.anneal.activation and architecture(config.architecture).activation != "identity":
         raise UserError(
@@ -92,6 +95,29 @@ def check(config: ConfigDict) -> None:
             f"config.optimizer.qk_clip={config.optimizer.qk_clip} scales queries and keys, which the spectral "
             f"normalisation of {model} undoes; leave one of them out"
         )
+
+
+def _check_rule(rule: Any) -> None:
+    """Checks one of config.mesh.rules.
+
+    Raises:
+      UserError: it is no pattern with axes, or no mesh has these axes.
+    """
+    try:
+        pattern, axes = rule
+        re.compile(pattern)
+        names = [name for axis in axes for name in (axis if isinstance(axis, tuple) else (axis,)) if name is not None]
+    except (TypeError, ValueError, re.error):
+        axes, names = None, []
+    if not isinstance(axes, tuple):
+        raise UserError(
+            f"config.mesh.rules: {rule!r} is no pattern with its axes; one is like ('query/kernel$', ('fsdp', None))"
+        )
+    for name in names:
+        if name not in AXES:
+            raise UserError(f"config.mesh.rules: {rule!r} names an axis {name!r}{nearest(name, AXES)}")
+        if names.count(name) > 1:
+            raise UserError(f"config.mesh.rules: {rule!r} splits over {name!r} twice")
 
 
 def changes(stored: ConfigDict, config: ConfigDict, *, imported: bool = False, complete: bool = False) -> list[str]:

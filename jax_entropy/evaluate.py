@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jax_entropy import data
+from jax_entropy.config import check
 from jax_entropy.data.packing import pack
 from jax_entropy.errors import UserError, check_number
 from jax_entropy.loss import token_losses
@@ -129,7 +130,8 @@ def evaluate(
     Returns:
       `step`, `text` (what it was evaluated on, in words), and what `evaluate_batches` returns.
     Raises:
-      UserError: the run's corpus has changed, `text` cannot be read, and as `load_run` and `data.prepare` do.
+      UserError: the run's corpus has changed, `text` cannot be read, a value of `section` cannot work, and as
+        `load_run` and `data.prepare` do.
     """
     check_number("batch_size", batch_size, 1)
     run = run if isinstance(run, Run) else load_run(run, notify, best=best)
@@ -137,7 +139,7 @@ def evaluate(
         batches, words = _text_batches(run, text, batch_size), f"on {os.fspath(text)}"
     else:
         corpus, words = _corpus(run, section, notify)
-        batches = data.validation_batches(corpus, batch_size=batch_size)
+        batches = data.validation_batches(corpus, batch_size=min(batch_size, corpus.num_validation_chunks))
     measured = evaluate_batches(run.model, run.variables, batches, run.tokenizer.byte_lengths())
     return {"step": run.step, "text": words, **measured}
 
@@ -145,8 +147,10 @@ def evaluate(
 def _corpus(run: Run, section: ConfigDict | None, notify: Callable[[str], None]) -> tuple[data.Corpus, str]:
     """A corpus whose validation split is to be judged on, and what that split is in words."""
     own = run.config.data
+    if section is not None:
+        run = run._replace(config=_with_data(run.config, section))
+        check(run.config)
     if section is None or all(section[name] == own[name] for name in own if name not in _ELSEWHERE):
-        run = run if section is None else run._replace(config=_with_data(run.config, section))
         words = "held out" if run.corpus else f"held out of {_name(own)}, which it is not known to have been trained on"
         return held_out(run, notify), words
     section = section.copy_and_resolve_references()
@@ -180,6 +184,7 @@ def _text_batches(run: Run, path: str | os.PathLike, batch_size: int) -> Iterato
         raise UserError(f"{path} holds no text")
     tokens = np.array([run.tokenizer.end_of_text, *run.tokenizer.encode(content)], np.int32)
     chunks, rest = pack(tokens, run.config.model.context_length)
+    batch_size = max(1, min(batch_size, len(chunks)))
 
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for begin in range(0, len(chunks), batch_size):

@@ -8,10 +8,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jax_entropy.architecture import ModelConfig
+from jax_entropy.architecture import CHOICES, ModelConfig
 from jax_entropy.data.catalog import SOURCES
 from jax_entropy.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")  # of the mesh
 # Axes of a parameter without its leading layer axis; a name, a tuple of names, or None for "not split".
 RULES = (
     (r"(token_embedding|value_embedding|head)$", ("tensor", "fsdp")),
@@ -93,13 +94,17 @@ class Field(NamedTuple):
         try:
             if kind is bool:
                 return {"true": True, "false": False}[text.lower()]
-            return ast.literal_eval(text) if kind is tuple else kind(text)
+            value = ast.literal_eval(text) if kind is tuple else kind(text)
         except (KeyError, ValueError, SyntaxError):
-            raise UserError(f"config.{self.name}={text} must be {KINDS[kind]}") from None
+            value = None
+        if not isinstance(value, kind):
+            raise UserError(f"config.{self.name}={text} must be {KINDS[kind]}")
+        return value
 
 
 def _model(name: str, unit: str, help: str, live: bool = False) -> Field:
-    """A field of `ModelConfig`, which has its default and checks its value."""
+    """A field of `ModelConfig`, which has its default and checks its value; `unit` "": its choices."""
+    unit = unit or ", ".join(f"`{choice}`" for choice in CHOICES[name])
     return Field(f"model.{name}", None if name in _UNSET else _MODEL[name], unit, help, None, live, _UNSET.get(name))
 
 
@@ -115,11 +120,10 @@ FIELDS = (
     _model("context_length", "tokens",
         "$T$, positions that the model can see; chunks of the corpus are one token longer"),
     _model("vocab_size", "tokens", "$V$; unset: the tokenizer's. A smaller value is refused, a larger table is padded"),
-    _model("activation", "`identity`, `gelu`, `gelu_tanh`, `relu`, `leaky_relu`",
+    _model("activation", "",
         "of the feed-forward; unset: the notation's. `gelu_tanh`, Hugging Face's GPT-2's, has no notation of its own"),
     _model("temperature_init", "divisor of the logits", "initial temperature of `SM(t)`"),
-    _model("temperature_parameter", "`direct`, `log`",
-        "what the optimiser moves: the temperature itself, or its logarithm"),
+    _model("temperature_parameter", "", "what the optimiser moves: the temperature itself, or its logarithm"),
     _model("alpha_init", "factor", r"initial $\alpha$ of Eq. 8; the paper states none"),
     _model("beta_init", "factor", r"initial $\beta$ of Eq. 8; the paper states none"),
     _model("learned_positions", "yes or no", "a table of positions is added to the embeddings; `RoPE` can do without"),
@@ -127,11 +131,9 @@ FIELDS = (
     _model("value_residual_init", "share", "initial share of layer 0 in the values of `VRes`"),
     _model("log_scale_init", "factor", "initial $s$ of `SM(log)`, which multiplies scores by $s$ · log(visible keys)"),
     _model("value_embedding_init", "factor", "initial factor of the table of `VEmb`, one for each layer"),
-    _model("value_embedding_layers", "`alternate`, `all`",
-        "which layers `VEmb` adds to: the last and every other before it, or all"),
-    _model("final_norm", "`none`, `layer`, `rms`, `frozen`, `tanh`",
-        "normalisation before the head; the authors keep it in their normalisation-free models"),
-    _model("bias", "`none`, `qk`, `all`",
+    _model("value_embedding_layers", "", "which layers `VEmb` adds to: the last and every other before it, or all"),
+    _model("final_norm", "", "normalisation before the head; the authors keep it in their normalisation-free models"),
+    _model("bias", "",
         "which linear layers have a bias: none, queries and keys (the authors' code), all (GPT-2)"),
     _model("tied_head", "yes or no", "the output matrix is the embedding table"),
     _model("embedding_scale", "factor", "of the token embeddings; Languini uses √D"),
@@ -146,7 +148,7 @@ FIELDS = (
     _model("scan_unroll", "layers",
         "layers unrolled in one turn of the scan: faster steps, longer compilation; 0: all of up to 12 on an "
         "accelerator without `fsdp`, elsewhere one", live=True),
-    _model("remat", "`none`, `attention+ffn`, `attention`, `full`",
+    _model("remat", "",
         "what a block computes again in its backward pass: nothing; all but attention's results and the input of the "
         "feed-forward; all but attention's results; all. The less is kept, the less memory and the more time",
         live=True),
@@ -175,7 +177,7 @@ FIELDS = (
     Field("train.num_steps", 1000, "optimiser steps", "length of the run, and of the learning rate's decay", _POSITIVE),
     Field("train.batch_size", 32, "sequences", "in one batch, over all devices and processes", _POSITIVE),
     Field("train.dtype", "float32", "",
-        "of activations and matrix products; parameters, statistics and loss stay float32", ("float32", "bfloat16")),
+        "of activations and matrix products; parameters, statistics and loss stay float32", CHOICES["dtype"]),
     Field("train.log_every", 10, "steps",
         "between two lines of metrics; the first and last step are always logged", _POSITIVE, live=True),
     Field("train.evaluate_every", 100, "steps",

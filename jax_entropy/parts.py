@@ -22,7 +22,7 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxNxH: jax.Array, position: int | jax.Array) -> jax.Array:
         (B, T, N, H), before = x_BxTxNxH.shape, self.width - 1
-        identity = lambda *_: jnp.zeros((self.width, N, H)).at[0].set(1)  # noqa: E731
+        identity = lambda *_: jnp.zeros((self.width, N, H), jnp.float32).at[0].set(1)  # noqa: E731
         taps_KxNxH = self.param("taps", identity).astype(x_BxTxNxH.dtype)
         past_BxPxNxH = jnp.zeros((B, before, N, H), x_BxTxNxH.dtype)
         if cached := self.has_variable("cache", "past"):

@@ -17,9 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jax_entropy.errors import UserError
-from jax_entropy.fields import RULES
+from jax_entropy.fields import AXES, RULES
 
-AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
 
@@ -126,10 +125,12 @@ def parameter_spec(path: str, shape: tuple[int, ...], rules: Iterable = RULES) -
     """The axes that the first matching rule gives to a parameter; leading axes (layers) are not split.
 
     Raises:
-      UserError: no rule matches.
+      UserError: no rule matches, or it has more axes than the parameter.
     """
     for pattern, axes in rules:
         if re.search(pattern, path):
+            if len(axes) > len(shape):
+                raise UserError(f"config.mesh.rules: {(pattern, axes)} has more axes than {path} {shape}")
             return PartitionSpec(*(None,) * (len(shape) - len(axes)), *axes)
     raise UserError(f"no sharding rule covers the parameter {path!r}; add (pattern, axes) to config.mesh.rules")
 

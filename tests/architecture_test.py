@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.errors import UserError
-from jax_entropy.notation import PARTS
+from jax_entropy.notation import PARTS, TARGETS
+from tests.tiny_model import ARCHITECTURES
 
-TARGETS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")
 PLAIN = (
-    "SM+LN+G", "SM+LN+R", "SM+LN", "SM+G", "SM+R", "SM", "SM+RN+G", "SM+LR(0.01)", "SM+LR(layer)", "SM+LR(global)",
-    "SM+ScFFN", "SM+ScFuFFN", "SM(t)+ScFuFFN", *(f"SM+{kind}Norm({X})" for kind in "WS" for X in TARGETS),
+    *(name for name in ARCHITECTURES if not name.startswith("EReg(") and "^" not in name),
     "SM+FN+G", "SM+DyT+SReparam(QKV+FFN)+BiFFN", "PSM(4)+ScFuFFN+QKN", "SM(t)+LN+RoPE+Cap(30)",
 )  # fmt: skip
 NOTATIONS = (*PLAIN, *(f"EReg({name})" for name in PLAIN), *(f"{name}^6" for name in PLAIN))
 NOTATIONS += (
+    *(name for name in ARCHITECTURES if name not in NOTATIONS),
     "EReg(SM(t)+ScFuFFN^6)", "SM(t)", "SM(t)+LN+G", "SM+LN+LR(layer)+SNorm(QKV+FFN)+ScFFN^12", "SM+RN+LR(-0.25)",
     "EReg(SM(t)+RN+R+WNorm(QKVO+FFN)+ScFFN^1)", "SM+LR(1e-07)", "SM+LR(0.0)", "SM+WNorm(QK+FFN)+ScFuFFN",
     *(f"SM+ScFuFFN+{part}" for part in PARTS), "EReg(SM(t)+ScFuFFN+Conv4+RoPE+VRes)", "SM+LN+G+Conv12+VRes^3",

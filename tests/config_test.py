@@ -171,6 +171,17 @@ def test_a_value_that_cannot_work_is_named(given):
     assert "\n" not in message and ". " not in message, "one sentence"
 
 
+@pytest.mark.parametrize(("rules", "said"), [
+    ("3", "must be a tuple of"), ("(('x',", "must be a tuple of"),
+    ("('x',)", "'x' is no pattern with its axes"), ("((1, ()),)", "no pattern"), ("(('(', ()),)", "no pattern"),
+    ("(('x', 'fsdp'),)", "no pattern"), ("(('x', (3,)),)", "an axis 3"),
+    ("(('x', ('tensr',)),)", "an axis 'tensr'; .*'tensor'"), ("(('x', ('data', ('fsdp', 'data'))),)", "'data' twice"),
+])  # fmt: skip
+def test_a_rule_that_no_mesh_can_follow_is_named(rules, said):
+    with pytest.raises(UserError, match=rf"config.mesh.rules.*{said}"):
+        check(change(get_config(), {"mesh.rules": rules}))
+
+
 @pytest.mark.parametrize("architecture", ["", "SM+GELU", "EReg(SM(t)+ScFuFFN^13)"])
 def test_an_architecture_that_does_not_exist_is_named(architecture):
     with pytest.raises(UserError, match="architecture|\\^13"):

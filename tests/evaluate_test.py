@@ -144,7 +144,7 @@ def test_only_text_that_was_held_out_is_called_so(loaded):
         result = evaluate_module.evaluate(run, **options)
         return result["text"], result["validation_loss"]
 
-    text, loss = judged(loaded)
+    text, loss = judged(loaded, batch_size=10**12)  # no more rows than there are
     assert text == "held out"
     files = loaded.config.data.files
     assert judged(loaded._replace(corpus=None)) == (
@@ -158,5 +158,8 @@ def test_only_text_that_was_held_out_is_called_so(loaded):
     section.files = str(REPOSITORY / "jax_entropy" / "training")
     text, other = judged(loaded._replace(corpus="0123456789abcdef"), section=section)
     assert text == f"on the validation split of {section.files}" and other != loss
+    section.source = "file"
+    with pytest.raises(UserError, match="config.data.source='file' is not known; .*'files'"):
+        judged(loaded, section=section)
     section.source = "stdlib"
     assert evaluate_module._name(section) == "Python's standard library"

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from jax_entropy.architecture import ModelConfig, architecture
 from jax_entropy.config import default_config
 from jax_entropy.model import Transformer
+from jax_entropy.notation import TARGETS
 
-TARGETS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")
 # Every notation of the paper, and mixtures that meet what none of them does.
 ARCHITECTURES = (
     "SM+LN+G", "SM+LN+R", "SM+LN", "SM+G", "SM+R", "SM", "SM+RN+G", "SM+LR(0.01)", "SM+LR(layer)", "SM+LR(global)",

@@ -84,7 +84,7 @@ class Origin(NamedTuple):
         """
         try:
             return cls(**json.loads(workdir.origin.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{workdir.origin} is damaged ({error}); restore it or choose another workdir") from None

@@ -39,6 +39,7 @@ LINES = {
     f"train {TINY} --workdir=new --profile=x": "profile",
     f"train {TINY} --workdir=new --profile=-1": "profile",
     f"train --config={REPOSITORY} --workdir=new": str(REPOSITORY),
+    f"train {TINY} --workdir={REPOSITORY}/setup.cfg": f"workdir={REPOSITORY}/setup.cfg cannot be written",
     "evaluate": "--workdir",
     "evaluate --workdir=nowhere": "nowhere",
     "evaluate --workdir": "--workdir: needs a value",

@@ -30,7 +30,9 @@ _KINDS = {
     int: "a whole number", int | None: "a whole number, or None", float | int: "a number",
     float | int | None: "a number, or None", bool: "True or False", str: "text",
 }  # fmt: skip
-_POSITIVE = ("num_layers", "num_heads", "model_dim", "context_length", "vocab_size")
+_AT_LEAST_1 = ("num_layers", "num_heads", "model_dim", "ffn_dim", "context_length", "vocab_size")
+_NOT_NEGATIVE = ("scan_unroll", "conv_width", "num_slots", "window", "logit_cap")
+_ABOVE_0 = ("temperature_init", "alpha_init", "init_std", "residual_init_std", "norm_epsilon", "rotary_base")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,97 +102,9 @@ class ModelConfig:
     dtype: str = "float32"  # of activations and matrix products; statistics and loss are float32
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise UserError(f"model field {name}={value!r} is not known{nearest(value, choices)}")
-        for name in (*_POSITIVE, *(("ffn_dim",) if self.ffn_dim is not None else ())):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise UserError(f"model field {name}={value!r} must be a whole number of at least 1")
-        if not isinstance(self.scan_unroll, int) or self.scan_unroll < 0:
-            raise UserError(f"model field scan_unroll={self.scan_unroll!r} must be a whole number of at least 0")
-        for field in dataclasses.fields(self):
-            kind, value = _WIDER.get(field.type, field.type), getattr(self, field.name)
-            if not isinstance(value, kind):
-                raise UserError(f"model field {field.name}={value!r} must be {_KINDS[kind]}")
-        if self.model_dim % self.num_heads:
-            widths = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
-            close = min(widths, key=lambda n: abs(n - self.num_heads))
-            raise UserError(
-                f"model_dim={self.model_dim} is not divisible by num_heads={self.num_heads}; the nearest count of "
-                f"heads that divides it is {close}"
-            )
-        if not 0 <= self.ffn_free_layers <= self.num_layers:
-            raise UserError(
-                f"^{self.ffn_free_layers} asks for more blocks without feed-forward than there are layers; "
-                f"with num_layers={self.num_layers} the largest is ^{self.num_layers}"
-            )
-        if self.ffn == "fused" and not self.scaled:
-            raise UserError("the notation has no fused feed-forward without scales; take ScFuFFN (scaled=True)")
-        if self.ffn == "fused" and self.activation != "identity":
-            raise UserError(f"a fused feed-forward (ScFuFFN) has no room for activation={self.activation!r}; use ScFFN")
-        if self.ffn == "fused" and self.ffn_dim not in (None, self.model_dim):
-            raise UserError(f"a fused feed-forward (ScFuFFN) is D×D: ffn_dim={self.ffn_dim} must be {self.model_dim}")
-        if self.ffn == "bilinear" and self.scaled:
-            raise UserError("the notation has no bilinear feed-forward with scales; take BiFFN (scaled=False)")
-        if self.ffn == "bilinear" and self.activation != "identity":
-            raise UserError(
-                f"a bilinear feed-forward (BiFFN) has its product in the place of activation={self.activation!r}; "
-                "leave one of them out"
-            )
-        if (self.reparametrization == "none") != (self.reparametrized == ""):
-            raise UserError(
-                f"reparametrization={self.reparametrization!r} and reparametrized={self.reparametrized!r} go together"
-            )
-        for name in ("temperature_init", "alpha_init", "init_std", "residual_init_std", "norm_epsilon", "rotary_base"):
-            value = getattr(self, name)
-            if not ((value is None and name == "residual_init_std") or value > 0):
-                raise UserError(f"model field {name}={value!r} must be above 0")
-        if not 0 <= self.embedding_dropout < 1:
-            raise UserError(f"model field embedding_dropout={self.embedding_dropout} must be in [0, 1)")
-        for name in ("conv_width", "num_slots", "window"):
-            if not isinstance(value := getattr(self, name), int) or value < 0:
-                raise UserError(f"model field {name}={value!r} must be a whole number, 0 for none")
-        if self.conv_width == 1:
-            raise UserError("Conv1 (conv_width=1) sees no other position; the narrowest convolution is Conv2")
-        if self.conv_width > self.context_length:
-            raise UserError(
-                f"Conv{self.conv_width} reaches over more positions than there are; with context_length="
-                f"{self.context_length} the widest convolution is Conv{self.context_length}"
-            )
-        if bool(self.window_pattern) != bool(self.window) or not re.fullmatch("[SL]*", self.window_pattern):
-            raise UserError(
-                f"Win({self.window_pattern},{self.window}) is no pattern of windows: S for a layer with one, L for one "
-                "that sees all, and how many keys an S sees, as in Win(SSSL,32)"
-            )
-        if self.window_pattern and "S" not in self.window_pattern:
-            raise UserError(
-                f"no layer of Win({self.window_pattern},{self.window}) has a window; the letter for one is S"
-            )
-        if self.window >= self.context_length:
-            raise UserError(
-                f"Win({self.window_pattern},{self.window}) leaves out nothing: window={self.window} must be below "
-                f"context_length={self.context_length}"
-            )
-        if self.rotary and self.head_dim % 2:
-            raise UserError(
-                f"RoPE rotates pairs of features, and heads of model_dim={self.model_dim} / num_heads={self.num_heads} "
-                f"have {self.head_dim}; the width of a head must be even"
-            )
-        if not (isinstance(self.power, int) and 0 <= self.power <= 16 and self.power % 2 == 0):
-            raise UserError(f"the power of PSM({self.power}) must be even, from 2 to 16")
-        if self.power and (self.learnable_temperature or self.log_scale):
-            raise UserError(
-                f"PSM({self.power}) has a learned shift in the place of a temperature; leave one of them out"
-            )
-        if not (isinstance(self.logit_cap, int) and self.logit_cap >= 0):
-            raise UserError(f"the bound of Cap({self.logit_cap}) must be a whole number of at least 1")
-        if self.power and self.logit_cap:
-            raise UserError(
-                f"Cap({self.logit_cap}) bounds what an exponential sees, and PSM({self.power}) has none; "
-                "leave one of them out"
-            )
-        if not math.isfinite(self.negative_slope):
-            raise UserError(f"the slope of LR({self.negative_slope}) must be a finite number")
+        _check_values(self)
+        _check_sizes(self)
+        _check_together(self)
 
     @property
     def head_dim(self) -> int:
@@ -226,6 +140,111 @@ class ModelConfig:
     def __str__(self) -> str:
         """The architecture in the paper's notation."""
         return notation(self)
+
+
+def _check_values(config: ModelConfig) -> None:
+    """Checks each field by itself.
+
+    Raises:
+      UserError: one cannot have its value.
+    """
+    for name, choices in CHOICES.items():
+        if (value := getattr(config, name)) not in choices:
+            raise UserError(f"model field {name}={value!r} is not known{nearest(value, choices)}")
+    for field in dataclasses.fields(config):
+        kind, value = _WIDER.get(field.type, field.type), getattr(config, field.name)
+        if not isinstance(value, kind):
+            raise UserError(f"model field {field.name}={value!r} must be {_KINDS[kind]}")
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    for names, holds, words in (
+        (_AT_LEAST_1, lambda value: value >= 1, "a whole number of at least 1"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "a whole number of at least 0"),
+        (_ABOVE_0, lambda value: value > 0, "above 0"),
+    ):
+        for name in names:
+            if name in given and not holds(given[name]):
+                raise UserError(f"model field {name}={given[name]!r} must be {words}")
+    if not 0 <= config.embedding_dropout < 1:
+        raise UserError(f"model field embedding_dropout={config.embedding_dropout} must be in [0, 1)")
+    if not math.isfinite(config.negative_slope):
+        raise UserError(f"the slope of LR({config.negative_slope}) must be a finite number")
+    if not (0 <= config.power <= 16 and config.power % 2 == 0):
+        raise UserError(f"the power of PSM({config.power}) must be even, from 2 to 16")
+    if config.conv_width == 1:
+        raise UserError("Conv1 (conv_width=1) sees no other position; the narrowest convolution is Conv2")
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Checks what is as large as something else, or a part of it.
+
+    Raises:
+      UserError: sizes that do not fit.
+    """
+    D, N, T, window = config.model_dim, config.num_heads, config.context_length, config.window
+    if D % N:
+        close = min((n for n in range(1, D + 1) if D % n == 0), key=lambda n: abs(n - N))
+        raise UserError(
+            f"model_dim={D} is not divisible by num_heads={N}; the nearest count of heads that divides it is {close}"
+        )
+    if not 0 <= config.ffn_free_layers <= config.num_layers:
+        raise UserError(
+            f"^{config.ffn_free_layers} asks for more blocks without feed-forward than there are layers; "
+            f"with num_layers={config.num_layers} the largest is ^{config.num_layers}"
+        )
+    if config.ffn == "fused" and config.ffn_dim not in (None, D):
+        raise UserError(f"a fused feed-forward (ScFuFFN) is D×D: ffn_dim={config.ffn_dim} must be {D}")
+    if config.conv_width > T:
+        raise UserError(
+            f"Conv{config.conv_width} reaches over more positions than there are; with context_length={T} the widest "
+            f"convolution is Conv{T}"
+        )
+    if bool(config.window_pattern) != bool(window) or not re.fullmatch("[SL]*", config.window_pattern):
+        raise UserError(
+            f"Win({config.window_pattern},{window}) is no pattern of windows: S for a layer with one, L for one that "
+            "sees all, and how many keys an S sees, as in Win(SSSL,32)"
+        )
+    if config.window_pattern and "S" not in config.window_pattern:
+        raise UserError(f"no layer of Win({config.window_pattern},{window}) has a window; the letter for one is S")
+    if window >= T:
+        raise UserError(
+            f"Win({config.window_pattern},{window}) leaves out nothing: window={window} must be below "
+            f"context_length={T}"
+        )
+    if config.rotary and config.head_dim % 2:
+        raise UserError(
+            f"RoPE rotates pairs of features, and heads of model_dim={D} / num_heads={N} have {config.head_dim}; the "
+            "width of a head must be even"
+        )
+
+
+def _check_together(config: ModelConfig) -> None:
+    """Checks what excludes something else.
+
+    Raises:
+      UserError: two fields that do not go together.
+    """
+    if config.ffn == "fused" and not config.scaled:
+        raise UserError("the notation has no fused feed-forward without scales; take ScFuFFN (scaled=True)")
+    if config.ffn == "fused" and config.activation != "identity":
+        raise UserError(f"a fused feed-forward (ScFuFFN) has no room for activation={config.activation!r}; use ScFFN")
+    if config.ffn == "bilinear" and config.scaled:
+        raise UserError("the notation has no bilinear feed-forward with scales; take BiFFN (scaled=False)")
+    if config.ffn == "bilinear" and config.activation != "identity":
+        raise UserError(
+            f"a bilinear feed-forward (BiFFN) has its product in the place of activation={config.activation!r}; "
+            "leave one of them out"
+        )
+    if (config.reparametrization == "none") != (config.reparametrized == ""):
+        raise UserError(
+            f"reparametrization={config.reparametrization!r} and reparametrized={config.reparametrized!r} go together"
+        )
+    if config.power and (config.learnable_temperature or config.log_scale):
+        raise UserError(f"PSM({config.power}) has a learned shift in the place of a temperature; leave one of them out")
+    if config.power and config.logit_cap:
+        raise UserError(
+            f"Cap({config.logit_cap}) bounds what an exponential sees, and PSM({config.power}) has none; "
+            "leave one of them out"
+        )
 
 
 def architecture(name: str, **overrides: Any) -> ModelConfig:

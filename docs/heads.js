@@ -45,6 +45,10 @@ function animate(root) {
   const play = element("button", { type: "button" });
   const slider = element("input", { type: "range", min: 0, max: last, ariaLabel: "training step" });
   const step = element("span"); // no <output>: that would be read aloud at every frame
+  const colors = element("i", { ariaHidden: "true" });
+  colors.style.background = `linear-gradient(90deg, ${VIRIDIS.map((color) => `rgb(${color.join(" ")})`).join(",")})`;
+  const most = `${(+root.dataset.maximum).toFixed(1)} nats: at all alike`;
+  root.append(element("div", { className: "scale" }, "0: at one token", colors, most));
   root.append(element("div", { className: "time" }, play, slider, step));
   let frame = 0, timer = 0;
   const show = (to) => {

@@ -23,11 +23,12 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it to the 
     from jax_entropy.errors import UserError as UserError
     from jax_entropy.evaluate import evaluate as evaluate
     from jax_entropy.export import export_run as export_run
-    from jax_entropy.export.native import from_safetensors as from_safetensors
-    from jax_entropy.export.native import to_safetensors as to_safetensors
     from jax_entropy.generate import generate as generate
+    from jax_entropy.huggingface.convert import import_run as import_run
     from jax_entropy.huggingface.folder import from_huggingface as from_huggingface
     from jax_entropy.huggingface.folder import to_huggingface as to_huggingface
+    from jax_entropy.huggingface.native import from_safetensors as from_safetensors
+    from jax_entropy.huggingface.native import to_safetensors as to_safetensors
     from jax_entropy.inspection import inspect as inspect
     from jax_entropy.loss import loss_fn as loss_fn
     from jax_entropy.model import Aux as Aux
@@ -52,11 +53,12 @@ _HOME = {
     "UserError": "errors",
     "evaluate": "evaluate",
     "export_run": "export",
-    "from_safetensors": "export.native",
-    "to_safetensors": "export.native",
     "generate": "generate",
+    "import_run": "huggingface.convert",
     "from_huggingface": "huggingface.folder",
     "to_huggingface": "huggingface.folder",
+    "from_safetensors": "huggingface.native",
+    "to_safetensors": "huggingface.native",
     "inspect": "inspection",
     "loss_fn": "loss",
     "Aux": "model",

@@ -119,7 +119,7 @@ def inspect(
     for name, value in (("num_tokens", num_tokens), ("context_length", context_length)):
         check_number(name, value, 1)
     decoder, weights = read_decoder(directory, FAMILIES)
-    tokens = _tokens(directory, decoder, _reference() if text is None else text)
+    tokens = _tokens(directory, decoder, _reference() if text is None else text, num_tokens)
     T = min(context_length, decoder.context_length, num_tokens, len(tokens) - 1)
     rows = max(1, min(num_tokens // T, (len(tokens) - 1) // T))
     tokens_RxT1 = np.stack([tokens[i * T : i * T + T + 1] for i in range(rows)])
@@ -262,11 +262,19 @@ def _tokenizer(directory: Path) -> tokenizers.Tokenizer | None:
         raise UserError(f"the tokenizer of {directory} cannot be used: {error}") from None
 
 
-def _tokens(directory: Path, decoder: Decoder, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
+def _first_tokens(tokenizer: tokenizers.Tokenizer, text: str, count: int) -> list[int]:
+    """More than `count` tokens from the beginning of a text, or all: a book need not be cut up for a page of it."""
+    length = 16 * count
+    while len(ids := tokenizer.encode(text[:length]).ids) <= 2 * count and length < len(text):
+        length *= 4
+    return ids
+
+
+def _tokens(directory: Path, decoder: Decoder, text: str | Sequence[int] | np.ndarray, num_tokens: int) -> np.ndarray:
     if isinstance(text, str):
         if (tokenizer := _tokenizer(directory)) is None:
             raise UserError(f"{directory} has no tokenizer.json, nor vocab.json and merges.txt; put them there")
-        text = tokenizer.encode(text).ids
+        text = _first_tokens(tokenizer, text, num_tokens)
     tokens = np.asarray(text)
     if tokens.ndim != 1 or len(tokens) < 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"text must be at least two tokens long, not {tokens.size}")

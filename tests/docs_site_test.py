@@ -1,6 +1,7 @@
 """What the site has beside its pages: the hooks of docs/hooks, the reference, the heat-maps of the first page."""
 
 import base64
+import importlib
 import importlib.util
 import re
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import jax_entropy as je
+from jax_entropy.commands.main import COMMANDS, FAMILIES, family
 from tests import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -49,6 +51,20 @@ def test_a_site_that_loads_from_elsewhere_is_refused(tmp_path, text, loads):
 def test_the_reference_has_every_public_name():
     listed = re.findall(r"^::: jax_entropy\.(\S+)$", (DOCS / "api.md").read_text(), flags=re.M)
     assert sorted(listed) == sorted(f"{home}.{name}" for name, home in je._HOME.items())
+
+
+def test_the_reference_has_a_function_for_every_command():
+    listed = []
+    for called, functions in re.findall(
+        r"^\| `jax-entropy (.+) \| (.+) \|$", (DOCS / "api.md").read_text(), flags=re.M
+    ):
+        first, *more = re.findall(r"[\w ]*\w", called)
+        listed += [first, *(f"{first.split()[0]} {word}" for word in more if word != " ")]
+        for name in re.findall(r"`((?:je|jax_entropy)\.[\w.]+)", functions):
+            module, _, function = name.replace("je.", "jax_entropy.", 1).rpartition(".")
+            assert callable(getattr(importlib.import_module(module), function))
+    commands = [*COMMANDS, *(f"{of} {name}" for of in FAMILIES for name in family(of))]
+    assert sorted(listed) == sorted(commands)
 
 
 def test_the_heat_maps_of_the_first_page_have_a_number_for_every_head_and_step():

@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax_entropy.commands.console import console, output, say, warn, write_json
@@ -151,24 +152,29 @@ _FOLDERS = ("huggingface", "safetensors", "transformer_lens")
 @command(
     WORKDIR,
     Flag("to", None, "what to write", choices=("workdir", *_FOLDERS), required=True),
-    Flag("huggingface", None, "a GPT-2 of Hugging Face: read with --to=workdir, else written", kind=Path),
-    Flag("safetensors", None, "folder for any model, as config.json and model.safetensors", kind=Path),
+    Flag("huggingface", None, "folder of a GPT-2 for transformers: read with --to=workdir, else written", kind=Path),
+    Flag("safetensors", None, "folder of any model of ours: read with --to=workdir, else written", kind=Path),
     Flag("transformer_lens", None, "folder for a model without normalisation, for HookedTransformer", kind=Path),
     BEST,
     examples=[
-        "convert --huggingface=gpt2/ --to=workdir --workdir=runs/gpt2",
+        "convert runs/gpt2 --to=workdir --huggingface=gpt2/",
+        "convert runs/again --to=workdir --safetensors=exported/",
         "convert runs/baseline --to=huggingface --huggingface=exported/",
         "convert runs/quickstart --to=safetensors --safetensors=exported/ --best",
     ],
 )
 def convert(values: Namespace) -> None:
-    """A Hugging Face GPT-2 folder as a workdir, or a run's model as a folder for other programs, with its card."""
-    name = "huggingface" if values.to == "workdir" else values.to
-    if not (folder := getattr(values, name)):
-        raise UserError(f"--{name} is missing")
-    for other in _FOLDERS:
-        if other != name and other in values.given:
-            raise UserError(f"--{other} does not go with --to={values.to}, whose folder is --{name}")
+    """A run's model as a folder for other programs, with its card; or such a folder, also a GPT-2's, as a run."""
+    names = ("huggingface", "safetensors") if values.to == "workdir" else (values.to,)
+    named = [name for name in _FOLDERS if name in values.given]
+    for other in named:
+        if other not in names:
+            raise UserError(f"--{other} does not go with --to={values.to}, whose folder is {_either(names)}")
+    if len(named) != 1:
+        raise UserError(
+            f"{_either(named)}: each names a folder, and one is enough" if named else f"{_either(names)} is missing"
+        )
+    folder = getattr(values, named[0])
     if values.to == "workdir":
         from jax_entropy.huggingface.convert import import_run
 
@@ -178,6 +184,10 @@ def convert(values: Namespace) -> None:
 
     export_run(values.workdir, folder, values.to, notify=warn, best=values.best)
     say(f"wrote {folder}")
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(f"--{name}" for name in names)
 
 
 def read_prompt(prompt: str, prompt_file: Path | None) -> str:

@@ -14,11 +14,11 @@ from jax_entropy.config import model_config
 from jax_entropy.data import Tokenizer, load_tokenizer
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.export.card import HUGGINGFACE, SAFETENSORS, TRANSFORMER_LENS, card
-from jax_entropy.export.native import to_safetensors
 from jax_entropy.export.transformer_lens import check_expressible as check_lens
 from jax_entropy.export.transformer_lens import to_transformer_lens
 from jax_entropy.huggingface.folder import check_expressible as check_gpt2
 from jax_entropy.huggingface.folder import to_huggingface
+from jax_entropy.huggingface.native import to_safetensors
 from jax_entropy.paths import local_path, writing
 from jax_entropy.runs.load import load_model
 from jax_entropy.runs.workdir import Workdir

@@ -82,6 +82,16 @@ Text becomes tokens, by byte-level BPE, with `tokenizers.Tokenizer.from_file("th
 """
 
 
+_RUN = """
+As a run, to evaluate, to write text, to train on, and to execute privately:
+
+```
+jax-entropy convert runs/it --to=workdir --{to}=this-folder
+jax-entropy generate runs/it --prompt="def "
+```
+"""
+
+
 def card(workdir: Workdir, config: ConfigDict, model: ModelConfig, step: int, to: str) -> str:
     """README.md of the model of a run's checkpoint of `step`, in the format `to`."""
     try:
@@ -104,7 +114,7 @@ def card(workdir: Workdir, config: ConfigDict, model: ModelConfig, step: int, to
         sections += ["## Held-out text", _table(("", ""), _quality(history, e))]
         sections += ["## Attention entropy", *_entropies(history.evaluate["head_entropy"][e], model)]
     sections += ["## Private execution", _private(history, model)]
-    loading = _LOADING[to]
+    loading = _LOADING[to] + ("" if to == TRANSFORMER_LENS else "\n" + _RUN.format(to=to))
     if to != HUGGINGFACE and workdir.tokenizer.exists():
         loading += "\n" + _TOKENIZER
     return "\n\n".join([*sections, "## How to load it", loading.strip()]) + "\n"

@@ -197,6 +197,11 @@ def read_decoder(directory: Path, families: Sequence[DecoderFamily]) -> tuple[De
     path = directory / "config.json"
     settings = Settings(path, read_json(path))
     kind = settings.stored.get("model_type")
+    if "architecture" in settings.stored:
+        raise UserError(
+            f"{directory} holds a model of ours, not Hugging Face's; what its heads do on a text says `jax-entropy "
+            "evaluate RUN --text=…`, and `jax-entropy convert --to=workdir` makes a run of published safetensors"
+        )
     family = next((family for family in families if family.model_type == kind), None)
     if family is None:
         known = ", ".join(family.model_type for family in families)

@@ -80,6 +80,7 @@ def _run(history: History, block: Block) -> dict[str, Any]:
         layers=L,
         heads=N,
         maxima=history.maxima(),
+        most=history.layer_maxima("context"),
         tolerance=penalty.get("tolerance") if history.train.get("threshold", np.zeros(0)).ndim == 3 else None,
         train={name: block.put(array, exact=name == "step") for name, array in history.train.items()},
         evaluate={name: block.put(array, exact=name == "step") for name, array in history.evaluate.items()},

@@ -95,6 +95,13 @@ def test_mistakes_are_sentences(run, tmp_path, capfd):
     for flags, sentence in (
         (["--to=safetensor", "--safetensors=out"], "--to='safetensor' is not known; did you mean 'safetensors'?"),
         (["--to=safetensors"], "--safetensors is missing"),
+        (["--to=workdir"], "--huggingface or --safetensors is missing"),
+        (
+            ["--to=workdir", "--safetensors=in", "--huggingface=in"],
+            "--huggingface or --safetensors: each names a folder",
+        ),
+        (["--to=workdir", "--transformer_lens=in"], "whose folder is --huggingface or --safetensors"),
+        (["--to=workdir", "--safetensors=in"], "in is no folder"),
         (["--to=safetensors", "--safetensors=out", "--huggingface=out"], "--huggingface does not go with --to=safeten"),
         (["--to=safetensors", f"--safetensors={tmp_path}/full"], "is not an empty folder"),
         (["--to=safetensors", f"--safetensors={tmp_path}/full/thesis.tex"], "is not an empty folder"),

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from jax_entropy.errors import UserError
 from jax_entropy.export.transformer_lens import check_expressible, to_transformer_lens
 from jax_entropy.model import Transformer
-from tests.export.native_test import random_variables
+from tests.huggingface.native_test import random_variables
 from tests.tiny_model import tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 12))

@@ -73,6 +73,7 @@ def test_losses_are_of_the_logits(golden, tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
+        (dict(architecture="SM+LN+G"), "holds a model of ours"),
         (dict(model_type="mamba"), "'mamba'; only gpt2, gpt_neo, gpt_neox, llama, mistral, qwen2 can be read"),
         (
             dict(use_sliding_window=True, max_window_layers=-1),

@@ -1,6 +1,7 @@
 """The page in a real browser, offline, on a desk and a phone, light and dark: it draws, follows, and has no error."""
 
 import io
+import json
 import shutil
 import threading
 
@@ -18,6 +19,7 @@ from tests.report.helpers import write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+WINDOWS = [4.0, 4.5, 4.85]  # nats: what a row of each layer of the second run can have
 EVIL = "<script>alert(1)</script>\x1b[31m"
 
 
@@ -36,10 +38,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs of one shape, the first with a text that it read, samples, and an incident."""
+    """Two runs of one shape, the first with a text that it read, samples, an incident; the second has windows."""
     folder = tmp_path_factory.mktemp("runs")
     first = write_run(folder / "first", L=3, N=4, steps=20, incidents=(430,))
-    write_run(folder / "second", L=3, N=4, steps=20, seed=1)
+    metrics = write_run(folder / "second", L=3, N=4, steps=20, seed=1) / "metrics.jsonl"
+    windows = dict(maximum_context=WINDOWS, maximum_causal=[0.9 * most for most in WINDOWS])
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(line | windows) + "\n" for line in lines))
     workdir, rng = Workdir(first), np.random.default_rng(0)
     tokenizer = train_tokenizer([EVIL, "def f(x):\n\treturn x\n"], 300)
     tokenizer.save(workdir.tokenizer)
@@ -156,7 +161,7 @@ def test_a_head_that_is_chosen_is_marked_everywhere_and_its_numbers_are_those_lo
         history.train["head_entropy"][-1, 0], rel=1e-6
     )
     tab.hover('#heads .cell[data-layer="2"][data-head="0"]')
-    assert f"{history.train['head_entropy'][-1, 2, 0]:.5g} nats" in tab.inner_text("#tip")
+    playwright.expect(tab.locator("#tip")).to_contain_text(f"{history.train['head_entropy'][-1, 2, 0]:.5g} nats")
 
 
 def test_runs_are_compared_and_incidents_marked(visit):
@@ -167,6 +172,13 @@ def test_runs_are_compared_and_incidents_marked(visit):
     assert "mean of 2 runs: 0.6" in losses and "bits/byte" in losses  # in tokens of their own
     for panel in ("layers", "bands", "losses", "entropy-surface", "all-losses"):
         assert tab.locator(f"#{panel} .incident").count() == 1, panel
+
+
+def test_a_threshold_is_a_share_of_what_its_own_layer_can_have(visit, runs):
+    tab, last = visit(fragment="#run=1"), {name: of[-1] for name, of in read_history(runs[1]).train.items()}
+    apart_LxN = np.abs(last["head_entropy"] / np.array(WINDOWS)[:, None] - last["threshold"])
+    words = said(tab, "thresholds").split()
+    assert int(words[0]) == apart_LxN.size and float(words[-5]) == pytest.approx(apart_LxN.mean(), rel=1e-2)
 
 
 def test_texts_are_shown_and_never_obeyed(visit):

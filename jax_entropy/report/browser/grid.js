@@ -139,7 +139,8 @@ function surface(box, spec) {
   };
 }
 
-// Every head as a point with its layer's number. spec: { title, count, layer(i), x(i), y(i), most, tolerance, unit }.
+// Every head as a point with its layer's number. spec: { title, count, layers, layer(i), head(i), x(i), y(i), most,
+// tolerance, across and up (what the axes are), lines(i) (the hint), choose(i) }.
 function scatter(box, spec) {
   const frame = axes(box, { ...spec, last: spec.most, right: 12, height: 300 }, { low: 0, high: spec.most, log: false });
   const { x, y, plot, root } = frame;
@@ -149,8 +150,8 @@ function scatter(box, spec) {
   plot.setAttribute("clip-path", `url(#${id})`);
   plot.append(svg("path", { class: "tolerance", d: `M${band.map(([a, b]) => `${x(a)} ${y(b)}`).join("L")}Z` }));
   plot.append(svg("line", { class: "reference", x1: x(0), y1: y(0), x2: x(spec.most), y2: y(spec.most) }));
-  root.append(svg("text", { class: "note", x: frame.right - 4, y: frame.bottom - 6, "text-anchor": "end" }, "threshold θ · log T [nats] →"));
-  root.append(svg("text", { class: "note", x: frame.left + 6, y: frame.top + 8 }, "↑ head entropy [nats]"));
+  root.append(svg("text", { class: "note", x: frame.right - 4, y: frame.bottom - 6, "text-anchor": "end" }, spec.across));
+  root.append(svg("text", { class: "note", x: frame.left + 6, y: frame.top + 8 }, spec.up));
   const small = spec.count > 200;
   const points = Array.from({ length: spec.count }, (_, i) => {
     const color = layerColor(spec.layer(i), spec.layers);
@@ -162,8 +163,7 @@ function scatter(box, spec) {
   root.addEventListener("pointermove", (event) => {
     const found = event.target.closest?.(".point");
     if (!found) return hint(event);
-    const i = Number(found.dataset.point);
-    hint(event, spec.name(i), `entropy ${exact(spec.y(i))} nats`, `threshold ${exact(spec.x(i))} nats`);
+    hint(event, ...spec.lines(Number(found.dataset.point)));
   });
   root.addEventListener("pointerleave", (event) => hint(event));
   root.addEventListener("click", (event) => {

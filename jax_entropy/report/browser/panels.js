@@ -137,7 +137,7 @@ const HEAD = {
     const place = (title) => places[title];
     const entropy = [curve("entropy", stepsOf(run), column(run.train.head_entropy, l, n), 0)];
     if (ofHeads(run, "threshold")) {
-      const nats = column(run.train.threshold, l, n).map((share) => share * run.maxima.context);
+      const nats = column(run.train.threshold, l, n).map((share) => share * run.most[l]);
       entropy.push(curve("threshold", stepsOf(run), nats, 1, { label: "θ" }));
     }
     entropy[0].label = "H";
@@ -161,7 +161,7 @@ const HEAD = {
     return { move: () => parts.forEach((part) => part.move()) };
   },
   said(run) {
-    const theta = ofHeads(run, "threshold") ? `, threshold ${exact(valueNow(run, "threshold", state.layer, state.head) * run.maxima.context, 4)} nats` : "";
+    const theta = ofHeads(run, "threshold") ? `, threshold ${exact(valueNow(run, "threshold", state.layer, state.head) * run.most[state.layer], 4)} nats` : "";
     return `layer ${state.layer}, head ${state.head}: entropy ${exact(valueNow(run, "head_entropy", state.layer, state.head))} nats${theta}`;
   },
   table(run) {
@@ -197,31 +197,36 @@ const BANDS = {
   },
 };
 
+// Layers whose windows or slots let rows see more or fewer keys have maxima of their own: shares of them compare.
 const THRESHOLDS = {
   id: "thresholds", title: "Thresholds against entropies",
-  caption: "Each point is a head, its number the layer. Outside the shaded band around its threshold a row of attention is penalised.",
+  caption: "Each point is a head, its number the layer; both axes are shares of the most entropy that a row of the layer can have. Outside the shaded band around its threshold a row of attention is penalised.",
   shown: (run) => ofHeads(run, "threshold"),
+  share: (run, l, n) => valueNow(run, "head_entropy", l, n) / run.most[l],
+  // Every head's name, threshold, entropy as a share, and entropy in nats.
+  heads(run) {
+    return Array.from({ length: run.layers * run.heads }, (_, i) => [Math.floor(i / run.heads), i % run.heads])
+      .map(([l, n]) => [`layer ${l}, head ${n}`, valueNow(run, "threshold", l, n), this.share(run, l, n), valueNow(run, "head_entropy", l, n)]);
+  },
   draw(box, run) {
-    const [L, N] = [run.layers, run.heads];
+    const at = (i) => [Math.floor(i / run.heads), i % run.heads];
     return scatter(box, {
-      title: "head entropies against learned thresholds", count: L * N, layers: L, most: run.maxima.context,
-      tolerance: (run.tolerance || 0) * run.maxima.context,
-      layer: (i) => Math.floor(i / N), head: (i) => i % N, name: (i) => `layer ${Math.floor(i / N)}, head ${i % N}`,
-      x: (i) => valueNow(run, "threshold", Math.floor(i / N), i % N) * run.maxima.context,
-      y: (i) => valueNow(run, "head_entropy", Math.floor(i / N), i % N),
-      choose: (i) => setHead(Math.floor(i / N), i % N),
+      title: "head entropies against learned thresholds", count: run.layers * run.heads, layers: run.layers, most: 1, tolerance: run.tolerance || 0,
+      across: "threshold θ →", up: "↑ head entropy ÷ its maximum", layer: (i) => at(i)[0], head: (i) => at(i)[1],
+      x: (i) => valueNow(run, "threshold", ...at(i)), y: (i) => this.share(run, ...at(i)), choose: (i) => setHead(...at(i)),
+      lines: (i) => {
+        const [name, threshold, , nats] = this.heads(run)[i];
+        return [name, `entropy ${exact(nats)} nats`, `threshold ${exact(threshold)}, ${exact(threshold * run.most[at(i)[0]])} nats`];
+      },
     });
   },
   said(run) {
-    const [theta, entropy] = ["threshold", "head_entropy"].map((name) => row(run.train[name], now(run)));
-    const apart = entropy.map((value, i) => Math.abs(value - theta[i] * run.maxima.context));
-    const outside = apart.filter((distance) => distance > (run.tolerance || 0) * run.maxima.context).length;
-    return `${outside} of ${apart.length} heads outside the band, ${exact(apart.reduce((sum, distance) => sum + distance, 0) / apart.length, 3)} nats apart in the mean`;
+    const apart = this.heads(run).map(([, threshold, share]) => Math.abs(share - threshold));
+    const outside = apart.filter((distance) => distance > (run.tolerance || 0)).length;
+    return `${outside} of ${apart.length} heads outside the band, ${exact(apart.reduce((sum, distance) => sum + distance, 0) / apart.length, 3)} apart in the mean`;
   },
   table(run) {
-    const rows = [];
-    for (let l = 0; l < run.layers; l++) for (let n = 0; n < run.heads; n++) rows.push([`layer ${l}, head ${n}`, valueNow(run, "threshold", l, n), valueNow(run, "head_entropy", l, n)]);
-    return { head: ["head", "θ [of log T]", "entropy [nats]"], rows };
+    return { head: ["head", "θ", "entropy ÷ its maximum", "entropy [nats]"], rows: this.heads(run) };
   },
 };
 

@@ -21,7 +21,7 @@ from jax_entropy.huggingface.folder import WEIGHTS, read_json, write_folder
 from jax_entropy.model import Transformer
 from jax_entropy.paths import local_path, reading
 
-_MODEL_TYPE = "jax_entropy"
+MODEL_TYPE = "jax_entropy"
 _ON_ITS_WAY = "annealing/"  # what a run has that still takes nonlinearities out
 
 
@@ -36,7 +36,7 @@ def to_safetensors(config: ModelConfig, variables: dict[str, Any], directory: st
     """
     tensors = {name: np.asarray(value) for name, value in _by_name(variables)}
     fields = dict(architecture=str(config), **dataclasses.asdict(config))
-    write_folder(Path(directory), dict(model_type=_MODEL_TYPE, **fields), tensors)
+    write_folder(Path(directory), dict(model_type=MODEL_TYPE, **fields), tensors)
 
 
 def from_safetensors(directory: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
@@ -48,7 +48,7 @@ def from_safetensors(directory: str | os.PathLike) -> tuple[ModelConfig, dict[st
       UserError: the folder is not of this kind, or a part is missing or damaged.
     """
     directory = local_path(directory, "directory")
-    config = _read_config(directory / "config.json")
+    config = read_model_config(directory)
     try:
         with reading(directory / WEIGHTS):
             tensors = load_file(directory / WEIGHTS)
@@ -76,9 +76,15 @@ def _by_name(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
-def _read_config(path: Path) -> ModelConfig:
+def read_model_config(directory: Path) -> ModelConfig:
+    """The model that a folder's config.json describes.
+
+    Raises:
+      UserError: it is not of this kind, or has what no model has here.
+    """
+    path = directory / "config.json"
     stored = read_json(path)
-    if (kind := stored.pop("model_type", None)) != _MODEL_TYPE:
+    if (kind := stored.pop("model_type", None)) != MODEL_TYPE:
         raise UserError(f"{path} describes model_type={kind!r}, which is not a folder of to_safetensors")
     stored.pop("architecture", None)  # for people
     known = [field.name for field in dataclasses.fields(ModelConfig)]

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jax_entropy.config import model_config
 from jax_entropy.errors import UserError
-from jax_entropy.export.native import from_safetensors, to_safetensors
+from jax_entropy.huggingface.convert import folder_config, import_run
+from jax_entropy.huggingface.native import from_safetensors, to_safetensors
 from jax_entropy.model import Transformer
+from jax_entropy.runs.load import load_model
+from jax_entropy.runs.workdir import Workdir
+from jax_entropy.training.warm_start import source_config
 from tests.tiny_model import VARIED, tiny
 
 
@@ -28,6 +33,31 @@ def test_every_model_comes_back_to_the_bit(tmp_path, name):
     read, found = from_safetensors(tmp_path)
     assert read == config and str(read) == json.loads((tmp_path / "config.json").read_text())["architecture"]
     jax.tree.map(np.testing.assert_array_equal, found, variables)
+    assert model_config(folder_config(tmp_path), config.vocab_size) == config
+
+
+def test_what_was_published_is_a_run_again(tmp_path):
+    """With what its run took out still out, and its singular vectors; without a tokenizer it cannot be asked."""
+    config = tiny("EReg(SM(t)+FN+SReparam(QKV+FFN)+BiFFN+Conv4+QKN^1)", final_norm="layer", threshold_init=0.4)
+    variables = random_variables(config)
+    to_safetensors(config, variables, tmp_path / "published")
+    import_run(tmp_path / "published", tmp_path / "run", lambda line: None)
+    workdir = Workdir(tmp_path / "run")
+    read, found, step, _ = load_model(workdir, workdir.read_config(), config.vocab_size, pytest.fail)
+    assert (read, step) == (config, 0) and set(found) == {"params", "spectral"}
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    assert source_config(tmp_path / "published").architecture == str(config)
+    for source, target, sentence in (("published", "run", "holds a run already"), ("run", "new", "model_type=None")):
+        with pytest.raises(UserError, match=sentence):
+            import_run(tmp_path / source, tmp_path / target, pytest.fail)
+
+
+def test_a_model_between_two_architectures_is_no_run(tmp_path):
+    config = tiny("SM")
+    on_its_way = random_variables(config) | {"annealing": {"final_norm": {"amount": jnp.zeros(())}}}
+    to_safetensors(config, on_its_way, tmp_path)
+    with pytest.raises(UserError, match="while its run still took nonlinearities out"):
+        import_run(tmp_path, tmp_path / "run")
 
 
 @pytest.fixture

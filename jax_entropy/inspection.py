@@ -117,7 +117,7 @@ def inspect(
     """
     directory = local_path(directory, "directory")
     for name, value in (("num_tokens", num_tokens), ("context_length", context_length)):
-        check_number(name, value, 1)
+        check_number(name, value, 2)  # a first token has nothing to look at but itself
     decoder, weights = read_decoder(directory, FAMILIES)
     tokens = _tokens(directory, decoder, _reference() if text is None else text, num_tokens)
     T = min(context_length, decoder.context_length, num_tokens, len(tokens) - 1)
@@ -132,7 +132,7 @@ def inspect(
         tokens=tokens_RxT1,
         loss=loss,
         entropy=np.moveaxis(heads.entropy, 1, 2),
-        sink=heads.sink[..., min(1, T - 1) :].mean(axis=(1, 3)),
+        sink=heads.sink[..., 1:].mean(axis=(1, 3)),
         max_logit=heads.max_logit.max(axis=(1, 3)),
         maximum=np.array([max_entropy(T, "causal", window=window) for window in decoder.windows]),
         private=private,
@@ -154,10 +154,11 @@ def findings(inspection: Inspection) -> Iterator[str]:
         count = int(found_LxN.sum())
         where = f": {_layers(found_LxN)}" if count else ""
         yield f"{count} of {found_LxN.size} heads are {what}{where}."
-    layer, head = np.unravel_index(np.nanargmax(inspection.max_logit), inspection.max_logit.shape)
-    largest = inspection.max_logit[layer, head]
-    risky = f", beyond {LARGE_LOGIT:g}, where training becomes unstable" if largest > LARGE_LOGIT else ""
-    yield f"The largest attention logit is {largest:,.4g}, in layer {layer}, head {head}{risky}."
+    if np.isfinite(inspection.max_logit).any():
+        layer, head = np.unravel_index(np.nanargmax(inspection.max_logit), inspection.max_logit.shape)
+        largest = inspection.max_logit[layer, head]
+        risky = f", beyond {LARGE_LOGIT:g}, where training becomes unstable" if largest > LARGE_LOGIT else ""
+        yield f"The largest attention logit is {largest:,.4g}, in layer {layer}, head {head}{risky}."
     if inspection.unpriced:
         yield f"Private execution is not predicted: {inspection.unpriced}."
         return
@@ -276,8 +277,8 @@ def _tokens(directory: Path, decoder: Decoder, text: str | Sequence[int] | np.nd
             raise UserError(f"{directory} has no tokenizer.json, nor vocab.json and merges.txt; put them there")
         text = _first_tokens(tokenizer, text, num_tokens)
     tokens = np.asarray(text)
-    if tokens.ndim != 1 or len(tokens) < 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(f"text must be at least two tokens long, not {tokens.size}")
+    if tokens.ndim != 1 or len(tokens) < 3 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"text must be at least three tokens long, not {tokens.size}")
     if not 0 <= tokens.min() <= tokens.max() < decoder.vocab_size:
         raise UserError(
             f"text has the token {tokens.max() if tokens.min() >= 0 else tokens.min()}, and the model of {directory} "

@@ -2,9 +2,11 @@
 
 import html
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jax_entropy.commands.main import main
@@ -56,9 +58,25 @@ def test_a_prefix_is_read_the_same_without_what_follows(llama):
     np.testing.assert_allclose(part.entropy, whole.entropy[..., :8], atol=1e-5)
 
 
+def test_weights_that_are_not_numbers_are_said_and_shown(llama, tmp_path, capsys):
+    broken = shutil.copytree(llama, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= np.nan
+    save_file(tensors, broken / "model.safetensors")
+    text, page = tmp_path / "text.txt", tmp_path / "page.html"
+    text.write_text(" ".join(f"w{i % 36 + 1}" for i in range(33)))
+    assert main(["inspect", str(broken), f"--text={text}", "--context_length=16", f"--page={page}"]) == 0
+    said = "Attention is not finite in layers 0 and 1."
+    assert said in capsys.readouterr().out and said in page.read_text()
+
+
 @pytest.mark.parametrize(
     "text, sentence",
-    [("w1", "at least two tokens"), ([1, 37], "token 37, and the model of"), ([-1, 2], "token -1, and the model of")],
+    [
+        ("w1 w2", "at least three tokens"),
+        ([1, 2, 37], "token 37, and the model of"),
+        ([-1, 2, 3], "token -1, and the model of"),
+    ],
 )
 def test_texts_that_cannot_be_read(llama, text, sentence):
     with pytest.raises(UserError, match=sentence):

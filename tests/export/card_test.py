@@ -101,7 +101,7 @@ def test_mistakes_are_sentences(run, tmp_path, capfd):
             "--huggingface or --safetensors: each names a folder",
         ),
         (["--to=workdir", "--transformer_lens=in"], "whose folder is --huggingface or --safetensors"),
-        (["--to=workdir", "--safetensors=in"], "in is no folder"),
+        (["--to=workdir", "--safetensors=in"], "holds a run already"),
         (["--to=safetensors", "--safetensors=out", "--huggingface=out"], "--huggingface does not go with --to=safeten"),
         (["--to=safetensors", f"--safetensors={tmp_path}/full"], "is not an empty folder"),
         (["--to=safetensors", f"--safetensors={tmp_path}/full/thesis.tex"], "is not an empty folder"),

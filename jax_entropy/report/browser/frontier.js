@@ -17,11 +17,12 @@ const FRONTIER = {
   draw(box) {
     const points = this.points(), [label] = COSTS[state.cost];
     const [least, most] = extent(points.map(({ x }) => x));
-    const ends = points.flatMap(({ perplexity, spread }) => [perplexity - (spread || 0), perplexity + (spread || 0)]);
-    const [low, high] = extent(ends), margin = 0.08 * (high - low) || 1;
+    const ends = points.flatMap(({ perplexity, spread }) => [Math.max(perplexity - (spread || 0), 0.3 * perplexity), perplexity + (spread || 0)]);
+    const [low, high] = extent(ends), log = high > 3 * low, margin = 0.08 * (high - low) || 1;
+    const span = log ? { low: low / 1.15, high: high * 1.15, log } : { low: low - margin, high: high + margin, log };
     const inner = html("div", {});
     box.replaceChildren(inner);
-    const frame = axes(inner, { title: this.title, height: 340, first: least / 1.25, last: most * 1.25, logAcross: true, right: 20 }, { low: low - margin, high: high + margin, log: false });
+    const frame = axes(inner, { title: this.title, height: 340, first: least / 1.25, last: most * 1.25, logAcross: true, right: 20 }, span);
     const { x, y, plot, root } = frame;
     const front = points.filter((point) => point.front).sort((a, b) => a.x - b.x);
     plot.append(svg("path", { class: "curve", style: `stroke:${RUN_COLORS[1]}`, d: `M${front.map((point) => `${x(point.x)} ${y(point.perplexity)}`).join("L")}` }));

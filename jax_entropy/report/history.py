@@ -38,6 +38,7 @@ class History:
     evaluate: dict[str, np.ndarray]
     incidents: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # times that the guard sent it back
     status: Status | None = None
+    died: bool = False  # no process of this machine trains it, though its status says that one does
     tokenizer: str = ""  # a digest: the losses of two tokenizers are not of the same tokens
     private: dict[str, Any] | None = None  # what `private profile` measured of it, if it did
     text: list[Reading] = dataclasses.field(default_factory=list)  # how held-out text was read, by evaluation
@@ -126,19 +127,31 @@ def _read(workdir: Workdir) -> History:
             "the first comes after config.train.log_every steps"
         )
     evaluate = _stack([line for line in lines if line.get("kind") == "evaluate"])
+    status = workdir.read_status()
     return History(
         workdir=workdir,
         config=config,
         train=train,
         evaluate=evaluate,
         incidents=read_metrics(workdir.incidents),
-        status=workdir.read_status(),
+        status=status,
+        died=has_died(workdir, status),
         tokenizer=_digest(workdir.tokenizer),
         private=_read_private(workdir.private),
         # what was evaluated before the run went back and on another way is of no step of this one
         text=[reading for reading in read_text(workdir.text) if reading.step in evaluate.get("step", ())],
         samples=_read_samples(workdir.samples),
     )
+
+
+def has_died(workdir: Workdir, status: Status | None) -> bool:
+    """Whether a run's process ended without a word, or runs on another machine."""
+    if status is None or status.state not in ("starting", "training"):
+        return False
+    try:
+        return not workdir.in_use()
+    except UserError:  # this user may not ask
+        return False
 
 
 def printable(text: str, keep: str = "") -> str:

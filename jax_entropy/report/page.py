@@ -130,7 +130,7 @@ def _facts(history: History, counted: Census | None) -> Iterator[tuple[str, str]
     if status is None:
         yield "state", f"step {history.steps_E[-1]:,}"
         return
-    state = f"{status.state} at step {status.step:,} of {status.num_steps:,}"
+    state = f"{'died' if history.died else status.state} at step {status.step:,} of {status.num_steps:,}"
     yield "state", f"{state}: {status.reason}" if status.reason else state
     yield "date", time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(status.time))
     if status.seconds:
@@ -219,7 +219,7 @@ def _key_numbers(history: History) -> Iterator[Number]:
     else:
         yield Number("perplexity", _perplexity(train["cross_entropy"][-1]), history.read)
     yield from _entropies(history)
-    if "tokens_per_second" in train:
+    if np.isfinite(train.get("tokens_per_second", np.nan)).any():  # the first line of a run has none
         yield Number("speed, median", _text(np.nanmedian(train["tokens_per_second"]), ",.0f"), "tokens/s")
     if cost := private_cost(history):
         warm, setting = cost["total"]["warm"], cost["setting"]

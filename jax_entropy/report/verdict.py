@@ -48,6 +48,11 @@ def _state(history: History) -> Iterator[_Finding]:
     status = history.status
     if status and status.state == "failed":
         yield _Finding(TROUBLE, f"The run failed at step {status.step:,}: {status.reason}.".replace("..", "."))
+    elif history.died:
+        yield _Finding(
+            LOOK, f"The run died at step {status.step:,} of {status.num_steps:,}, or trains on another machine.",
+            "The same train command goes on with it.",
+        )  # fmt: skip
     elif status and status.state in ("starting", "training"):
         yield _Finding(GOOD, f"The run has reached step {history.steps_E[-1]:,} of {status.num_steps:,}.")
     elif status and status.state == "stopped":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_entropy.errors import UserError
-from jax_entropy.report.history import read_history
+from jax_entropy.report.history import has_died, read_history
 from jax_entropy.report.page import page, waiting
 from jax_entropy.runs.workdir import Workdir
 
@@ -59,18 +59,21 @@ class _Pages:
     """The newest page of a run, made again only where its files have changed."""
 
     def __init__(self, workdir: Workdir) -> None:
-        self.workdir, self.seen, self.tag, self.content = workdir, None, "", b""
+        self.workdir, self.seen, self.died, self.tag, self.content = workdir, None, False, "", b""
 
     def newest(self) -> tuple[str, bytes]:
         """The page, and a name for what it says."""
         seen = [_changed(getattr(self.workdir, name)) for name in _FILES]
-        if seen != self.seen:
+        # one that has died writes nothing more; it is asked once, so that one that starts again is not in its way
+        died = (self.died and seen == self.seen) or has_died(self.workdir, self.workdir.read_status())
+        if (seen, died) != (self.seen, self.died):
             try:
                 text = page([read_history(self.workdir.path)], follow=True)
             except UserError as error:  # nothing is logged yet, or a file is just being written
                 text = waiting(self.workdir.path.resolve().name, str(error))
             self.content = text.encode("utf-8", "backslashreplace")
-            self.tag, self.seen = f'"{hashlib.sha256(self.content).hexdigest()[:16]}"', seen
+            self.tag = f'"{hashlib.sha256(self.content).hexdigest()[:16]}"'
+            self.seen, self.died = seen, died
         return self.tag, self.content
 
 

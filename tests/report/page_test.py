@@ -248,4 +248,9 @@ def test_the_server_answers_this_machine_only_and_says_what_is_new(tmp_path):
             (made / name).rename(tmp_path / name)
         status, new, text = ask(If_None_Match=tag)
         assert status == 200 and new != tag and carried(text)["runs"][0]["layers"] == 2
+        assert "The run died at step 0 of 10, or trains on another machine." in text  # nobody holds its lock
+        with Workdir(tmp_path)._locked():
+            Workdir(tmp_path).write_status("training", 150, 200)
+            assert "The run has reached step 150 of 200." in ask(If_None_Match=new)[2]
+        assert "The run died at step 150 of 200" in ask()[2]
         server.shutdown()

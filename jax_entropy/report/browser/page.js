@@ -235,7 +235,7 @@ function follow() {
         tag = answer.headers.get("ETag") || "";
         const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
         const block = fresh.getElementById("data").textContent.trim();
-        if (block && block !== shown) await renew(fresh, (shown = block));
+        if (block) await renew(fresh, block === shown ? "" : (shown = block));
       }
       document.documentElement.classList.remove("alone");
     } catch {
@@ -246,14 +246,17 @@ function follow() {
   setTimeout(look, 1000 * FOLLOW_SECONDS);
 }
 
+// An empty block: only the words are new.
 async function renew(fresh, block) {
   const open = new Set([...document.querySelectorAll("#abouts details[open] > summary")].map((summary) => summary.textContent));
   for (const id of ["words", "abouts"]) el(id).replaceChildren(...fresh.getElementById(id).childNodes);
   if (!data) return start(block);
   for (const summary of document.querySelectorAll("#abouts summary")) summary.parentNode.open = open.has(summary.textContent);
-  const atEnd = state.step === allSteps.at(-1);
-  take(await readBlock(block));
-  if (atEnd) state.step = allSteps.at(-1);
+  if (block) {
+    const atEnd = state.step === allSteps.at(-1);
+    take(await readBlock(block));
+    if (atEnd) state.step = allSteps.at(-1);
+  }
   draw();
 }
 

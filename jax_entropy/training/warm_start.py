@@ -115,6 +115,8 @@ def open_source(
       UserError: the run began with something else, or `path` holds neither a run nor a folder that can be used.
     """
     origin = Origin.read(workdir)
+    if path is not None:
+        local_path(path, "start_from")
     name = os.fspath(path) if path else origin and origin.source
     if not name:
         return config, None

@@ -7,6 +7,7 @@ import json
 import struct
 import threading
 import urllib.request
+import warnings
 import zlib
 
 import numpy as np
@@ -125,6 +126,14 @@ def test_the_verdict_says_what_is_and_what_to_try(tmp_path, level, seen, advice,
     found = told(tmp_path, **changes)
     assert found.level == level and any(line.startswith(seen) for line in found.seen), found
     assert advice in " ".join(found.advice) and bool(advice) <= bool(found.advice)
+
+
+def test_a_run_of_one_line_has_no_speed_and_warns_of_nothing(tmp_path):
+    history = read_history(write_run(tmp_path / "run", L=2, N=2, steps=3))
+    assert "speed, median" in page([history])
+    history.train["tokens_per_second"][:] = np.nan
+    with warnings.catch_warnings(action="error"):
+        assert "speed, median" not in page([history])
 
 
 def test_runs_that_differ_in_their_seed_only_are_one_group(tmp_path):

@@ -69,6 +69,8 @@ def keys(values: Namespace) -> None:
 
     if values.parties not in (1, 2, 3):
         raise UserError(f"--parties={values.parties} must be 1, 2 or 3")
+    if values.parties > 1 and "name" in values.given:
+        raise UserError(f"--name={values.name} goes with one party; --parties={values.parties} names each by its role")
     if values.parties == 1:
         found = make_keys(values.directory, values.name, values.days)
         print(f"give {values.directory}/certificate.pem to the other parties, and compare its SHA-256:\n{found}")

@@ -109,6 +109,7 @@ def test_the_ablation_has_a_row_for_each_rewrite(capsys):
     (["assist", "--server=here"], "--server='here' must be HOST:PORT"),
     (["assist", "--server=192.0.2.1:9500", "--insecure_loopback"], "for 127.0.0.1 only"),
     (["keys", "--directory=keys", "--parties=4"], "--parties=4 must be 1, 2 or 3"),
+    (["keys", "--directory=keys", "--parties=3", "--name=x"], "--name=x goes with one party"),
     (["serve", "--workdir=nowhere", "--listen=here"], "--listen='here' must be HOST:PORT"),
     (["profile", "--architecture=SM", "--memory=16"], "memory='16' must be like 16GB or 800MB"),
     (["profile", "--architecture=SM+LN+G", "--memory=10MB"], "or a table that is given away (embedding=public)"),

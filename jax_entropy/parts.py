@@ -3,6 +3,8 @@
 Each is a piece of the notation, and docs/architectures.md says what it costs; `Attention` applies them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,9 @@ class Convolution(nn.Module):
         if cached:
             self.put_variable("cache", "past", x_BxSxNxH[:, T:])
         shifted = (x_BxSxNxH[:, before - j : before - j + T] for j in range(self.width))
-        return sum(x * taps_KxNxH[j][None, None] for j, x in enumerate(shifted))
+        # not taps[j]: JAX cannot add the gradient of a static slice to the sum that accumulation keeps of it
+        tap_1xNxH = functools.partial(jax.lax.dynamic_index_in_dim, taps_KxNxH)
+        return sum(x * tap_1xNxH(j)[None] for j, x in enumerate(shifted))
 
 
 def rotations(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:

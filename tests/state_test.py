@@ -14,7 +14,7 @@ from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer
 from jax_entropy.optimizer import make_optimizer
 from jax_entropy.seeds import random_key
-from jax_entropy.state import init_state, make_train_step
+from jax_entropy.state import abstract_state, init_state, make_train_step
 from tests.tiny_model import changed, random_tokens, run_config
 
 EREG, SPECTRAL = "EReg(SM(t)+ScFuFFN^1)", "EReg(SM+LN+LR(global)+SNorm(QKVO+FFN)+ScFFN)"
@@ -48,6 +48,18 @@ def test_batches_accumulate_to_the_step_of_one_large_batch():
         state, accumulated = step_of(run_config(EREG, **{"optimizer.accumulate": accumulate}))(start(), tokens, True)
         assert_close(state, large)
         assert_close(accumulated, metrics)
+
+
+@pytest.mark.parametrize("architecture", [
+    "EReg(SM(t,log)+RN+LR(layer)+WNorm(QKVO+FFN)+ScFFN+Conv4+QKN+RoPE+Cap(30)+VRes+VEmb+Mem8+Win(SL,8)^1)",
+    "PSM(4)+DyT+SReparam(QKVO+FFN)+BiFFN",
+])  # fmt: skip
+def test_gradients_of_every_part_accumulate(architecture):
+    """Traced only: where JAX cannot add a gradient to the sum that is kept, as of taps[j], it fails then."""
+    config = run_config(architecture, **{"optimizer.accumulate": 2})
+    step = functools.partial(make_train_step(config, model_of(config)), watch=False)
+    state, _ = jax.eval_shape(step, abstract_state(config, model_of(config)), random_tokens(4, 17))
+    assert state.params["blocks"]["attention"]
 
 
 def test_accumulated_sums_are_means_over_the_batches():

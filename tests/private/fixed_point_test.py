@@ -35,6 +35,10 @@ def test_scores_beyond_the_exponential_are_refused():
     variables["params"]["blocks"] = block | dict(attention=attention)
     with pytest.raises(UserError, match="softmax of layer 0 .* exponent=pade"):
         check_range(export(config, variables), list(PROMPT), Setting())
+    with pytest.raises(UserError, match="down to -48; raise exponent_iterations, or leave out the rewrite shifts"):
+        check_range(export(config, variables), list(PROMPT), Setting(), steps=True)
+    with pytest.raises(UserError, match="softmax of layer 0 .* down to -108.8; .* exponent=pade"):
+        check_range(export(config, variables, Rewrites(shifts=False)), list(PROMPT), Setting(), steps=True)
     pade = Setting(exponent="pade")
     check_range(export(config, variables, setting=pade), list(PROMPT), pade)
 

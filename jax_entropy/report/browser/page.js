@@ -235,7 +235,7 @@ function follow() {
         tag = answer.headers.get("ETag") || "";
         const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
         const block = fresh.getElementById("data").textContent.trim();
-        if (block) await renew(fresh, block === shown ? "" : (shown = block));
+        if (block && (data || block !== shown)) await renew(fresh, block === shown ? "" : (shown = block));
       }
       document.documentElement.classList.remove("alone");
     } catch {

@@ -209,7 +209,7 @@ FIELDS = (
     Field("optimizer.accumulate", 1, "batches", "averaged in one optimiser step", _POSITIVE),
     Field("anneal.activation", None, "`gelu`, `gelu_tanh`, `relu`",
         "activation that the run starts with and its architecture lacks; unset: that of the model it starts from",
-        kind=str),
+        (None, "gelu", "gelu_tanh", "relu"), kind=str),
     Field("anneal.begin", 0.05, "share of steps", "after which nonlinearities begin to be taken out", _SHARE),
     Field("anneal.end", 0.5, "share of steps", "after which they are gone; 0: gone from the first step on", _SHARE),
     Field("anneal.order", "together", "", "all layers at once, or one after the other",

@@ -181,6 +181,7 @@ def test_distillation_takes_the_place_of_a_share_of_the_cross_entropy():
 @pytest.mark.parametrize(("name", "fields", "message"), [
     ("SM+LN+G", {"anneal.activation": "relu"}, "anneal.activation='relu' is to be taken out, and SM.LN.G keeps an"),
     ("SM+ScFuFFN", {"anneal.activation": "gelu"}, "no room for activation='gelu'"),
+    ("SM+FN", {"anneal.activation": "swish"}, "config.anneal.activation='swish' is not known"),
     ("SM+FN", {"anneal.begin": 0.5}, "anneal.end=0.5 must come after config.anneal.begin=0.5"),
     ("SM+FN", {"anneal.order": "deepest"}, "did you mean 'deepest_first'"),
 ])  # fmt: skip

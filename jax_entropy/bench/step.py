@@ -52,6 +52,7 @@ def bench_step(
     if peer_python:
         if not shutil.which(peer_python):
             raise UserError(f"peer_python={peer_python}: there is no such program")
+        _check_peer(peer_python)
         contenders["torch"] = [peer_python, str(Path(__file__).with_name("torch_step.py"))]
         if compiled:
             contenders["torch.compile"] = [*contenders["torch"], "compiled"]
@@ -80,6 +81,15 @@ def bench_step(
         left = (time.monotonic() - start) / len(rows) * (len(settings) - len(rows))
         notify(f"{len(rows)} of {len(settings)}: {told}" + (f"; some {left:.0f} s left" if left else ""))
     return rows
+
+
+def _check_peer(python: str) -> None:
+    """Raises a UserError where a program is no Python with torch and transformers."""
+    asked = "import importlib.util as u; print(all(map(u.find_spec, ('torch', 'transformers'))))"
+    said = subprocess.run([python, "-c", asked], capture_output=True, text=True).stdout.strip()
+    if said != "True":
+        lacks = "lacks torch or transformers" if said == "False" else "is no Python"
+        raise UserError(f"peer_python={python} {lacks}; leave it out to time jax_entropy alone")
 
 
 def _alternate(

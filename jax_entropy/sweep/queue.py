@@ -103,8 +103,9 @@ def train_all(runs: Sequence[Run], where: Sequence[Place], cache: Path, notify: 
                     end = _told(outcome, process.returncode, stopped=signals.wanted)
                     notify(f"[{done}/{count}] {run}: {end}")
                     process.stdin.close()
-                    if outcome.state == "failed" and process.returncode == _REFUSED:
-                        raise UserError(f"{run} cannot be trained: {outcome.reason}; what is done is kept")
+                    if process.returncode == _REFUSED and not outcome.settled:
+                        reason = outcome.reason or _last_line(run.path / "train.log")
+                        raise UserError(f"{run} cannot be trained: {reason}; what is done is kept")
                 if signals.wanted:
                     for process, *_ in active:
                         if not process.stdin.closed:  # once: a second signal would be obeyed without saving
@@ -140,6 +141,11 @@ def _start(run: Run, place: Place, cache: Path) -> subprocess.Popen:
         return subprocess.Popen(
             command, env=variables, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
         )
+
+
+def _last_line(path: Path) -> str:
+    """What a process said last, which was refused before its run had a status."""
+    return (path.read_text(errors="replace").splitlines() or ["it did not say why"])[-1]
 
 
 def _told(outcome: Outcome, code: int, stopped: bool) -> str:

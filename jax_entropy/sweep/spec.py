@@ -212,8 +212,8 @@ def _check(sweep: Sweep, fields: Mapping[str, str]) -> None:
         raise UserError(f"the sweep's config={sweep.config!r} must be a file, by path or name, or a ConfigDict")
     if not sweep.points:
         raise UserError("the sweep has no points; product and zipped make lists of them")
-    if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds) or min(sweep.seeds) < 0:
-        raise UserError(f"the sweep's seeds={tuple(sweep.seeds)} must be different, at least one, and not negative")
+    if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds) or not all(map(_is_seed, sweep.seeds)):
+        raise UserError(f"the sweep's seeds={tuple(sweep.seeds)} must be different, at least one, from 0 to 2^64 − 1")
     if any("seed" in fields for fields in (*sweep.points, sweep.fields, fields)):
         raise UserError(f"the sweep's seeds={tuple(sweep.seeds)} are those of its runs; seed is no field of a point")
     tuning = sweep.tuning
@@ -232,10 +232,14 @@ def _check(sweep: Sweep, fields: Mapping[str, str]) -> None:
         raise UserError(
             f"the sweep's tuning.rates={tuning.rates!r} must be different numbers above 0, at least one of them"
         )
-    if not isinstance(tuning.seed, int) or tuning.seed < 0:
-        raise UserError(f"the sweep's tuning.seed={tuning.seed!r} must be a whole number, not negative")
+    if not isinstance(tuning.seed, int) or not _is_seed(tuning.seed):
+        raise UserError(f"the sweep's tuning.seed={tuning.seed!r} must be a whole number from 0 to 2^64 − 1")
     if not isinstance(tuning.share, numbers.Real) or not 0 < tuning.share <= 1:
         raise UserError(f"the sweep's tuning.share={tuning.share} must be above 0 and at most 1")
+
+
+def _is_seed(seed: int) -> bool:
+    return 0 <= seed < 2**64
 
 
 def _point(sweep: Sweep, point: Mapping[str, Any], fields: Mapping[str, str]) -> Point:

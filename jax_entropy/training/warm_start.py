@@ -154,7 +154,14 @@ def _lost_activation(config: ConfigDict, source: Source) -> str | None:
     """The activation that the source has and the run's architecture has not, though it has room for it."""
     model = _model(config, source)
     room = model.activation == "identity" and model.ffn == "full"
-    return source.model.activation if room and source.model.activation != "identity" else None
+    if not room or source.model.activation == "identity":
+        return None
+    if source.model.activation == "leaky_relu":
+        raise UserError(
+            f"{source.name}, {source.model}, has a leaky ReLU, whose slope is not taken on the way to 1; gelu, gelu_tanh and "
+            "relu are taken out, and config.anneal.end=0 starts without it"
+        )
+    return source.model.activation
 
 
 def _load(name: str, notify: Callable[[str], None]) -> Source:

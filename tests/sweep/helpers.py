@@ -15,6 +15,8 @@ config = json.load(open(folder + "/config.json"))
 fate = fates.get(config["architecture"], "complete")
 with open(log, "a") as file:
     file.write(os.path.basename(folder) + "\\n")
+if fate == "refused at once":
+    sys.exit(print(fate) or 2)
 if fate == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if fate == "interrupts":
@@ -41,7 +43,7 @@ sys.exit(2 if fate in ("diverged", "refused") else 0)
 def stub(monkeypatch, tmp_path, fates, draw=lambda rows, protocol, title: None):
     """Puts the process above in the place of training; returns a function that lists what was trained so far.
 
-    fates: complete, diverged, failed, refused, killed or interrupts, by architecture. draw: the frontier, if any.
+    fates: complete, diverged, failed, refused, refused at once (before there is a status), killed or interrupts, by architecture. draw: the frontier, if any.
     """
     log = tmp_path / "trained"
     (tmp_path / "process.py").write_text(PROCESS)

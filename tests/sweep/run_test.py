@@ -93,10 +93,11 @@ def test_a_run_that_fails_keeps_no_other_from_running_and_is_tried_again(fate, t
     assert len(trained()) == 8
 
 
-def test_a_run_that_is_refused_stops_the_sweep_before_others_are(tmp_path, monkeypatch):
-    trained = stub(monkeypatch, tmp_path, {"SM+G": "refused"})
+@pytest.mark.parametrize("fate", ["refused", "refused at once"])
+def test_a_run_that_is_refused_stops_the_sweep_before_others_are(tmp_path, monkeypatch, fate):
+    trained = stub(monkeypatch, tmp_path, {"SM+G": fate})
     with pytest.raises(
-        UserError, match=r"^SM\+G, rate 0.003, seed 1 cannot be trained: refused; what is done is kept$"
+        UserError, match=rf"^SM\+G, rate 0.003, seed 1 cannot be trained: {fate}; what is done is kept$"
     ):
         je.sweep(three(tuning=None), tmp_path / "sweep", notify=str)
     assert len(trained()) == 2

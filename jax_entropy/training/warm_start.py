@@ -158,8 +158,8 @@ def _lost_activation(config: ConfigDict, source: Source) -> str | None:
         return None
     if source.model.activation == "leaky_relu":
         raise UserError(
-            f"{source.name}, {source.model}, has a leaky ReLU, whose slope is not taken on the way to 1; gelu, gelu_tanh and "
-            "relu are taken out, and config.anneal.end=0 starts without it"
+            f"{source.name}, {source.model}, has a leaky ReLU; gelu, gelu_tanh and relu are what is taken out, "
+            "and config.anneal.end=0 starts without it"
         )
     return source.model.activation
 

@@ -43,7 +43,8 @@ sys.exit(2 if fate in ("diverged", "refused") else 0)
 def stub(monkeypatch, tmp_path, fates, draw=lambda rows, protocol, title: None):
     """Puts the process above in the place of training; returns a function that lists what was trained so far.
 
-    fates: complete, diverged, failed, refused, refused at once (before there is a status), killed or interrupts, by architecture. draw: the frontier, if any.
+    fates: complete, diverged, failed, refused, refused at once (before there is a status), killed or interrupts, by
+    architecture. draw: the frontier, if any.
     """
     log = tmp_path / "trained"
     (tmp_path / "process.py").write_text(PROCESS)

@@ -25,16 +25,14 @@ SERIES = {
 }
 
 
-def bench_growth(
-    *, rounds: int, notify: Callable[[str], None], series: dict[str, tuple[tuple[int, ...], int]] = SERIES
-) -> Iterator[dict[str, Any]]:
+def bench_growth(*, rounds: int, notify: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Rows of every series: processor seconds of a step (the least of `rounds`), FLOPs, temporaries and the state.
 
     `… / first` are against the series' first row, whose steps take turns with those of every other row, so that both
     have the same machine. Where nothing grows faster than its arithmetic, `seconds / first` stays at or below
     `GFLOP / first`. FLOPs are the products', under the causal mask. `notify` is told of each row as it is measured.
     """
-    for name, (values, tokens) in series.items():
+    for name, (values, tokens) in SERIES.items():
         first_step, first = _compiled(_BASE | {name: values[0]}, tokens)
         for value in values:
             step, row = (first_step, first) if value == values[0] else _compiled(_BASE | {name: value}, tokens)

@@ -97,7 +97,7 @@ def _heads(history: History) -> Iterator[_Finding]:
             collapsed_LxN,
             "collapsed",
             f"below ¼ of the causal maximum, {_nats(0.25 * most_L)},",
-            _against_collapse(regular, weight),
+            _against_collapse(regular),
         ),
     ):
         if count := int(found_LxN.sum()):
@@ -116,7 +116,7 @@ def _against_overload(regular: bool, weight: float | None) -> str:
     return f"Against overload try a larger config.penalty.weight{more}, or a longer run: heads specialise late."
 
 
-def _against_collapse(regular: bool, weight: float | None) -> str:
+def _against_collapse(regular: bool) -> str:
     if not regular:
         return "Against collapse try EReg(…) around the architecture, or a lower learning rate."
     return "Against collapse try a lower learning rate, or a larger config.penalty.threshold_init."

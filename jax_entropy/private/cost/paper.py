@@ -6,6 +6,7 @@ Coefficients are least squares over the published rows; they describe that syste
 from typing import NamedTuple
 
 from jax_entropy.architecture import ModelConfig
+from jax_entropy.census import census
 from jax_entropy.errors import UserError
 
 
@@ -20,6 +21,7 @@ class PaperCost(NamedTuple):
 _SOFTMAX, _LAYER_NORM, _GELU, _RELU = 1.675, 0.845, 3.470, 0.104
 # Megabytes per token and layer of the linear layers at D=768, kilobytes per token and entry of the vocabulary.
 _FFN_FULL, _FFN_FUSED, _ATTENTION, _VOCABULARY, _TOKEN = 0.486, 0.147, 0.432, 0.199, 2.39
+_COVERED = {"softmax", "LayerNorm", "GELU", "ReLU"}
 
 
 def paper_cost(config: ModelConfig) -> PaperCost:
@@ -28,9 +30,8 @@ def paper_cost(config: ModelConfig) -> PaperCost:
     Raises:
       UserError: what its tables do not cover: other sizes than D=768 with 12 heads, other norms or activations.
     """
-    covered = config.norm in ("none", "layer") and config.activation in ("identity", "gelu", "gelu_tanh", "relu")
-    covered &= config.ffn != "bilinear" and not (config.power or config.qk_norm or config.logit_cap)
-    if (config.model_dim, config.num_heads) != (768, 12) or not covered:
+    names = {operation.name for operation in census(config).operations}
+    if (config.model_dim, config.num_heads) != (768, 12) or not names <= _COVERED:
         raise UserError(
             f"the paper's tables are for model_dim=768 and num_heads=12 with LayerNorm, GELU or ReLU, not for {config} "
             f"at model_dim={config.model_dim}, num_heads={config.num_heads}"

@@ -235,9 +235,8 @@ def _fold(config: ModelConfig, layers: list[dict[str, np.ndarray]], model: dict[
     scale = start = size if config.norm in ("layer", "rms", "tanh") else 1.0
     for table in added:
         table /= start
-    secret_epsilon = foldable and any("beta" in layer for layer in layers)
     for layer in layers:
-        _fold_reading(layer, config, "norm1", ("q", "k", "v"), scale, secret_epsilon)
+        _fold_reading(layer, config, "norm1", ("q", "k", "v"), scale)
         differ = config.conv_width or config.num_slots  # biases of one key or value and another
         moved = differ or config.rotary or config.qk_norm or config.power or config.logit_cap
         if "k.bias" in layer and not moved:  # where it adds the same to the logits of all keys
@@ -249,14 +248,14 @@ def _fold(config: ModelConfig, layers: list[dict[str, np.ndarray]], model: dict[
         readers = [name for name in ("up", "gate", "fused") if f"{name}.kernel" in layer]
         if not readers:
             continue
-        _fold_reading(layer, config, "norm2", readers, scale, secret_epsilon)
+        _fold_reading(layer, config, "norm2", readers, scale)
         writer = "down" if "down.kernel" in layer else "fused"
         if "alpha" in layer:
             _scale(layer, writer, 1 / float(layer.pop("alpha")[0]))
         if "beta" in layer and foldable:
             scale *= float(layer.pop("beta")[0])
         _scale(layer, writer, 1 / scale)
-    _fold_reading(model, config, "final_norm", ("head",), scale, secret_epsilon)
+    _fold_reading(model, config, "final_norm", ("head",), scale)
 
 
 def _scale(weights: dict[str, np.ndarray], name: str, factor: float | np.ndarray) -> None:
@@ -267,7 +266,7 @@ def _scale(weights: dict[str, np.ndarray], name: str, factor: float | np.ndarray
 
 
 def _fold_reading(
-    weights: dict[str, np.ndarray], config: ModelConfig, norm: str, readers, scale: float, secret_epsilon: bool
+    weights: dict[str, np.ndarray], config: ModelConfig, norm: str, readers: Sequence[str], scale: float
 ) -> None:
     """Lets matrices that read the stream through a norm, or directly, do what the norm's scale and bias did."""
     kind = config.final_norm if norm == "final_norm" else config.norm

@@ -212,7 +212,7 @@ class Line:
                 raise UserError("the other party does not speak this protocol" if heard else "the other party is gone")
         except BaseException as error:
             connection.close()
-            raise _refused(error, server) from None
+            raise _refused(error) from None
         connection.settimeout(timeout)
         self.connection = connection
 
@@ -257,7 +257,7 @@ class Line:
         try:
             data = self.connection.recv(1 << 16)
         except ssl.SSLError as error:
-            raise _refused(error, False) from None
+            raise _refused(error) from None
         except (TimeoutError, OSError):
             data = b""
         self._buffer += data
@@ -270,7 +270,7 @@ class Line:
         self.connection.close()
 
 
-def _refused(error: BaseException, server: bool) -> BaseException:
+def _refused(error: BaseException) -> BaseException:
     """What went wrong in a handshake, as a sentence."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return UserError(f"the other party's certificate is refused: {error.verify_message}")

@@ -49,8 +49,8 @@ def rotations(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
 def visible_keys(config: ModelConfig, layer: int) -> np.ndarray:
     """Whether the query at each position sees each key, slots first, [T, M + T]."""
     T, M = config.context_length, config.num_slots
-    ago_TxT = np.arange(T)[:, None] - np.arange(T)[None]
-    return np.concatenate([np.ones((T, M), bool), (ago_TxT >= 0) & (ago_TxT < config.windows[layer])], axis=1)
+    seen_TxT = np.tri(T, dtype=bool) & ~np.tri(T, k=-config.windows[layer], dtype=bool)
+    return np.concatenate([np.ones((T, M), bool), seen_TxT], axis=1)
 
 
 def log_factors(config: ModelConfig, layer: int) -> np.ndarray | float:

@@ -86,7 +86,7 @@ def test_fields_named_in_prose_exist():
 def test_files_named_in_prose_exist():
     tests = {path.name for path in REPOSITORY.glob("tests/**/*_test.py")}
     for page in PAGES:
-        text = re.sub(r"```diff.*?```", "", page.read_text(), flags=re.S)
+        text = re.sub(r"```diff.*?```|https://\S+", "", page.read_text(), flags=re.S)
         assert set(re.findall(r"`(\w+_test\.py)`", text)) <= tests, page.name
         for name in re.findall(r"\b(?:jax_entropy|tests|configs|launch|constraints)/[\w./-]*\w", text):
             assert (REPOSITORY / name).exists() or "*" in name, f"{page.name}: {name}"

@@ -94,7 +94,7 @@ def test_bad_corpora(tmp_path, capsys):
 def test_bad_workdirs(run, copy, tmp_path, capsys):
     assert "run" in sentence(capsys, "evaluate", f"--workdir={tmp_path}/nothing")
     assert "seed is 1337 there and 5 here" in sentence(capsys, "train", f"--workdir={copy}", "--config.seed=5")
-    assert "--batch_size=0" in sentence(capsys, "evaluate", str(copy), "--batch_size=0")
+    assert "batch_size=0 must be at least 1" in sentence(capsys, "evaluate", str(copy), "--batch_size=0")
     file = tmp_path / "file"
     file.write_text("")
     assert str(file) in sentence(capsys, "train", f"--config={TINY}", f"--workdir={file}/run")

@@ -68,8 +68,11 @@ def layout(
     # Elsewhere than under CHEETAH each piece would be opened anew.
     cuts = [0, *(1 << power for power in range(24, 17, -1))] if setting.protocol == "cheetah" else [0]
     layouts = [Layout(*of) for of in itertools.product(cuts, (False, True)[: 1 + streamable])]
-    memory = {of: needed(config, num_tokens, setting, plain, logits, embedding, of) for of in layouts}
-    found = next((of for of in layouts if memory[of] <= limit), None)
+    scores = 8.0 * setting.num_parties * config.num_heads * num_tokens**2  # the least, known without counting
+    memory = {Layout(): scores}
+    if scores <= limit:
+        memory = {of: needed(config, num_tokens, setting, plain, logits, embedding, of) for of in layouts}
+    found = next((of for of, bytes_needed in memory.items() if bytes_needed <= limit), None)
     if found is None:
         hints = [
             *(["one token's logits (logits=last)"] if logits == "every" else []),

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import ACTIVATIONS, NORMS, PRODUCTS
 from jax_entropy.private.engine.engine import Setting
-from jax_entropy.private.program.attention import Tiles
 from jax_entropy.private.program.nonlinear import at_once, halvings
+from jax_entropy.private.program.tiles import Tiles
 
 
 class Work(NamedTuple):

@@ -50,7 +50,7 @@ _BELOW_ONE = Bound(lambda value: 0 <= value < 1, "must be at least 0 and below 1
 _SHARE = Bound(lambda value: 0 <= value <= 1, "must be a share, from 0 to 1")
 _INSIDE = Bound(lambda value: 0 < value < 1, "must lie between 0 and 1")
 _FACTOR = Bound(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
-_SEED = Bound(lambda value: 0 <= value < 2**64, "must be a whole number from 0 to 2^64 − 1")
+SEED = Bound(lambda value: 0 <= value < 2**64, "must be a whole number from 0 to 2^64 − 1")
 _VOCABULARY = Bound(lambda value: 257 <= value <= 2**20, "must lie between 257 (bytes, end of text) and 2^20")
 _UNSET = {"ffn_dim": int, "vocab_size": int, "activation": str, "residual_init_std": float}
 _MODEL = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
@@ -111,7 +111,7 @@ def _model(name: str, unit: str, help: str, live: bool = False) -> Field:
 # fmt: off
 FIELDS = (
     Field("architecture", "from the file", "notation", "what the model is made of: [architectures](architectures.md)"),
-    Field("seed", 1337, "whole number", "of initialisation, data order and dropout", _SEED),
+    Field("seed", 1337, "whole number", "of initialisation, data order and dropout", SEED),
     _model("num_layers", "blocks", "$L$"),
     _model("num_heads", "heads", "$N$, heads of a layer; must divide `model_dim`"),
     _model("model_dim", "features", "$D$, width of the residual stream"),

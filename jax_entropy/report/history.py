@@ -19,7 +19,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.paths import reading
 from jax_entropy.runs.metrics import read_metrics
 from jax_entropy.runs.reading import Reading, read_text
-from jax_entropy.runs.workdir import Status, Workdir
+from jax_entropy.runs.workdir import RUNNING, Status, Workdir
 
 BATCH = "training batch"
 
@@ -146,7 +146,7 @@ def _read(workdir: Workdir) -> History:
 
 def has_died(workdir: Workdir, status: Status | None) -> bool:
     """Whether a run's process ended without a word, or runs on another machine."""
-    if status is None or status.state not in ("starting", "training"):
+    if status is None or status.state not in RUNNING:
         return False
     try:
         return not workdir.in_use()

@@ -8,6 +8,7 @@ import numpy as np
 
 from jax_entropy.entropy import extreme_heads
 from jax_entropy.report.history import History
+from jax_entropy.runs.workdir import RUNNING
 
 GOOD, LOOK, TROUBLE = "good", "look", "trouble"
 LARGE_LOGIT = 100.0  # Kimi K2's limit for QK-clip: no loss spike was seen below it
@@ -53,7 +54,7 @@ def _state(history: History) -> Iterator[_Finding]:
             LOOK, f"The run died at step {status.step:,} of {status.num_steps:,}, or trains on another machine.",
             "The same train command goes on with it.",
         )  # fmt: skip
-    elif status and status.state in ("starting", "training"):
+    elif status and status.state in RUNNING:
         yield _Finding(GOOD, f"The run has reached step {history.steps_E[-1]:,} of {status.num_steps:,}.")
     elif status and status.state == "stopped":
         yield _Finding(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from jax_entropy.errors import UserError
-from jax_entropy.runs.workdir import Status, Workdir
+from jax_entropy.runs.workdir import RUNNING, Status, Workdir
 
 _QUIET = ("waiting", "stopped", "complete")  # states of a sweep's runs that their number tells enough about
 
@@ -47,7 +47,7 @@ def _many(folder: Workdir, runs: list[Workdir]) -> Iterator[str]:
     for run in runs:
         status, in_use = run.read_status(), run.in_use()
         state = status.state if status else "waiting"
-        if state in ("starting", "training") and not in_use:
+        if state in RUNNING and not in_use:
             state = "died"
         counts.setdefault(run.path.parent.name, collections.Counter())[state] += 1
         if status and state not in _QUIET:

@@ -238,6 +238,9 @@ class Workdir:
             raise UserError(f"{self.path}: {error}") from None
 
 
+RUNNING = ("starting", "training")  # states in which a process has the run, unless it died
+
+
 class Status(NamedTuple):
     """Where a run is: its state (starting, training, stopped, complete, diverged, failed) and since when."""
 

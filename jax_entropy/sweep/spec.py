@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from jax_entropy.config import check
 from jax_entropy.config_file import change, come_along, explained, find, function_of, load_config
 from jax_entropy.errors import UserError, nearest
+from jax_entropy.fields import SEED
 
 _RATE = "optimizer.learning_rate"
 _LISTS: dict[str, tuple[type, str]] = {  # of a sweep, and what is in them
@@ -212,7 +213,7 @@ def _check(sweep: Sweep, fields: Mapping[str, str]) -> None:
         raise UserError(f"the sweep's config={sweep.config!r} must be a file, by path or name, or a ConfigDict")
     if not sweep.points:
         raise UserError("the sweep has no points; product and zipped make lists of them")
-    if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds) or not all(map(_is_seed, sweep.seeds)):
+    if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds) or not all(map(SEED.holds, sweep.seeds)):
         raise UserError(f"the sweep's seeds={tuple(sweep.seeds)} must be different, at least one, from 0 to 2^64 − 1")
     if any("seed" in fields for fields in (*sweep.points, sweep.fields, fields)):
         raise UserError(f"the sweep's seeds={tuple(sweep.seeds)} are those of its runs; seed is no field of a point")
@@ -232,14 +233,10 @@ def _check(sweep: Sweep, fields: Mapping[str, str]) -> None:
         raise UserError(
             f"the sweep's tuning.rates={tuning.rates!r} must be different numbers above 0, at least one of them"
         )
-    if not isinstance(tuning.seed, int) or not _is_seed(tuning.seed):
+    if not isinstance(tuning.seed, int) or not SEED.holds(tuning.seed):
         raise UserError(f"the sweep's tuning.seed={tuning.seed!r} must be a whole number from 0 to 2^64 − 1")
     if not isinstance(tuning.share, numbers.Real) or not 0 < tuning.share <= 1:
         raise UserError(f"the sweep's tuning.share={tuning.share} must be above 0 and at most 1")
-
-
-def _is_seed(seed: int) -> bool:
-    return 0 <= seed < 2**64
 
 
 def _point(sweep: Sweep, point: Mapping[str, Any], fields: Mapping[str, str]) -> Point:

@@ -101,6 +101,8 @@ class Setting(NamedTuple):
         config = dict(protocol=self.protocol.upper(), fxp_fraction_bits=self.fraction_bits)
         config["fxp_exp_mode"] = "EXP_PADE" if self.exponent == "pade" else "EXP_TAYLOR"
         config["fxp_exp_iters"] = self.squarings
+        # It would cut large products by their number of rows, and so open a weight anew for each number.
+        config["experimental_disable_mmul_split"] = True
         if self.protocol == "cheetah":
             config["experimental_enable_colocated_optimization"] = self.colocated
             config["cheetah_2pc_config.enable_mul_lsb_error"] = self.low_bit_error

@@ -10,12 +10,12 @@ import pytest
 from jax_entropy.architecture import architecture
 from jax_entropy.census import KINDS
 from jax_entropy.model import Transformer
-from jax_entropy.private.cost.work import work
+from jax_entropy.private.cost.work import exponentials, work
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import NO_REWRITES, REWRITES, Blueprint, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.forward import float32_logits, forward, prefill, step
-from jax_entropy.private.program.stage import caches, compose, external_inputs, pieces
+from jax_entropy.private.program.stage import caches, compose, external_inputs, pieces, run_stage
 from tests.private.helpers import plain_logits
 from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
 
@@ -101,6 +101,19 @@ def test_prefill_and_steps_go_on_like_the_whole_forward_pass(name, rewrites):
             tokens=exported.blueprint.enter(tokens_T[position : position + 1]), position=jnp.int32(position),
         )  # fmt: skip
         np.testing.assert_allclose(logits_1xV[0], expected_TxV[position], **tolerance)
+
+
+def test_a_soft_cap_is_taken_of_what_is_seen_only():
+    """Of tiles on and under the diagonal, within windows, and not of the square that a whole prompt's scores are."""
+    config = tiny("SM+Cap(30)+Win(SL,4)")
+    exported, counted = export(config, scattered(config)), []
+    known = exported.weights | dict(tokens=exported.enter(random_tokens(1, 16)[0]))
+    for stage in forward(exported.blueprint, 16):
+        if stage.kind == "soft cap":
+            counted.append(known["scores"].size)
+        known |= zip(stage.outputs, run_stage(stage, known), strict=True)
+    assert counted == [exponentials(config, layer, 16, plain=False, alone=False) for layer in range(config.num_layers)]
+    assert max(counted) < config.num_heads * 16**2
 
 
 def test_tokens_enter_in_the_memory_of_their_rows():

@@ -14,7 +14,7 @@ from jax_entropy.private.program.export import export
 from jax_entropy.private.program.stage import lower
 from jax_entropy.private.session.inference import CLIENT, SERVER, PrivateModel, generate
 from tests.private.helpers import greedy, plain_logits, private_model
-from tests.tiny_model import ARCHITECTURES, VARIED, random_tokens, scattered, tiny
+from tests.tiny_model import ARCHITECTURES, VARIED, initial, random_tokens, scattered, tiny
 
 PROMPT = (0, 5, 3)
 PRECISE = Setting(fraction_bits=22, exponent_iterations=7)
@@ -112,6 +112,16 @@ def test_weights_are_opened_once(engine):
         sent[cached] = model.accounts[-1][1].bytes[0]
     weights = sum(value.size for name, value in export(config, scattered(config)).weights.items() if "kernel" in name)
     assert sent[False] - sent[True] > 0.9 * 8 * weights
+
+
+@pytest.mark.long
+def test_a_table_larger_than_what_the_engine_would_cut_is_opened_once(engine):
+    """A prompt and a step take products of it with 8 rows and with one: 256 MiB of shares were cut by that number."""
+    config = tiny("SM", num_layers=1, model_dim=128, vocab_size=264_000)
+    model = private_model(engine(Setting()), config, initial(config))
+    generate(model, PROMPT, 3)
+    (first, second) = (account for name, account in model.accounts if name == "step 8")
+    assert first.bytes == second.bytes and first.rounds == second.rounds
 
 
 def test_an_engine_with_opened_weights_holds_one_model_until_it_is_reset(semi2k):

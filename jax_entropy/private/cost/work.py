@@ -43,8 +43,8 @@ def work(
       embedding: "shared", or "public": rows come in as the client looks them up, and a tied head is a public number.
     """
     T, D, F, V = num_tokens, config.model_dim, config.hidden_dim, config.vocab_size
-    N, S = config.num_heads, num_tokens + config.num_slots
-    L, ffn = config.num_layers, config.num_layers - config.ffn_free_layers
+    N, L = config.num_heads, config.num_layers
+    ffn = L - config.ffn_free_layers
     linear = config.activation == "identity" and config.ffn != "bilinear"
     one_matrix = config.ffn == "fused" or (linear and not plain)
     joined = not plain and config.norm in ("none", "frozen") and not config.conv_width and (linear or not ffn)
@@ -75,8 +75,10 @@ def work(
                 Work(c, elements=(size,), squared=(size,), multiplied=(size,), scaled=size) for c, size in sizes
             ]
     if config.logit_cap:
-        sizes = [(L, N * T * S)] if plain else [(count, N * rows * S) for count, rows in rows]
-        found["soft cap"] = [Work(c, elements=(size,), squared=(size,), multiplied=(size,)) for c, size in sizes]
+        sizes = [exponentials(config, layer, T, plain, layer >= L - alone) for layer in range(L)]
+        found["soft cap"] = [
+            Work(sizes.count(size), elements=(size,), squared=(size,), multiplied=(size,)) for size in sorted({*sizes})
+        ]
     if config.qk_norm:
         found["QK-norm"] = [Work(L, elements=(2 * T * D, 2 * T * N), multiplied=(2 * T * D,), scaled=T * N)]
     if config.rotary:

@@ -79,6 +79,7 @@ def attention(blueprint: Blueprint, layer: int, num_tokens: int) -> list[Stage]:
         *_tempered(blueprint, layer, rows),
         *after_slots,
         Stage("scores", layer, scores, (q, keys, *divided), ("scores",)),
+        Stage("tiles", layer, functools.partial(_packed, tiles), ("scores",), ("scores",)),
         *_softmax(blueprint, layer, functools.partial(_causal_weights, blueprint, layer, tiles)),
         _mixed(blueprint, layer, values, mix),
     ]
@@ -200,22 +201,17 @@ def _seen(blueprint: Blueprint, layer: int, position: jax.Array, size: int) -> t
     return own, (jnp.arange(size) <= own)[None, None]
 
 
-def _causal_weights(
-    blueprint: Blueprint, layer: int, tiles: Tiles, scores_NxTxS: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """exp(score − row maximum) of what is seen, or a power, elsewhere 0 [N, T, S], and its row sums [N, T].
+def _packed(tiles: Tiles, scores_NxTxS: jax.Array) -> jax.Array:
+    """The tiles [N, P, Q, K] that are seen, one row of them after another.
 
     Scores that are not seen are replaced by the query's score of its own key, so that the exponential never sees a
     large negative number.
     """
     N, T, _ = scores_NxTxS.shape
-    top = largest if blueprint.rewrites.tournament else lambda values, groups: values.max(-1)
     if tiles.padding:
         before, after = scores_NxTxS[..., : tiles.slots], scores_NxTxS[..., tiles.slots :]
         scores_NxTxS = jnp.concatenate([before, jnp.zeros((N, T, tiles.padding)), after], axis=-1)
-    rows = tiles.rows
-    places = [(i, j) for i, row in enumerate(rows) for j in row]
-    index = {place: number for number, place in enumerate(places)}
+    rows, places = tiles.rows, tiles.places
     own = np.eye(*tiles.seen.shape, tiles.slots + tiles.padding, dtype=bool)
     # in each row one tile holds the queries' own keys, the last
     last_NxIxQxK = jnp.stack([tiles.cut(scores_NxTxS, i, row[-1]) for i, row in enumerate(rows)], axis=1)
@@ -229,7 +225,16 @@ def _causal_weights(
         jnp.stack([own_NxIxQx1[:, i] for i, _ in partial], axis=1),
     )
     changed = {place: partial_NxPxQxK[:, number] for number, place in enumerate(partial)}
-    stack_NxPxQxK = jnp.stack([changed.get(place, tiles.cut(scores_NxTxS, *place)) for place in places], axis=1)
+    return jnp.stack([changed.get(place, tiles.cut(scores_NxTxS, *place)) for place in places], axis=1)
+
+
+def _causal_weights(
+    blueprint: Blueprint, layer: int, tiles: Tiles, stack_NxPxQxK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """exp(score − row maximum) of what is seen, or a power, elsewhere 0 [N, T, S], and its row sums [N, T]."""
+    top = largest if blueprint.rewrites.tournament else lambda values, groups: values.max(-1)
+    rows, places = tiles.rows, tiles.places
+    index = {place: number for number, place in enumerate(places)}
     visible_PxQxK = np.stack([tiles.cut(tiles.seen, *place) for place in places])
     if blueprint.config.power:
         e_NxPxQxK = jnp.where(visible_PxQxK[None], _power(stack_NxPxQxK, blueprint.config.power), 0.0)
@@ -246,7 +251,7 @@ def _causal_weights(
         e_NxPxQxK = _exp(blueprint, layer, stack_NxPxQxK - below_NxPxQ[..., None], visible_PxQxK[None])
     sums_NxPxQ = e_NxPxQxK.sum(-1)
     total_NxT = jnp.concatenate([sum(sums_NxPxQ[:, index[i, j]] for j in row) for i, row in enumerate(rows)], axis=-1)
-    empty, columns = jnp.zeros((N, tiles.height, tiles.width)), range(tiles.seen.shape[1] // tiles.width)
+    empty, columns = jnp.zeros_like(e_NxPxQxK[:, 0]), range(tiles.seen.shape[1] // tiles.width)
     square = [
         jnp.concatenate([e_NxPxQxK[:, index[i, j]] if j in row else empty for j in columns], axis=-1)
         for i, row in enumerate(rows)

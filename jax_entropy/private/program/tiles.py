@@ -42,6 +42,11 @@ class Tiles(NamedTuple):
         T, S = self.seen.shape
         return [[j for j in range(S // self.width) if self.cut(self.seen, i, j).any()] for i in range(T // self.height)]
 
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Row and column of each tile that is seen, one row after another."""
+        return [(i, j) for i, row in enumerate(self.rows) for j in row]
+
 
 def _edge(num_tokens: int, window: int) -> int:
     """Edge of a tile: eight of them a side where that divides, four a window, and no smaller than 4."""

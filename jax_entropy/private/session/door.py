@@ -14,7 +14,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.private.session.line import Keys, Line
 from jax_entropy.private.session.messages import Hello, Queued, Refusal
 
-GREETING = "jax_entropy private 4"
+GREETING = "jax_entropy private 5"
 _HELLO_SECONDS = 10
 
 

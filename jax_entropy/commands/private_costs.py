@@ -41,7 +41,7 @@ ARCHITECTURES = Names("architectures", "in the paper's notation, like SM+LN+G 'E
 @command(
     OneOf(((WORKDIR, BEST), (CONFIG,), (ARCHITECTURE, *SIZE))),
     tokens_read(32),
-    Flag("ablation", False, "measure every rewrite alone instead"),
+    Flag("ablation", False, "measure every rewrite instead: added alone to none, and left out alone of all"),
     WITHOUT,
     LOGITS,
     EMBEDDING,

@@ -4,6 +4,8 @@ import signal
 import sys
 from types import FrameType
 
+from jax_entropy.commands import INTERRUPTED
+
 _IMPORT = "<frozen importlib._bootstrap>"
 _LATER = 0.05  # seconds
 
@@ -18,7 +20,7 @@ def main() -> int:
 
         return run()
     except KeyboardInterrupt:
-        print("jax-entropy: interrupted; the same command starts again", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 1
     finally:  # what the interpreter tidies up now may be cut short, in silence
         signal.signal(signal.SIGINT, signal.SIG_DFL)

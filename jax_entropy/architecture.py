@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import UserError, check_choice, nearest
 from jax_entropy.notation import TARGETS, notation, written_fields
 
 CHOICES = {
@@ -149,8 +149,7 @@ def _check_values(config: ModelConfig) -> None:
       UserError: one cannot have its value.
     """
     for name, choices in CHOICES.items():
-        if (value := getattr(config, name)) not in choices:
-            raise UserError(f"model field {name}={value!r} is not known{nearest(value, choices)}")
+        check_choice(f"model field {name}", getattr(config, name), choices)
     for field in dataclasses.fields(config):
         kind, value = _WIDER.get(field.type, field.type), getattr(config, field.name)
         if not isinstance(value, kind):

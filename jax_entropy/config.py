@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from jax_entropy.architecture import ModelConfig, architecture
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import UserError, check_choice, check_kind, nearest
 from jax_entropy.fields import AXES, FIELDS, Bound
 from jax_entropy.paths import local_path
 
@@ -56,8 +56,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: values that cannot work.
     """
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"config={config!r} must be a ConfigDict, as default_config and load_config make one")
+    check_kind("config", config, ConfigDict, "a ConfigDict, as default_config and load_config make one")
     flat, known = flatten(config), {field.name: field.default for field in FIELDS}
     for name in flat:
         if name not in known:
@@ -72,8 +71,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{name}={value} must be a finite number")
     for field in FIELDS:
         value, bound = flat[field.name], field.bound
-        if isinstance(bound, tuple) and value not in bound:
-            raise UserError(f"config.{field.name}={value!r} is not known{nearest(value, bound)}")
+        if isinstance(bound, tuple):
+            check_choice(f"config.{field.name}", value, bound)
         if isinstance(bound, Bound) and not bound.holds(value):
             raise UserError(f"config.{field.name}={value} {bound.words}")
     for name in PATHS:

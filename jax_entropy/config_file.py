@@ -6,6 +6,7 @@ sweeps are found and run the same way.
 
 import contextlib
 import inspect
+import os
 import re
 import runpy
 import traceback
@@ -16,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_entropy.config import PATHS
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import UserError, check_kind, nearest
 from jax_entropy.fields import FIELDS, KINDS
 from jax_entropy.paths import local_path
 
@@ -35,14 +36,16 @@ def come_along(folder: str = "") -> dict[str, Path]:
 COME_ALONG = come_along()
 
 
-def load_config(text: str, values: Mapping[str, str] | None = None) -> ConfigDict:
+def load_config(file: str | os.PathLike, values: Mapping[str, Any] | None = None) -> ConfigDict:
     """The configuration of "file.py", "file.py:ARCHITECTURE" or, by name, "quickstart:SM+LN+G".
 
     Args:
-      values: fields to change, as text: {"train.num_steps": "100"}.
+      values: fields to change, as text or not: {"train.num_steps": 100}.
     Raises:
       UserError: a file that is not there, cannot be read or raises, or a value of the wrong type.
     """
+    check_kind("config", file, str | os.PathLike, "a file, by path or name")
+    text = os.fspath(file)
     head, ending, architecture = text.partition(".py:")
     if ending:
         name, arguments = f"{head}.py", (architecture,)
@@ -52,17 +55,18 @@ def load_config(text: str, values: Mapping[str, str] | None = None) -> ConfigDic
     return change(_run(find(name), arguments), values or {})
 
 
-def change(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
-    """`config` with fields changed to what `values` say as text, and `~` in its paths expanded.
+def change(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """`config` with fields changed to what `values` say, as text or not, and `~` in its paths expanded.
 
     Raises:
       UserError: a field that does not exist, or a value of the wrong type.
     """
+    check_kind("values", values, Mapping, "a mapping of fields to values")
     fields = {field.name: field for field in FIELDS}
-    for name, text in values.items():
+    for name, value in values.items():
         if name not in fields:
             raise UserError(f"config.{name} is not a field{nearest(name, fields)}")
-        config.update_from_flattened_dict({name: fields[name].read(text)})
+        config.update_from_flattened_dict({name: fields[name].read(str(value))})
     for section, name in (path.split(".") for path in PATHS):
         if text := config.get(section, {}).get(name):
             config[section][name] = str(local_path(text, f"config.{section}.{name}"))

@@ -8,11 +8,24 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import UserError, check_array, check_choice, check_number, spelled
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _at_least_float32(name: str, value: jax.Array, axes: str) -> jax.Array:
+    """An argument that is an array with these axes, or lists that make one."""
+    x = value
+    try:
+        x = jnp.asarray(value)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    except (TypeError, ValueError):
+        raise UserError(f"{name}={spelled(value)} must be an array {axes}") from None
+    check_array(name, x, axes)
+    return wide
+
+
+def _check_shape(name: str, value: jax.Array, axes: str, shape: tuple[int, ...]) -> None:
+    if getattr(value, "shape", None) != shape:
+        raise UserError(f"{name}={spelled(value)} must be an array {axes} = {[*shape]}")
 
 
 def row_entropy(weights: jax.Array) -> jax.Array:
@@ -20,14 +33,14 @@ def row_entropy(weights: jax.Array) -> jax.Array:
 
     A weight of exactly 0 contributes nothing and gets a finite gradient (0); a NaN stays a NaN.
     """
-    weights = _at_least_float32(weights)
+    weights = _at_least_float32("weights", weights, "[…, S]")
     positive = jnp.where(weights == 0, 1, weights)
     return -jnp.sum(weights * jnp.log(positive), axis=-1)
 
 
 def head_entropy(entropy_BxNxT: jax.Array) -> jax.Array:
     """Entropy of each head in nats: the mean over the batch and the query positions; [..., B, N, T] -> [..., N]."""
-    return jnp.mean(_at_least_float32(entropy_BxNxT), axis=(-3, -1))
+    return jnp.mean(_at_least_float32("entropy", entropy_BxNxT, "[…, B, N, T]"), axis=(-3, -1))
 
 
 def max_entropy(
@@ -43,17 +56,15 @@ def max_entropy(
       window: how many of the T positions a row sees at most, its own and those before it; None: all.
     """
     T, S = context_length, context_length if num_keys is None else num_keys
-    if T < 1:
-        raise UserError(f"context_length={T} must be at least 1")
-    if S < T:
-        raise UserError(f"num_keys={S} must be at least context_length={T}")
-    W = min(window or T, T)
+    check_choice("kind", kind, ("context", "causal"))
+    check_number("context_length", T, 1)
+    check_number("num_keys", S, T)
+    check_number("window", T if window is None else window, 1)
+    W = T if window is None else min(window, T)
     most = S - T + W
     if kind == "context":
         return math.log(most)
-    if kind == "causal":
-        return (math.lgamma(most + 1) - math.lgamma(S - T + 1) + (T - W) * math.log(most)) / T
-    raise UserError(f"kind={kind!r} of maximum entropy is not known{nearest(kind, ('context', 'causal'))}")
+    return (math.lgamma(most + 1) - math.lgamma(S - T + 1) + (T - W) * math.log(most)) / T
 
 
 def entropy_penalty(
@@ -80,7 +91,14 @@ def entropy_penalty(
       maximum_LxT: E_max of each row, the logarithm of how many keys it sees, where slots or windows change that; of a
         head, their mean. None: log T.
     """
-    entropy_LxBxNxT = _at_least_float32(entropy_LxBxNxT)
+    check_choice("reduction", reduction, ("row_sum", "row_mean", "head_mean"))
+    check_choice("shape", shape, ("deadzone", "hinge"))
+    check_number("tolerance", tolerance, 0, whole=False, traced=True)
+    entropy_LxBxNxT = _at_least_float32("entropy", entropy_LxBxNxT, "[L, B, N, T]")
+    L, _, N, T = entropy_LxBxNxT.shape
+    _check_shape("threshold", threshold_LxN, "[L, N]", (L, N))
+    if maximum_LxT is not None:
+        _check_shape("maximum", maximum_LxT, "[L, T]", (L, T))
     if maximum_LxT is None:
         maximum = max_entropy(entropy_LxBxNxT.shape[-1])
     elif reduction == "head_mean":
@@ -89,19 +107,13 @@ def entropy_penalty(
         maximum = maximum_LxT[:, None, None, :]
     if reduction == "head_mean":
         deviation = head_entropy(entropy_LxBxNxT) - threshold_LxN * maximum
-    elif reduction in ("row_sum", "row_mean"):
-        deviation = entropy_LxBxNxT - threshold_LxN[:, None, :, None] * maximum
     else:
-        raise UserError(
-            f"penalty reduction={reduction!r} is not known{nearest(reduction, ('row_sum', 'row_mean', 'head_mean'))}"
-        )
+        deviation = entropy_LxBxNxT - threshold_LxN[:, None, :, None] * maximum
     excess = jnp.abs(deviation) - tolerance * maximum
     if shape == "deadzone":
         penalty = jnp.where(excess <= 0, 0, jnp.square(deviation))  # a NaN is not free
-    elif shape == "hinge":
-        penalty = jnp.square(jnp.maximum(excess, 0))
     else:
-        raise UserError(f"penalty shape={shape!r} is not known{nearest(shape, ('deadzone', 'hinge'))}")
+        penalty = jnp.square(jnp.maximum(excess, 0))
     if reduction == "row_sum":
         return jnp.sum(jnp.mean(penalty, axis=(0, 2)))
     return jnp.mean(penalty)
@@ -118,7 +130,7 @@ def head_bands(entropy_LxN: jax.Array, maximum: float | jax.Array | None = None)
       entropy_LxN: head entropies in nats.
       maximum: end of the range in nats, or [L, 1] of each layer; None: the largest observed, as in the paper.
     """
-    entropy_LxN = _at_least_float32(jnp.asarray(entropy_LxN))
+    entropy_LxN = _at_least_float32("entropy", entropy_LxN, "[L, N]")
     maximum = jnp.nanmax(entropy_LxN) if maximum is None else maximum
     above = [jnp.sum((entropy_LxN >= maximum * quarter / 4) & (entropy_LxN > 0)) for quarter in (1, 2, 3)]
     known = jnp.sum(~jnp.isnan(entropy_LxN))

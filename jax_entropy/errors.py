@@ -6,7 +6,12 @@ The command line turns it into a single sentence and exit code 2; everything els
 import difflib
 import numbers
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from types import UnionType
+
+_NEAR = 0.6  # share of letters in common from which a spelling may have been meant
+_FEW = 12  # choices that a sentence has room for
+_LONGEST = 60  # characters of a value in a sentence
 
 
 class UserError(ValueError):
@@ -17,28 +22,77 @@ class Diverged(UserError):
     """Training met a loss that it cannot go on from; its message is the diagnosis. In a sweep this is a result."""
 
 
-def check_number(name: str, value: object, least: float, *, whole: bool = True) -> None:
-    """Checks an argument that is to be a number, a whole one unless said otherwise, of at least `least`.
+def check_kind(name: str, value: object, kind: type | UnionType, words: str) -> None:
+    """Checks an argument that is to be of a type, in words what that is.
 
     Raises:
       UserError: it is not.
     """
-    if not isinstance(value, numbers.Integral if whole else numbers.Real):
-        raise UserError(f"{name}={value!r} must be {'a whole number' if whole else 'a number'}")
+    if not isinstance(value, kind):
+        raise UserError(f"{name}={spelled(value)} must be {words}")
+
+
+def check_number(name: str, value: object, least: float, *, whole: bool = True, traced: bool = False) -> None:
+    """Checks an argument that is to be a number, a whole one unless said otherwise, of at least `least`.
+
+    Args:
+      traced: an array without axes will do, whose value nobody need know yet.
+    Raises:
+      UserError: it is not.
+    """
+    if traced and getattr(value, "shape", None) == ():
+        return
+    check_kind(name, value, numbers.Integral if whole else numbers.Real, "a whole number" if whole else "a number")
     if not value >= least:
         raise UserError(f"{name}={value} must {f'be at least {least}' if least else 'not be negative'}")
 
 
+def check_array(name: str, value: object, axes: str) -> None:
+    """Checks an argument that is to be an array with axes as they are printed: [B, T], or […, T] behind any others.
+
+    Raises:
+      UserError: it is not.
+    """
+    count, needed = getattr(value, "ndim", -1), axes.count(",") + 1
+    if not (count >= needed - 1 if "…" in axes else count == needed):
+        raise UserError(f"{name}={spelled(value)} must be an array {axes}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Checks an argument that is to be one of `choices`.
+
+    Raises:
+      UserError: it is not.
+    """
+    if not isinstance(value, Hashable) or value not in (choices := [*choices]):
+        raise UserError(f"{name}={spelled(value)} is not known{nearest(value, choices)}")
+
+
+def spelled(value: object) -> str:
+    """A value in a sentence: arrays by their type and shape, what is long or has lines cut short."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
 def nearest(name: object, choices: Iterable[object]) -> str:
-    """Ends an error sentence: the closest valid spelling of `name`, or all `choices` if a dozen and none is close."""
-    choices, name = [str(choice) for choice in choices], str(name)
+    """Ends an error sentence: the closest valid spelling of `name`; where none is close, all `choices` if they are few.
+
+    Initials are close (lr for learning_rate), and so is a part between dots by itself.
+    """
+    choices, name = [str(choice) for choice in choices], str(name).lower()
 
     def similarity(choice: str) -> float:
-        if name.rpartition(".")[2].lower() == "".join(re.findall("(?:^|_)(.)", choice.rpartition(".")[2].lower())):
-            return 1.0  # its initials: lr for learning_rate
-        return difflib.SequenceMatcher(None, name.lower(), choice.lower()).ratio()
+        choice = choice.lower()
+        last = choice.rpartition(".")[2]
+        if name.rpartition(".")[2] == "".join(re.findall("(?:^|_)(.)", last)):
+            return 1.0
+        return max(difflib.SequenceMatcher(None, name, spelling).ratio() for spelling in (choice, last))
 
     best = max(choices, key=similarity)
-    if similarity(best) >= 0.5 or len(choices) > 12:
+    if similarity(best) >= _NEAR:
         return f"; did you mean {best!r}?"
-    return f"; choose one of {', '.join(map(repr, choices))}"
+    if len(choices) <= _FEW:
+        return f"; choose one of {', '.join(map(repr, choices))}"
+    return f"; of the {len(choices)} that there are, none is close"

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from jax_entropy import data
 from jax_entropy.config import check
 from jax_entropy.data.packing import pack
-from jax_entropy.errors import UserError, check_number
+from jax_entropy.entropy import max_entropy
+from jax_entropy.errors import UserError, check_kind, check_number
 from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
 from jax_entropy.paths import local_path
@@ -28,8 +29,9 @@ _ELSEWHERE = ("directory", "num_threads", "prefetch", "tokenizer")  # where and 
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate_batch(
     model: Transformer, variables: Any, tokens_BxT1, weight_B, bytes_V
-) -> tuple[tuple[jax.Array, ...], Reading]:
-    """Per sequence: weight, loss in nats, bytes predicted [B], head entropy [B, L, N]; and how the first were read.
+) -> tuple[tuple[jax.Array, ...], Reading, jax.Array | None]:
+    """Per sequence: weight, loss in nats, bytes predicted [B], head entropy [B, L, N]; how the first were read; and the
+    most entropy that a head can have on average, [L], None where it is that of causal attention.
 
     The same on every process.
     """
@@ -46,7 +48,8 @@ def _evaluate_batch(
         entropy=jnp.moveaxis(aux.stats.entropy[:, :R, :, :T], 1, 2),
         temperature=aux.temperature,
     )
-    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), (per_sequence, reading))
+    maximum_L = None if aux.maximum is None else jnp.mean(aux.maximum, axis=1)
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), (per_sequence, reading, maximum_L))
 
 
 def evaluate_batches(
@@ -64,14 +67,14 @@ def evaluate_batches(
       byte_lengths: bytes that each token of the vocabulary stands for, [V].
       read: is given how the first few hundred tokens were read.
     Returns:
-      validation_loss (nats/token), validation_perplexity, bits_per_byte, head_entropy (nats) [L, N], tokens (count),
-      context_length (tokens, of the longest).
+      validation_loss (nats/token), validation_perplexity, bits_per_byte, head_entropy (nats) [L, N], maximum_causal
+      (the most that it can be of the longest, nats) [L], tokens (count), context_length (tokens, of the longest).
     """
     loss = num_bytes = tokens = entropy = 0.0
-    context_length = 0
+    context_length, maximum_L = 0, None
     byte_lengths = jnp.asarray(byte_lengths)
     for tokens_BxT1, weight_B in batches:
-        sums, reading = _evaluate_batch(model, variables, tokens_BxT1, weight_B, byte_lengths)
+        sums, reading, most_L = _evaluate_batch(model, variables, tokens_BxT1, weight_B, byte_lengths)
         if read:
             read(jax.device_get(reading))
             read = None
@@ -83,13 +86,17 @@ def evaluate_batches(
         length = tokens_BxT1.shape[1] - 1
         entropy += np.tensordot(weight_B * length, entropy_BxLxN, 1)
         tokens += float(np.sum(weight_B)) * length
-        context_length = max(context_length, length)
+        if length > context_length:
+            context_length, maximum_L = length, jax.device_get(most_L)
     mean = loss / tokens
+    if maximum_L is None:
+        maximum_L = np.full(entropy.shape[0], max_entropy(context_length, "causal"))
     return dict(
         validation_loss=mean,
         validation_perplexity=math.exp(mean) if mean < 700 else math.inf,
         bits_per_byte=loss / math.log(2) / num_bytes,
         head_entropy=np.asarray(entropy / tokens, np.float32),
+        maximum_causal=np.asarray(maximum_L, np.float32),
         tokens=int(tokens),
         context_length=context_length,
     )
@@ -134,6 +141,7 @@ def evaluate(
         `load_run` and `data.prepare` do.
     """
     check_number("batch_size", batch_size, 1)
+    check_kind("section", section, ConfigDict | None, "the data section of a config")
     run = run if isinstance(run, Run) else load_run(run, notify, best=best)
     if text is not None:
         batches, words = _text_batches(run, text, batch_size), f"on {os.fspath(text)}"

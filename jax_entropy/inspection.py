@@ -15,7 +15,7 @@ import tokenizers
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import ACTIVATION, ACTIVATIONS, KINDS, NORM, PRODUCT, SOFTMAX
 from jax_entropy.entropy import extreme_heads, head_bands, max_entropy
-from jax_entropy.errors import UserError, check_number
+from jax_entropy.errors import UserError, check_number, spelled
 from jax_entropy.huggingface.decoder import Decoder, read_decoder
 from jax_entropy.huggingface.decoders import FAMILIES
 from jax_entropy.huggingface.forward import losses
@@ -276,6 +276,8 @@ def _tokens(directory: Path, decoder: Decoder, text: str | Sequence[int] | np.nd
         if (tokenizer := _tokenizer(directory)) is None:
             raise UserError(f"{directory} has no tokenizer.json, nor vocab.json and merges.txt; put them there")
         text = _first_tokens(tokenizer, text, num_tokens)
+    if not isinstance(text, Sequence | np.ndarray):
+        raise UserError(f"text={spelled(text)} must be text, or its token ids")
     tokens = np.asarray(text)
     if tokens.ndim != 1 or len(tokens) < 3 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"text must be at least three tokens long, not {tokens.size}")

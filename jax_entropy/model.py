@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats
-from jax_entropy.errors import UserError
+from jax_entropy.errors import UserError, check_array, check_kind, spelled
 from jax_entropy.layers import Block, Shared, Stream, Watched
 from jax_entropy.norms import normalise
 from jax_entropy.sharding import BATCH, constrain, platform
@@ -43,6 +43,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
+        check_kind("config", config, ModelConfig, "a ModelConfig, as architecture(…) makes one")
         table = (config.vocab_size, config.model_dim)
         normal = nn.initializers.normal(config.init_std)
         self.token_embedding = self.param("token_embedding", normal, table, jnp.float32)
@@ -80,6 +81,9 @@ class Transformer(nn.Module):
         return logits(hidden_BxTxD, head_VxD), aux
 
     def _run(self, tokens_BxT: jax.Array, position: int | jax.Array) -> tuple[jax.Array, jax.Array, Aux]:
+        check_array("tokens", tokens_BxT, "[B, T]")
+        if not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
+            raise UserError(f"tokens={spelled(tokens_BxT)} must be whole numbers, like int32")
         config, T = self.config, tokens_BxT.shape[1]
         if T > config.context_length:
             raise UserError(f"{T} tokens do not fit into context_length={config.context_length}")

@@ -55,6 +55,8 @@ def test_the_figures_are_those_of_a_direct_computation(name):
     assert result["validation_perplexity"] == pytest.approx(math.exp(nats / targets.size), rel=1e-4)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / BYTES[targets].sum(), rel=1e-5)
     np.testing.assert_allclose(result["head_entropy"], entropy.mean((1, 3)), rtol=1e-4)
+    seen_LxT = [np.minimum(np.arange(1, 17), window) + config.num_slots for window in config.windows]
+    np.testing.assert_allclose(result["maximum_causal"], np.log(seen_LxT).mean(1), rtol=1e-5)
     assert (result["tokens"], result["context_length"]) == (targets.size, 16) == (112, 16)
 
 

@@ -23,13 +23,15 @@ c_i = scale_i·(dlogsumexp_i − D_i − dentropy_i·entropy_i)/l_i − g_i·log
 import functools
 import importlib
 import importlib.metadata
+import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import UserError, check_array, check_choice, check_kind, check_number, spelled
 from jax_entropy.sharding import device_kind, platform
 
 
@@ -110,6 +112,7 @@ def attention(
       UserError: shapes that do not fit together, or an implementation that this device lacks.
     """
     _check(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT, position, window, num_slots)
+    check_kind("transform", transform, Callable | None, "a function of the logits, or None")
     (_, T, N, H), S = q_BxTxNxH.shape, k_BxSxNxH.shape[1]
     if transform is None:
         attend = _implementation(implementation, q_BxTxNxH, S, position is None, window is not None).function
@@ -165,10 +168,9 @@ def _assembler_is_sound() -> bool:
 
 
 def _implementation(name: str, q: jax.Array, S: int, at_end: bool, windowed: bool) -> Implementation:
+    check_choice("implementation", name, ("auto", *IMPLEMENTATIONS))
     here, kind = platform(), device_kind()
     name = choose(here, kind, q, S, at_end, windowed) if name == "auto" else name
-    if name not in IMPLEMENTATIONS:
-        raise UserError(f"unknown attention implementation {name!r}{nearest(name, ('auto', *IMPLEMENTATIONS))}")
     if not (found := IMPLEMENTATIONS[name]).runs_on(here, kind):
         work = ("auto", *available())
         needed = " and ".join(found.platforms if found.devices == ("",) else found.devices)
@@ -180,20 +182,24 @@ def _implementation(name: str, q: jax.Array, S: int, at_end: bool, windowed: boo
 
 
 def _check(q, k, v, temperature, position, window, num_slots) -> None:
+    for name, x, axes in (("q", q, "[B, T, N, H]"), ("k", k, "[B, S, N, H]"), ("v", v, "[B, S, N, H]")):
+        check_array(name, x, axes)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(f"{name}={spelled(x)} must be an array of real numbers, like float32")
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise UserError(f"attention needs q [B, T, N, H], k and v [B, S, N, H], not {shapes}")
     B, T, N, H = q.shape
     S = k.shape[1]
     if not k.shape == v.shape == (B, S, N, H):
         raise UserError(f"k and v must be [B, S, N, H] with the B, N and H of q, not {shapes}")
     if not 1 <= T <= S:
         raise UserError(f"causal attention needs at least as many keys as queries (S >= T >= 1), not {shapes}")
-    if temperature is not None and temperature.shape != (N, T):
-        raise UserError(f"temperature must be [N, T] = {(N, T)} for {shapes}, not {temperature.shape}")
-    if isinstance(position, int) and not 0 <= position <= S - T:
-        raise UserError(f"position={position} must lie between 0 and S − T = {S - T} for {shapes}")
-    if isinstance(window, int) and window < 1:
-        raise UserError(f"window={window} must be at least 1: a query sees its own key")
-    if not 0 <= num_slots <= S - T:
-        raise UserError(f"num_slots={num_slots} must lie between 0 and S − T = {S - T} for {shapes}")
+    if temperature is not None:
+        check_array("temperature", temperature, "[N, T]")
+        if temperature.shape != (N, T):
+            raise UserError(f"temperature must be [N, T] = {(N, T)} for {shapes}, not {temperature.shape}")
+    if window is not None:
+        check_number("window", window, 1, traced=True)  # a query sees its own key
+    for name, value in (("position", 0 if position is None else position), ("num_slots", num_slots)):
+        check_number(name, value, -math.inf, traced=True)
+        if isinstance(value, numbers.Integral) and not 0 <= value <= S - T:
+            raise UserError(f"{name}={value} must lie between 0 and S − T = {S - T} for {shapes}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.attention.dense import MASKED
 from jax_entropy.entropy import row_entropy
-from jax_entropy.errors import UserError
+from jax_entropy.errors import UserError, check_array
 
 
 def attention_fn(
@@ -48,7 +48,15 @@ def attention_fn(
             f"dropout_rate={dropout_rate} of attention weights is not supported by je.attention_fn; use 0 here, and "
             "dropout after the layer"
         )
+    for name, x, axes in (
+        ("query", query, "[…, T, N, H]"),
+        ("key", key, "[…, S, K, H]"),
+        ("value", value, "[…, S, K, H]"),
+    ):
+        check_array(name, x, axes)
     *batch, T, N, _ = query.shape
+    if N % key.shape[-2]:
+        raise UserError(f"{key.shape[-2]} heads of keys cannot be shared evenly by {N} heads of queries")
     q_BxTxNxH, k_BxSxNxH, v_BxSxNxH = (
         jnp.repeat(x, N // x.shape[-2], axis=-2).reshape(-1, x.shape[-3], N, x.shape[-1]) for x in (query, key, value)
     )

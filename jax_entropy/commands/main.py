@@ -13,7 +13,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
-from jax_entropy.commands import parse, process
+from jax_entropy.commands import INTERRUPTED, parse, process
 from jax_entropy.commands.census import census
 from jax_entropy.commands.console import output_failure, prepare_streams, warn
 from jax_entropy.commands.inspect import inspect
@@ -35,7 +35,6 @@ FAMILIES = {
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 _COMPILE = ("train", "evaluate", "generate")  # the same programs again and again
 _HELP = ("help", "--help", "-h")
-_INTERRUPTED = "jax-entropy: interrupted; the same command starts again"
 # glibc reads it when a process starts, and from nowhere else
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
         if _was_interrupted(error):
-            warn(_INTERRUPTED)
+            warn(INTERRUPTED)
         elif needed := _out_of_memory(error):
             warn(f"jax-entropy: out of memory: {needed}; docs/troubleshooting.md says what takes less")
             code = 2
@@ -113,7 +112,7 @@ def _run(arguments: list[str], is_process: bool) -> int:
         warn("jax-entropy: " + str(error).replace("\n", "\\n"))
         return 2
     except KeyboardInterrupt:
-        warn(_INTERRUPTED)
+        warn(INTERRUPTED)
         return 1
     return 0
 

@@ -6,7 +6,6 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jax_entropy.entropy import max_entropy
 from jax_entropy.generate import generate
 from jax_entropy.report import print_head_entropy, report
 from jax_entropy.runs.load import Run
@@ -24,7 +23,7 @@ def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
         f"perplexity {evaluation['validation_perplexity']:.3f}, "
         f"{evaluation['bits_per_byte']:.4f} bits per byte, {evaluation['tokens']:,} tokens\n"
     )
-    print_head_entropy(evaluation["head_entropy"], max_entropy(evaluation["context_length"], "causal"), console)
+    print_head_entropy(evaluation["head_entropy"], float(evaluation["maximum_causal"].max()), console)
 
 
 def conclude(config: ConfigDict, path: str, result: Result, command: str, console: Console) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.config import model_config
 from jax_entropy.data import Tokenizer, load_tokenizer
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import UserError, check_choice
 from jax_entropy.export.card import HUGGINGFACE, SAFETENSORS, TRANSFORMER_LENS, card
 from jax_entropy.export.transformer_lens import check_expressible as check_lens
 from jax_entropy.export.transformer_lens import to_transformer_lens
@@ -72,8 +72,7 @@ def export_run(
       UserError: there is no run or checkpoint, the format has no place for a part of the model, or the folder is not
         empty or cannot be written.
     """
-    if to not in FORMATS:
-        raise UserError(f"to={to!r} is not known{nearest(to, FORMATS)}")
+    check_choice("to", to, FORMATS)
     workdir, directory, form = Workdir(workdir), local_path(directory, to), FORMATS[to]
     config = workdir.read_config()
     tokenizer = load_tokenizer(workdir.tokenizer) if workdir.tokenizer.exists() else None

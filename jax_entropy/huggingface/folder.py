@@ -6,7 +6,8 @@ Every value is exact to the bit; what a family or this package cannot express is
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import UserError, check_kind, check_number, nearest, spelled
 from jax_entropy.huggingface.family import Family
 from jax_entropy.huggingface.gpt2 import GPT2
 from jax_entropy.model import Transformer
+from jax_entropy.paths import local_path
 
 _FAMILIES = (GPT2,)
 EXACT_TYPES = ("F32", "F16", "BF16")  # what float32 holds without rounding
 WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def from_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+def from_huggingface(directory: str | os.PathLike) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads a GPT-2 folder: config.json and model.safetensors, whole or in shards with their index.
 
     Args:
@@ -39,7 +41,7 @@ def from_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]
       UserError: another architecture, a variant of GPT-2 that computes something else, pickled weights only, or a
         missing, damaged or superfluous part.
     """
-    directory = Path(directory)
+    directory = local_path(directory, "directory")
     if not directory.is_dir():
         raise UserError(f"{directory} is no folder; name a local one that holds config.json and {WEIGHTS}")
     family, config = read_config(directory)
@@ -56,7 +58,7 @@ def from_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]
 
 
 def to_huggingface(
-    config: ModelConfig, variables: dict[str, Any], directory: str | Path, end_of_text: int | None = None
+    config: ModelConfig, variables: dict[str, Any], directory: str | os.PathLike, end_of_text: int | None = None
 ) -> None:
     """Writes a folder that `transformers.GPT2LMHeadModel.from_pretrained` and `from_huggingface` read.
 
@@ -70,6 +72,10 @@ def to_huggingface(
       UserError: GPT-2 cannot express a field of the config, the variables are another config's, or the folder is
         something else's or cannot be written.
     """
+    check_model(config, variables)
+    directory = local_path(directory, "directory")
+    if end_of_text is not None:
+        check_number("end_of_text", end_of_text, 0)
     check_expressible(config)
     params = _read_variables(config, variables)
     for leaf, shape in _leaf_shapes(dataclasses.replace(config, bias=GPT2.fields["bias"])).items():
@@ -82,10 +88,23 @@ def to_huggingface(
             parts = [params[leaf][layer].reshape(*shapes[name][:-1], -1) for leaf in leaves]
             tensors[name] = np.concatenate(parts, axis=-1)
     tensors = {GPT2.tensor_prefix + name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    path = Path(directory) / "config.json"
+    path = directory / "config.json"
     if path.exists() and read_json(path).get("model_type") != GPT2.model_type:
         raise UserError(f"{path} is not a GPT-2's and would be overwritten; choose another folder")
-    write_folder(Path(directory), _config_json(config, end_of_text), tensors)
+    write_folder(directory, _config_json(config, end_of_text), tensors)
+
+
+def check_model(config: ModelConfig, variables: dict[str, Any]) -> None:
+    """Checks that these are a model's config and variables, whatever their shapes.
+
+    Raises:
+      UserError: they are something else.
+    """
+    check_kind("config", config, ModelConfig, "a ModelConfig, as architecture(…) makes one")
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise UserError(
+            f'variables={spelled(variables)} must be a mapping with "params", as Transformer(config) has them'
+        )
 
 
 def check_expressible(config: ModelConfig) -> None:

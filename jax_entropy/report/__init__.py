@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import check_choice
 from jax_entropy.paths import local_path, writing
 from jax_entropy.report.comparison import comparison
 from jax_entropy.report.figures import ITEMS
@@ -47,8 +47,7 @@ def report(
     Raises:
       UserError: where `read_history` does, of any of the workdirs, if a file cannot be written, and for other figures.
     """
-    if figures not in FORMATS:
-        raise UserError(f"figures={figures!r} is not known{nearest(figures, FORMATS)}")
+    check_choice("figures", figures, FORMATS)
     page_file, csv_file = (
         given and local_path(given, name) for name, given in (("page_file", page_file), ("csv_file", csv_file))
     )

@@ -6,7 +6,7 @@ je.sweep(Sweep(points=product({"architecture": ["SM+LN+G", "SM"]}), baselines=["
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jax_entropy.sweep.spec import SCALES, Published, Sweep, Tuning, product, zipped
 
@@ -22,7 +22,7 @@ def sweep(
     *,
     scale: str = "small",
     jobs: int = 1,
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[str, Any] | None = None,
     notify: Callable[[str], None] = print,
 ) -> "list[Row]":
     """Trains every run of a sweep that is not done yet, and writes and returns its table.
@@ -35,7 +35,7 @@ def sweep(
       workdir: folder of its runs, table and pictures; by default `sweeps/NAME-SCALE` for a file.
       scale: "short", "small", "gpu" or "full"; what these are is said in the file.
       jobs: runs at a time, each on its share of the cores or GPUs.
-      fields: of every run's config, as text: {"train.num_steps": "100"}; what a point sets itself wins.
+      fields: of every run's config: {"train.num_steps": 100}; what a point sets itself wins.
       notify: is told, a line at a time, how it goes.
     Returns:
       A row for each point, of the runs that have ended: all of them, unless a signal stopped the sweep.
@@ -45,4 +45,4 @@ def sweep(
     """
     from jax_entropy.sweep.run import run  # JAX, matplotlib and more, which the files of sweeps need not wait for
 
-    return run(what, workdir, scale, jobs, fields or {}, notify)
+    return run(what, workdir, scale, jobs, {} if fields is None else fields, notify)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -60,7 +61,7 @@ def run(
     workdir: str | os.PathLike | None,
     scale: str,
     jobs: int,
-    fields: Mapping[str, str],
+    fields: Mapping[str, Any],
     notify: Callable[[str], None],
 ) -> list[Row]:
     """As `jax_entropy.sweep.sweep`."""

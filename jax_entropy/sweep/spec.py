@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jax_entropy.config import check
 from jax_entropy.config_file import change, come_along, explained, find, function_of, load_config
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import UserError, check_choice, check_kind, nearest
 from jax_entropy.fields import SEED
 
 _RATE = "optimizer.learning_rate"
@@ -52,6 +52,7 @@ def zipped(fields: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def _check_lists(fields: Mapping[str, Sequence[Any]]) -> None:
+    check_kind("fields", fields, Mapping, "a mapping of fields to lists of values")
     for name, values in fields.items():
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise UserError(f"{name}={values!r} must be a list of values")
@@ -156,8 +157,7 @@ def load_sweep(name: str, scale: str) -> Sweep:
     Raises:
       UserError: there is no such file or scale, or the file raises or returns something else.
     """
-    if scale not in SCALES:
-        raise UserError(f"scale={scale!r} is not known{nearest(scale, SCALES)}")
+    check_choice("scale", scale, SCALES)
     path = find(name, come_along("sweeps"), "sweep")
     with explained(path, "sweep"):
         get_sweep = function_of(path, "get_sweep")
@@ -171,14 +171,15 @@ def load_sweep(name: str, scale: str) -> Sweep:
     return found
 
 
-def points_of(sweep: Sweep, fields: Mapping[str, str]) -> list[Point]:
+def points_of(sweep: Sweep, fields: Mapping[str, Any]) -> list[Point]:
     """The points of a sweep with their configs, all of them checked.
 
     Args:
-      fields: of every run, as text: {"train.num_steps": "100"}; a point's own win.
+      fields: of every run: {"train.num_steps": 100}; a point's own win.
     Raises:
       UserError: something in it cannot work.
     """
+    check_kind("fields", fields, Mapping, "a mapping of fields to values")
     _check(sweep, fields)
     points = [_point(sweep, point, fields) for point in sweep.points]
     labels = [point.label for point in points]
@@ -192,7 +193,7 @@ def points_of(sweep: Sweep, fields: Mapping[str, str]) -> list[Point]:
     return points
 
 
-def _check(sweep: Sweep, fields: Mapping[str, str]) -> None:
+def _check(sweep: Sweep, fields: Mapping[str, Any]) -> None:
     """Checks what is not a field of the configuration; `fields` are those of every run.
 
     Raises:
@@ -239,7 +240,7 @@ def _check(sweep: Sweep, fields: Mapping[str, str]) -> None:
         raise UserError(f"the sweep's tuning.share={tuning.share} must be above 0 and at most 1")
 
 
-def _point(sweep: Sweep, point: Mapping[str, Any], fields: Mapping[str, str]) -> Point:
+def _point(sweep: Sweep, point: Mapping[str, Any], fields: Mapping[str, Any]) -> Point:
     own = {name: str(value) for name, value in point.items()}
     values = {name: str(value) for name, value in sweep.fields.items()} | dict(fields) | own
     architecture = values.pop("architecture", None)

@@ -19,7 +19,6 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
-from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.runs.metrics import drop_lines_after
 from jax_entropy.runs.workdir import Workdir, to_json
@@ -85,7 +84,8 @@ class MetricsWriter:
             }
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
             if entropy_LxN := line.get("head_entropy"):
-                values += _pictures(f"{prefix}head_entropy", np.array(entropy_LxN, float), line.get("context_length"))
+                most = prefix and line.get("maximum_causal")
+                values += _pictures(f"{prefix}head_entropy", np.array(entropy_LxN, float), most)
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             self._events.flush()
         if self._wandb is not None:
@@ -120,8 +120,8 @@ def _scalars(value: Any, tag: str) -> Iterator[tuple[str, float]]:
         yield tag, value
 
 
-def _pictures(tag: str, entropy_LxN: np.ndarray, context_length: int | None) -> Iterator[Summary.Value]:
-    """A histogram over all heads; in an evaluation, which knows its context, also a square a head, layers downwards."""
+def _pictures(tag: str, entropy_LxN: np.ndarray, maximum_L: list[float] | None) -> Iterator[Summary.Value]:
+    """A histogram over all heads; of an evaluation, which knows the most that they can have, also a square a head."""
     finite = entropy_LxN[np.isfinite(entropy_LxN)]
     if finite.size:
         counts, edges = np.histogram(finite, bins=20)
@@ -130,10 +130,10 @@ def _pictures(tag: str, entropy_LxN: np.ndarray, context_length: int | None) -> 
             bucket_limit=edges[1:], bucket=counts,
         )  # fmt: skip
         yield Summary.Value(tag=f"{tag}/heads", histo=histogram)
-    if context_length:
-        buffer, largest = io.BytesIO(), max_entropy(context_length, "causal")
+    if maximum_L:
+        buffer = io.BytesIO()
         squares = np.kron(entropy_LxN, np.ones((_SQUARE, _SQUARE)))
-        imsave(buffer, squares, vmin=0, vmax=largest, cmap="viridis", format="png")
+        imsave(buffer, squares, vmin=0, vmax=max(maximum_L), cmap="viridis", format="png")
         yield Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=buffer.getvalue()))
 
 

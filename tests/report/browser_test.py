@@ -65,30 +65,49 @@ def address(runs):
     return file.as_uri()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def visit(browser, address):
-    """Opens a page; whatever it complains of or asks a network for is an error."""
-    troubles, pages = [], []
+    """Opens a page; whatever it complains of or asks a network for is among its `troubles`."""
 
     def open_page(address=address, fragment="", width=1280, theme="light"):
         size = dict(viewport=dict(width=width, height=900), device_scale_factor=0.5, has_touch=width < 500)
         tab = browser.new_page(**size, color_scheme=theme)
         tab.set_default_timeout(120_000)  # of a machine that is busy
-        pages.append(tab)
-        tab.on("console", lambda said: troubles.append(said.text))
-        tab.on("pageerror", lambda error: troubles.append(str(error)))
-        tab.on(
-            "request",
-            lambda asked: asked.url.startswith(("data:", address.partition("#")[0])) or troubles.append(asked.url),
-        )
+        tab.on("console", lambda said: open_page.troubles.append(said.text))
+        tab.on("pageerror", lambda error: open_page.troubles.append(str(error)))
+        known = ("data:", address.partition("#")[0])
+        tab.on("request", lambda asked: asked.url.startswith(known) or open_page.troubles.append(asked.url))
         tab.goto(address + fragment)
         tab.wait_for_selector(".ready")
         return tab
 
-    yield open_page
-    for tab in pages:
-        tab.close()
-    assert not troubles
+    open_page.troubles = []
+    return open_page
+
+
+@pytest.fixture(autouse=True)
+def untroubled(visit):
+    visit.troubles.clear()
+    yield
+    assert not visit.troubles
+
+
+@pytest.fixture(scope="module")
+def desk(visit):
+    """The page of both runs in one tab for all tests, brought to where a fragment leads."""
+    tab = visit()
+
+    def at(fragment="#step=1000&run=0"):
+        tab.evaluate(
+            """fragment => new Promise((done) => {
+                addEventListener("hashchange", done, { once: true });  // after the page's own
+                location.hash = `${fragment}&visit=${performance.now()}`;
+            })""",
+            fragment,
+        )
+        return tab
+
+    return at
 
 
 def said(tab, panel):
@@ -109,6 +128,7 @@ def pictures(tab, panels):
 @pytest.mark.parametrize("width, theme, other", [(1280, "light", "dark"), (390, "dark", "light")])
 def test_the_slider_moves_every_picture_and_nothing_overflows(visit, width, theme, other):
     tab = visit(fragment="#step=200", width=width, theme=theme)
+    assert tab.inner_text("#now b") == "200"
     panels = ["heads", "layers", "bands", "thresholds", "temperatures", "logits", "losses", "entropy-surface",
               "positions", "text"]  # fmt: skip
     words, before = {panel: said(tab, panel) for panel in panels}, pictures(tab, panels)
@@ -122,10 +142,11 @@ def test_the_slider_moves_every_picture_and_nothing_overflows(visit, width, them
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         color = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         assert color == dict(light="rgb(247, 246, 243)", dark="rgb(18, 19, 22)")[scheme]
+    tab.close()
 
 
-def test_keys_play_and_the_address_lead_to_a_step(visit):
-    tab = visit(fragment="#step=420&run=1&layer=2&head=1")
+def test_keys_play_and_the_address_lead_to_a_step(desk):
+    tab = desk("#step=420&run=1&layer=2&head=1")
     assert tab.inner_text("#now b") == "400" and tab.input_value("#choose-run") == "1"
     assert "layer 2, head 1" in said(tab, "head")
     tab.locator("h1 >> visible=true").click()
@@ -141,8 +162,8 @@ def test_keys_play_and_the_address_lead_to_a_step(visit):
     assert tab.locator("#head").is_hidden()
 
 
-def test_a_head_that_is_chosen_is_marked_everywhere_and_its_numbers_are_those_logged(visit, runs):
-    tab = visit()
+def test_a_head_that_is_chosen_is_marked_everywhere_and_its_numbers_are_those_logged(desk, runs):
+    tab = desk()
     history = read_history(runs[0])
     tab.click('#heads .cell[data-layer="1"][data-head="3"]')
     entropy = history.train["head_entropy"][-1, 1, 3]
@@ -164,8 +185,8 @@ def test_a_head_that_is_chosen_is_marked_everywhere_and_its_numbers_are_those_lo
     playwright.expect(tab.locator("#tip")).to_contain_text(f"{history.train['head_entropy'][-1, 2, 0]:.5g} nats")
 
 
-def test_runs_are_compared_and_incidents_marked(visit):
-    tab = visit(fragment="#against=1")
+def test_runs_are_compared_and_incidents_marked(desk):
+    tab = desk("#against=1")
     assert "more than in second" in said(tab, "heads")
     assert tab.locator("#differences th.chosen").inner_text() == "first"
     losses = said(tab, "all-losses")
@@ -174,15 +195,15 @@ def test_runs_are_compared_and_incidents_marked(visit):
         assert tab.locator(f"#{panel} .incident").count() == 1, panel
 
 
-def test_a_threshold_is_a_share_of_what_its_own_layer_can_have(visit, runs):
-    tab, last = visit(fragment="#run=1"), {name: of[-1] for name, of in read_history(runs[1]).train.items()}
+def test_a_threshold_is_a_share_of_what_its_own_layer_can_have(desk, runs):
+    tab, last = desk("#run=1"), {name: of[-1] for name, of in read_history(runs[1]).train.items()}
     apart_LxN = np.abs(last["head_entropy"] / np.array(WINDOWS)[:, None] - last["threshold"])
     words = said(tab, "thresholds").split()
     assert int(words[0]) == apart_LxN.size and float(words[-5]) == pytest.approx(apart_LxN.mean(), rel=1e-2)
 
 
-def test_texts_are_shown_and_never_obeyed(visit):
-    tab = visit()
+def test_texts_are_shown_and_never_obeyed(desk):
+    tab = desk()
     words = tab.inner_text("#text .reading")
     assert "<script>alert(1)</script>" in words and "\x1b" not in tab.content() and "�[31m" in words
     assert tab.locator("script").count() == 2  # the block and the page's own
@@ -198,13 +219,16 @@ def test_what_is_not_a_number_is_said_and_not_drawn_as_one(visit, tmp_path):
     assert said(tab, "layers").endswith("nats, 2 of 3 layers are not a number")
     assert "grey: not a number" in tab.inner_text("#entropy-surface .legend")
     assert tab.locator("#heads .unknown").count() == 4
+    tab.close()
 
 
-def test_print_shows_all_of_the_configuration(visit):
-    tab = visit()
+def test_print_shows_all_of_the_configuration(desk):
+    tab = desk()
     tab.emulate_media(media="print")
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert tab.locator("#abouts details:not([open]) >> visible=true").count() == 0 and tab.locator("#time").is_hidden()
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    tab.emulate_media(media="screen")
 
 
 def test_a_watched_run_is_followed(visit, tmp_path):
@@ -217,4 +241,5 @@ def test_a_watched_run_is_followed(visit, tmp_path):
         assert tab.locator("#play").is_hidden() and tab.locator("#layers").is_hidden()  # of one step nothing moves
         (workdir / "metrics.jsonl").write_text("".join(lines))
         playwright.expect(tab.locator("#now b")).to_have_text("150", timeout=60_000)
+        tab.close()
         server.shutdown()

@@ -17,7 +17,6 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.runs.workdir import to_json
 from jax_entropy.training.writer import MetricsWriter
@@ -36,7 +35,7 @@ TRAIN = {
 EVALUATE = {
     "kind": "evaluate",
     "validation_loss": 3.25,
-    "context_length": 64,
+    "maximum_causal": [3.0, 4.0],
     "head_entropy": np.array([[1.0, 2.0, 3.0], [0.0, np.nan, 1.0]]),
 }
 
@@ -112,7 +111,8 @@ def test_tensorboard_file(tmp_path):
     *scalars, histogram, picture = evaluate.summary.value
     assert {value.tag: value.simple_value for value in scalars} == {
         "evaluate/validation_loss": 3.25,
-        "evaluate/context_length": 64.0,
+        "evaluate/maximum_causal/0": 3.0,
+        "evaluate/maximum_causal/1": 4.0,
         "evaluate/head_entropy/0/0": 1.0,
         "evaluate/head_entropy/0/1": 2.0,
         "evaluate/head_entropy/0/2": 3.0,
@@ -123,7 +123,7 @@ def test_tensorboard_file(tmp_path):
     assert picture.tag == "evaluate/head_entropy"
     pixels = np.asarray(Image.open(io.BytesIO(picture.image.encoded_image_string)).convert("RGBA"))
     assert pixels.shape == (32, 48, 4)
-    share = EVALUATE["head_entropy"] / max_entropy(64, "causal")
+    share = EVALUATE["head_entropy"] / 4.0  # of the layer that can have most
     expected = matplotlib.colormaps["viridis"](share, bytes=True)
     np.testing.assert_array_equal(pixels[8::16, 8::16][np.isfinite(share)], expected[np.isfinite(share)])
     assert not pixels[24, 24, 3]  # NaN

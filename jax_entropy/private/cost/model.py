@@ -133,12 +133,16 @@ def _squarings(
     """Squarings in every layer's exponentials beyond those that were measured: the engine's, and a program's own."""
     by_layer, measured = setting.bent_squarings(config.num_layers), Setting().squarings
     found: dict[str, list[tuple[Work, int]]] = {"squaring": [], "squaring in a program": []}
-    for layer, squarings in enumerate(by_layer):
+    alike: dict[tuple[int, int, bool], list[int]] = {}
+    for layer, (window, squarings) in enumerate(zip(config.windows, by_layer, strict=True)):
         alone = logits == "last" and not plain and layer == config.num_layers - 1
-        count = exponentials(config, layer, num_tokens, plain, alone)
-        found["squaring"].append((Work(1, elements=(count,), squared=(count,)), setting.squarings - measured))
+        alike.setdefault((window, squarings, alone), []).append(layer)
+    for (_, squarings, alone), layers in alike.items():
+        count = exponentials(config, layers[0], num_tokens, plain, alone)
+        beyond = len(layers) * (setting.squarings - measured)
+        found["squaring"].append((Work(1, elements=(count,), squared=(count,)), beyond))
         own = Work(1, elements=(count,), multiplied=(count,))
-        found["squaring in a program"].append((own, squarings - setting.squarings))
+        found["squaring in a program"].append((own, len(layers) * (squarings - setting.squarings)))
     return found
 
 

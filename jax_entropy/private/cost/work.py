@@ -3,6 +3,7 @@
 `linear` and `ciphertexts` turn it into the counts that a protocol's bytes are proportional to.
 """
 
+import collections
 import functools
 import math
 from typing import NamedTuple
@@ -92,8 +93,8 @@ def work(
     if plain:
         found |= _attention_as_written(config, T)
     else:
-        layers = {window: config.windows[: L - alone].count(window) for window in config.windows[: L - alone]}
-        each = [(_attention(config, config.windows.index(window), T, protocol), layers[window]) for window in layers]
+        windows = config.windows[: L - alone]
+        each = [(_attention(config, windows.index(w), T, protocol), n) for w, n in collections.Counter(windows).items()]
         each.append((_attention_of_one(config, L - 1, T), alone))
         for kind in each[0][0]:
             found[kind] = [of[kind]._replace(parts=count) for of, count in each]

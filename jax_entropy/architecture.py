@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from jax_entropy.errors import UserError, check_choice, nearest
+from jax_entropy.errors import UserError, check_choice, check_kind, nearest
 from jax_entropy.notation import TARGETS, notation, written_fields
 
 CHOICES = {
@@ -244,6 +244,15 @@ def _check_together(config: ModelConfig) -> None:
             f"Cap({config.logit_cap}) bounds what an exponential sees, and PSM({config.power}) has none; "
             "leave one of them out"
         )
+
+
+def check_model(config: ModelConfig) -> None:
+    """Checks that an argument is what describes a model.
+
+    Raises:
+      UserError: it is something else.
+    """
+    check_kind("config", config, ModelConfig, "a ModelConfig, as architecture(…) makes one")
 
 
 def architecture(name: str, **overrides: Any) -> ModelConfig:

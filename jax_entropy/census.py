@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_entropy.architecture import ModelConfig
+from jax_entropy.architecture import ModelConfig, check_model
 from jax_entropy.model import Transformer
 
 # What tables of private execution add up and a picture has one color for.
@@ -115,6 +115,7 @@ class Census:
 
 def census(config: ModelConfig) -> Census:
     """Counts the operations of a forward pass over `config.context_length` tokens."""
+    check_model(config)
     T, D, F, L, N = config.context_length, config.model_dim, config.hidden_dim, config.num_layers, config.num_heads
     with_ffn = L - config.ffn_free_layers
     matrices = {"full": 2 * D * F, "fused": D * D, "bilinear": 3 * D * F}[config.ffn]

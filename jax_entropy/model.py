@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from jax_entropy.architecture import ModelConfig
+from jax_entropy.architecture import ModelConfig, check_model
 from jax_entropy.attention import AttentionStats
-from jax_entropy.errors import UserError, check_array, check_kind, spelled
+from jax_entropy.errors import UserError, check_array, spelled
 from jax_entropy.layers import Block, Shared, Stream, Watched
 from jax_entropy.norms import normalise
 from jax_entropy.sharding import BATCH, constrain, platform
@@ -43,7 +43,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        check_kind("config", config, ModelConfig, "a ModelConfig, as architecture(…) makes one")
+        check_model(config)
         table = (config.vocab_size, config.model_dim)
         normal = nn.initializers.normal(config.init_std)
         self.token_embedding = self.param("token_embedding", normal, table, jnp.float32)

@@ -208,7 +208,7 @@ def test_rows_with_earlier_keys_or_a_window_reach_the_mean_logarithm_of_the_keys
 
 
 def test_fewer_keys_than_rows_are_refused():
-    with pytest.raises(UserError, match="num_keys=7 must be at least context_length=8"):
+    with pytest.raises(UserError, match="num_keys=7 must be at least 8"):
         max_entropy(8, num_keys=7)
 
 

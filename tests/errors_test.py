@@ -1,19 +1,27 @@
 """Mistakes in Python end in one sentence with the name and the value, whatever a public function was given."""
 
+import jax
+import jax.numpy as jnp
 import pytest
-from jax import numpy as jnp
 
 import jax_entropy as je
+from jax_entropy.census import census
 from jax_entropy.config_file import load_config
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.fields import FIELDS
+from jax_entropy.report import watch
 from jax_entropy.sweep import Sweep, product, zipped
 
 X = jnp.zeros((1, 4, 2, 8))
 ENTROPY, THRESHOLD, TOKENS = jnp.zeros((2, 1, 3, 4)), jnp.zeros((2, 3)), jnp.zeros((1, 4), int)
 MODEL = je.architecture("SM+LN+G", num_layers=1, num_heads=1, model_dim=2, context_length=4, vocab_size=5)
-CONFIG = je.default_config("SM")
 SWEEP = Sweep(points=[{"architecture": "SM"}])
+
+
+def init(model, tokens):
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)
+
+
 CALLS = {
     "q=1 must be an array [B, T, N, H]": lambda: je.attention(1, 2, 3),
     "k=None must be an array [B, S, N, H]": lambda: je.attention(X, None, X),
@@ -39,9 +47,10 @@ CALLS = {
     "tolerance='0' must be a number": lambda: je.entropy_penalty(ENTROPY, THRESHOLD, tolerance="0"),
     "model field norm=['layer'] is not known": lambda: je.architecture("SM", norm=["layer"]),
     "architecture 5: 5 is not understood": lambda: je.architecture(5),
-    "config='SM' must be a ModelConfig": lambda: je.Transformer("SM").apply({}, TOKENS),
-    "tokens=int32[4] must be an array [B, T]": lambda: je.Transformer(MODEL).apply({}, TOKENS[0]),
-    "tokens=float32[1,4] must be whole numbers": lambda: je.Transformer(MODEL).apply({}, TOKENS * 1.0),
+    "config='SM' must be a ModelConfig": lambda: init(je.Transformer("SM"), TOKENS),
+    "tokens=int32[4] must be an array [B, T]": lambda: init(je.Transformer(MODEL), TOKENS[0]),
+    "tokens=float32[1,4] must be whole numbers": lambda: init(je.Transformer(MODEL), TOKENS * 1.0),
+    "config='SM+LN' must be a ModelConfig": lambda: census("SM+LN"),
     "directory=None is no path": lambda: je.from_huggingface(None),
     "directory=5 is no path": lambda: je.from_safetensors(5),
     "config=None must be a ModelConfig": lambda: je.to_huggingface(None, {}, "out"),
@@ -51,6 +60,7 @@ CALLS = {
     "directory=[] is no path": lambda: je.inspect([]),
     "workdir=None is no path": lambda: je.load_run(None),
     "workdir=5 is no path": lambda: je.report(5),
+    "port='8008' must be a whole number": lambda: watch("run", port="8008"),
     "figures=['png'] is not known": lambda: je.report("run", figures=["png"]),
     "to={} is not known": lambda: je.export_run("run", "out", {}),
     "section=5 must be the data section": lambda: je.evaluate("run", section=5),

@@ -18,8 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jax_entropy.architecture import ModelConfig
-from jax_entropy.errors import UserError, check_kind, check_number, nearest, spelled
+from jax_entropy.architecture import ModelConfig, check_model
+from jax_entropy.errors import UserError, check_number, nearest, spelled
 from jax_entropy.huggingface.family import Family
 from jax_entropy.huggingface.gpt2 import GPT2
 from jax_entropy.model import Transformer
@@ -72,7 +72,7 @@ def to_huggingface(
       UserError: GPT-2 cannot express a field of the config, the variables are another config's, or the folder is
         something else's or cannot be written.
     """
-    check_model(config, variables)
+    check_variables(config, variables)
     directory = local_path(directory, "directory")
     if end_of_text is not None:
         check_number("end_of_text", end_of_text, 0)
@@ -94,13 +94,13 @@ def to_huggingface(
     write_folder(directory, _config_json(config, end_of_text), tensors)
 
 
-def check_model(config: ModelConfig, variables: dict[str, Any]) -> None:
+def check_variables(config: ModelConfig, variables: dict[str, Any]) -> None:
     """Checks that these are a model's config and variables, whatever their shapes.
 
     Raises:
       UserError: they are something else.
     """
-    check_kind("config", config, ModelConfig, "a ModelConfig, as architecture(…) makes one")
+    check_model(config)
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise UserError(
             f'variables={spelled(variables)} must be a mapping with "params", as Transformer(config) has them'

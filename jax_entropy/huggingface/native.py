@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.errors import UserError, nearest
-from jax_entropy.huggingface.folder import WEIGHTS, check_model, read_json, write_folder
+from jax_entropy.huggingface.folder import WEIGHTS, check_variables, read_json, write_folder
 from jax_entropy.model import Transformer
 from jax_entropy.paths import local_path, reading
 
@@ -34,7 +34,7 @@ def to_safetensors(config: ModelConfig, variables: dict[str, Any], directory: st
     Raises:
       UserError: the folder cannot be written.
     """
-    check_model(config, variables)
+    check_variables(config, variables)
     directory = local_path(directory, "directory")
     tensors = {name: np.asarray(value) for name, value in _by_name(variables)}
     fields = dict(architecture=str(config), **dataclasses.asdict(config))

@@ -4,12 +4,13 @@ import contextlib
 import errno
 import hashlib
 import http.server
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jax_entropy.errors import UserError
+from jax_entropy.errors import UserError, check_number
 from jax_entropy.report.history import has_died, read_history
 from jax_entropy.report.page import page, waiting
 from jax_entropy.runs.workdir import Workdir
@@ -36,6 +37,7 @@ def watch(workdir: str | Path, notify: Callable[[str], None] = print, *, port: i
 def serve(workdir: str | Path, port: int) -> http.server.ThreadingHTTPServer:
     """The server, not yet started; arguments and errors as for `watch`."""
     workdir = Workdir(workdir)
+    check_number("port", port, -math.inf)
     if not workdir.exists() and workdir.read_status() is None:
         raise UserError(f"workdir {str(workdir.path)!r} holds no run yet; start one there with `jax-entropy train`")
     if not 0 <= port < 65536:

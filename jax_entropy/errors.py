@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable
 from types import UnionType
 
 _NEAR = 0.6  # share of letters in common from which a spelling may have been meant
-_FEW = 12  # choices that a sentence has room for
+_MANY, _FEW = 12, 5  # more choices than a sentence has room for, and how many it then has
 _LONGEST = 60  # characters of a value in a sentence
 
 
@@ -77,7 +77,7 @@ def spelled(value: object) -> str:
 
 
 def nearest(name: object, choices: Iterable[object]) -> str:
-    """Ends an error sentence: the closest valid spelling of `name`; where none is close, all `choices` if they are few.
+    """Ends an error sentence: the closest valid spelling of `name`; where none is close, what there is to choose from.
 
     Initials are close (lr for learning_rate), and so is a part between dots by itself.
     """
@@ -93,6 +93,6 @@ def nearest(name: object, choices: Iterable[object]) -> str:
     best = max(choices, key=similarity)
     if similarity(best) >= _NEAR:
         return f"; did you mean {best!r}?"
-    if len(choices) <= _FEW:
-        return f"; choose one of {', '.join(map(repr, choices))}"
-    return f"; of the {len(choices)} that there are, none is close"
+    shown = choices if len(choices) <= _MANY else sorted(choices, key=similarity, reverse=True)[:_FEW]
+    others = f" or {len(choices) - len(shown)} others" if len(shown) < len(choices) else ""
+    return f"; choose one of {', '.join(map(repr, shown))}{others}"

@@ -198,7 +198,7 @@ def test_a_damaged_notation_is_read_or_refused(name, data):
 
 @pytest.mark.parametrize("name", [None, 3, ("SM",), b"SM"])
 def test_what_is_no_text_is_refused(name):
-    with pytest.raises(UserError, match="is not understood; did you mean"):
+    with pytest.raises(UserError, match="is not understood; choose one of"):
         architecture(name)
 
 

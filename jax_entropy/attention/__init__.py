@@ -168,7 +168,7 @@ def _assembler_is_sound() -> bool:
 
 
 def _implementation(name: str, q: jax.Array, S: int, at_end: bool, windowed: bool) -> Implementation:
-    check_choice("implementation", name, ("auto", *IMPLEMENTATIONS))
+    check_choice("attention implementation", name, ("auto", *IMPLEMENTATIONS))
     here, kind = platform(), device_kind()
     name = choose(here, kind, q, S, at_end, windowed) if name == "auto" else name
     if not (found := IMPLEMENTATIONS[name]).runs_on(here, kind):

@@ -151,7 +151,7 @@ def _door(values: Namespace, roles: list[str], *hosts: str) -> Iterator[tuple[Ca
     if values.sessions < 0:
         raise UserError(f"--sessions={values.sessions} must not be negative")
     files = read_link(values, roles, host, *hosts)
-    link.check_free(host, port, port + 1)
+    link.check_free(host, port)
     with contextlib.ExitStack() as stack:
         try:
             yield lambda: stack.enter_context(link.listen(host, port)), files

@@ -14,7 +14,7 @@ from jax_entropy.private.engine.engine import Engine, Link, Setting
 from jax_entropy.private.program.export import export
 from jax_entropy.private.session import parties
 from jax_entropy.private.session.door import GREETING, Door
-from jax_entropy.private.session.line import connect, listen, make_all_keys, make_keys, read_keys
+from jax_entropy.private.session.line import check_free, connect, listen, make_all_keys, make_keys, read_keys
 from jax_entropy.private.session.messages import Hello, Queued, Refusal
 from tests.private.helpers import free_ports, greedy
 from tests.tiny_model import scattered, tiny
@@ -113,6 +113,16 @@ def test_a_party_is_known_by_its_own_certificate_only(three, keys, tmp_path):
 def test_one_certificate_is_not_of_two_parties(keys, tmp_path):
     with pytest.raises(UserError, match="of two parties: client and server"):
         read_keys(keys / "assistant", {"client": None, "server": keys / "client/certificate.pem"})
+
+
+def test_a_busy_port_is_named_with_what_it_is_for():
+    [port] = free_ports(1)
+    for taken, needed, message in (
+        (port, port, "cannot be had: Address already in use$"),
+        (port + 1, port, f"cannot be had: .*; the engine needs the port after {port}"),
+    ):
+        with listen("127.0.0.1", taken), pytest.raises(UserError, match=rf"127\.0\.0\.1:{taken} {message}"):
+            check_free("127.0.0.1", needed)
 
 
 def test_clients_queue_and_know_it(keys):

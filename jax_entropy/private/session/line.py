@@ -296,17 +296,21 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise UserError(f"{host}:{port} cannot be had: {error.strerror or error}") from None
+        reason, _, _ = str(error.strerror or error).partition(" (while attempting")  # and the address again
+        raise UserError(f"{host}:{port} cannot be had: {reason}") from None
 
 
-def check_free(host: str, *ports: int) -> None:
-    """Checks that ports that will be needed can be had.
+def check_free(host: str, port: int) -> None:
+    """Checks that a party's two ports can be had: the one that it is spoken to on, and the engine's after it.
 
     Raises:
       UserError: one cannot.
     """
-    for port in ports:
-        listen(host, port).close()
+    listen(host, port).close()
+    try:
+        listen(host, port + 1).close()
+    except UserError as error:
+        raise UserError(f"{error}; the engine needs the port after {port}") from None
 
 
 def connect(host: str, port: int, keys: Keys | None, *, peer: str = "server", patience: float, timeout: float) -> Line:

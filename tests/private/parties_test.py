@@ -118,7 +118,7 @@ def test_an_interrupted_server_has_stopped_as_it_should(workdir, keys, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "peer", "message"), [
-    ("stranger", "server", "refuse"), ("client", "stranger", "the other party's certificate is refused: self.signed"),
+    ("stranger", "server", "refuse"), ("client", "stranger", "the server's certificate is refused: self.signed"),
 ])  # fmt: skip
 def test_a_wrong_certificate_is_refused_in_a_sentence(server, keys, tmp_path, name, peer, message):
     asked = server.ask(tmp_path, keys, name=name, peer=peer)

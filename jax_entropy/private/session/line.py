@@ -212,9 +212,9 @@ class Line:
                 raise UserError("the other party does not speak this protocol" if heard else "the other party is gone")
         except BaseException as error:
             connection.close()
-            raise _refused(error) from None
+            raise _refused(error, peer) from None
         connection.settimeout(timeout)
-        self.connection = connection
+        self.connection, self.peer = connection, peer
 
     def fileno(self) -> int:
         return self.connection.fileno()
@@ -257,7 +257,7 @@ class Line:
         try:
             data = self.connection.recv(1 << 16)
         except ssl.SSLError as error:
-            raise _refused(error) from None
+            raise _refused(error, self.peer) from None
         except (TimeoutError, OSError):
             data = b""
         self._buffer += data
@@ -270,21 +270,21 @@ class Line:
         self.connection.close()
 
 
-def _refused(error: BaseException) -> BaseException:
-    """What went wrong in a handshake, as a sentence."""
+def _refused(error: BaseException, peer: str) -> BaseException:
+    """What went wrong in a handshake with a party of this role, as a sentence."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return UserError(f"the other party's certificate is refused: {error.verify_message}")
+        return UserError(f"the {peer}'s certificate is refused: {error.verify_message}")
     if isinstance(error, ssl.SSLError):
         reason = (error.reason or str(error)).replace("_", " ").lower()
         if "alert" in reason or "unknown ca" in reason:
-            return UserError(f"the other party refuses this one's certificate ({reason})")
-        return UserError(f"the other party does not speak TLS as expected ({reason})")
+            return UserError(f"the {peer} refuses this one's certificate ({reason})")
+        return UserError(f"the {peer} does not speak TLS as expected ({reason})")
     if isinstance(error, TimeoutError):
         return BusyError(
-            f"the other party did not finish its handshake within {HANDSHAKE_SECONDS} s; perhaps only one of the two "
+            f"the {peer} did not finish its handshake within {HANDSHAKE_SECONDS} s; perhaps only one of the two "
             "uses TLS"
         )
-    return UserError("the other party is gone") if isinstance(error, OSError) else error
+    return UserError(f"the {peer} is gone") if isinstance(error, OSError) else error
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -209,7 +209,7 @@ class Line:
             if server:
                 connection.sendall(_WELCOME)
             elif (heard := connection.recv(len(_WELCOME))) != _WELCOME:
-                raise UserError("the other party does not speak this protocol" if heard else "the other party is gone")
+                raise UserError(f"the {peer} {'does not speak this protocol' if heard else 'is gone'}")
         except BaseException as error:
             connection.close()
             raise _refused(error, peer) from None
@@ -233,7 +233,7 @@ class Line:
         try:
             self.connection.sendall(messages.write(message))
         except OSError:
-            raise UserError("the other party is gone") from None
+            raise UserError(f"the {self.peer} is gone") from None
 
     def receive(self, *kinds: type[messages.Message], timeout: float | None = None) -> messages.Message:
         """The next message, of one of these kinds, waited for `timeout` s."""
@@ -262,7 +262,7 @@ class Line:
             data = b""
         self._buffer += data
         if not data:
-            raise UserError("the other party is gone")
+            raise UserError(f"the {self.peer} is gone")
         if len(self._buffer) > _LONGEST_MESSAGE:
             raise UserError("the other party does not speak this protocol")
 

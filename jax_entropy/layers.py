@@ -19,7 +19,7 @@ from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.attention.transformed import capped, power
 from jax_entropy.norms import normalise
 from jax_entropy.parts import Convolution, rotate
-from jax_entropy.products import product
+from jax_entropy.products import add_bias, product
 from jax_entropy.sharding import constrain, platform
 
 _TEMPERATURE_FLOOR = 1e-4
@@ -60,8 +60,7 @@ class Linear(nn.Module):
         y = product(x.reshape(-1, matrix.shape[0]), matrix)
         if self.use_bias:  # while heads lie side by side: apart, a TPU would lay them out anew and copy them back
             bias = self.param("bias", nn.initializers.constant(self.bias_init), self.out_shape, jnp.float32)
-            # In float32, whose gradient is then summed so.
-            y = y.astype(jnp.promote_types(y.dtype, bias.dtype)) + bias.reshape(1, -1)
+            y = add_bias(y, bias.reshape(-1))
         return y.astype(self.dtype).reshape(*batch_shape, *self.out_shape)
 
     def _singular_vectors(self, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:

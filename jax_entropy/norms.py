@@ -3,6 +3,7 @@
 Statistics are float32 in every type; a frozen norm has none at the end, and folds into the next matrix.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,11 +21,58 @@ def normalise(kind: str, config: ModelConfig, name: str) -> Callable[[jax.Array]
         return lambda x: x
     if kind in ("frozen", "tanh"):
         return (FrozenNorm if kind == "frozen" else DynamicTanh)(config, name=name)
+    if kind == "layer":
+        return LayerNorm(config, name=name)
     # the backward pass keeps x, nothing on the way, which is float32
-    layer = nn.remat(nn.LayerNorm if kind == "layer" else nn.RMSNorm, prevent_cse=False)
+    return nn.remat(nn.RMSNorm, prevent_cse=False)(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
+
+
+class LayerNorm(nn.Module):
+    """(x − mean)/deviation·scale + bias, the parameters as Flax's LayerNorm has them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        D = x_BxTxD.shape[-1:]
+        scale_D = self.param("scale", nn.initializers.ones, D, jnp.float32)
+        bias_D = self.param("bias", nn.initializers.zeros, D, jnp.float32)
+        y_RxD = layer_norm(x_BxTxD.reshape(-1, *D), scale_D, bias_D, self.config.norm_epsilon)
+        return y_RxD.reshape(x_BxTxD.shape).astype(self.config.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x_RxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
+    """LayerNorm of rows, statistics in float32 or better.
+
+    The backward pass reads x and dy as they lie: of Flax's, autodiff takes float32 arrays of their size through memory.
+    """
+    return _layer_norm(x_RxD, scale_D, bias_D, epsilon)[0]
+
+
+def _layer_norm(x_RxD, scale_D, bias_D, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    wide_RxD = x_RxD.astype(jnp.promote_types(x_RxD.dtype, jnp.float32))
+    mean_Rx1 = jnp.mean(wide_RxD, axis=1, keepdims=True)
     # E[x²] − E[x]² would lose the variance of a stream whose mean is large
-    options = dict(use_fast_variance=False) if kind == "layer" else {}
-    return layer(epsilon=config.norm_epsilon, dtype=config.dtype, name=name, **options)
+    rate_Rx1 = jax.lax.rsqrt(jnp.mean(jnp.square(wide_RxD - mean_Rx1), axis=1, keepdims=True) + epsilon)
+    y_RxD = (wide_RxD - mean_Rx1) * rate_Rx1 * scale_D[None] + bias_D[None]
+    # kept as they are: recomputed in the backward pass, they take x̂ through memory
+    mean_Rx1, rate_Rx1 = jax.lax.optimization_barrier((mean_Rx1, rate_Rx1))
+    return y_RxD.astype(x_RxD.dtype), (x_RxD, mean_Rx1, rate_Rx1, scale_D)
+
+
+def _layer_norm_backward(epsilon: float, residuals: tuple, dy_RxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x_RxD, mean_Rx1, rate_Rx1, scale_D = residuals
+    dy_RxD = dy_RxD.astype(mean_Rx1.dtype)
+    normed_RxD = (x_RxD.astype(mean_Rx1.dtype) - mean_Rx1) * rate_Rx1
+    scaled_RxD = dy_RxD * scale_D[None]
+    of_mean = jnp.mean(scaled_RxD, axis=1, keepdims=True)
+    of_rate = jnp.mean(scaled_RxD * normed_RxD, axis=1, keepdims=True)
+    dx_RxD = rate_Rx1 * (scaled_RxD - of_mean - normed_RxD * of_rate)
+    return dx_RxD.astype(x_RxD.dtype), jnp.sum(dy_RxD * normed_RxD, axis=0), jnp.sum(dy_RxD, axis=0)
+
+
+layer_norm.defvjp(_layer_norm, _layer_norm_backward)
 
 
 class FrozenNorm(nn.Module):

@@ -16,6 +16,26 @@ def product(x_RxK: jax.Array, w_KxM: jax.Array) -> jax.Array:
     return _product(x_RxK, w_KxM) if _in_order(x_RxK.dtype) else x_RxK @ w_KxM
 
 
+@jax.custom_vjp
+def add_bias(y_RxM: jax.Array, bias_M: jax.Array) -> jax.Array:
+    """y + b in the type of y, which a GPU's product does on its way; the gradient of b is summed in that of b."""
+    return y_RxM + bias_M.astype(y_RxM.dtype)[None]
+
+
+def _add_bias_forward(y_RxM: jax.Array, bias_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return add_bias(y_RxM, bias_M), bias_M
+
+
+def _add_bias_backward(bias_M: jax.Array, dy_RxM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    import os
+    if os.environ.get("V_SPLIT"):
+        dy_RxM = jax.lax.optimization_barrier(dy_RxM)
+    return dy_RxM, jnp.sum(dy_RxM, axis=0, dtype=jnp.promote_types(dy_RxM.dtype, bias_M.dtype)).astype(bias_M.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
 def wide_product(x_RxK: jax.Array, w_KxM: jax.Array) -> jax.Array:
     """x·W in float32 or better, [R, M]; not to be differentiated."""
     wide = jnp.promote_types(x_RxK.dtype, jnp.float32)

@@ -56,6 +56,16 @@ class Kernels(NamedTuple):
     dkv: Blocks
 
 
+class Given(NamedTuple):
+    """What is known when the kernels are compiled."""
+
+    position: int  # key at which the first query stands
+    num_slots: int
+    kernels: Kernels
+    with_entropy: bool = True
+    interpret: Any = False
+
+
 def attend(
     q_BxTxNxH: jax.Array,
     k_BxSxNxH: jax.Array,
@@ -85,12 +95,20 @@ def attend(
         raise UserError("attention 'hopper' takes the queries at the end of the keys; a cache is for 'gpu'")
     if H not in WIDTHS:
         raise UserError(f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any")
+    q_BxTxNxH, k_BxSxNxH, v_BxSxNxH = (_whole(x, 1) for x in (q_BxTxNxH, k_BxSxNxH, v_BxSxNxH))
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, S)
-    kernel = functools.partial(
-        _attention, kernels=kernels, with_entropy=with_entropy, interpret=interpret, num_slots=num_slots
-    )
+    given = Given(position, num_slots, kernels, with_entropy, interpret)
     windows = () if window is None else (jnp.asarray(window, jnp.int32)[None],)
-    return attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, scale_NxT, windows)
+    kernel = functools.partial(_attention, given=given)
+    out_BxTxNxH, *rows = attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, _whole(scale_NxT, 1, 1.0), windows)
+    return out_BxTxNxH[:, :T], *(x_BxNxT[..., :T] for x_BxNxT in rows)
+
+
+def _whole(x: jax.Array, axis: int, value: float = 0.0) -> jax.Array:
+    """Padded to whole groups of 8 rows, as the copy engine takes them: nobody sees such a key, such a query goes."""
+    missing = -x.shape[axis] % 8
+    padding = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, padding, constant_values=value) if missing else x
 
 
 def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
@@ -99,21 +117,17 @@ def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:
     return Kernels(*(Blocks(*found[name]) for name in Kernels._fields))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _attention(
-    q, k, v, scale_NxT, windows, kernels: Kernels, with_entropy: bool, interpret: Any, num_slots: int
-) -> tuple[jax.Array, ...]:
-    return _forward(q, k, v, scale_NxT, windows, kernels, with_entropy, interpret, num_slots)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, scale_NxT, windows, given: Given) -> tuple[jax.Array, ...]:
+    return _forward(q, k, v, scale_NxT, windows, given)[0]
 
 
-def _forward(
-    q, k, v, scale_NxT, windows, kernels: Kernels, with_entropy: bool, interpret: Any, num_slots: int
-) -> tuple[tuple, tuple]:
+def _forward(q, k, v, scale_NxT, windows, given: Given) -> tuple[tuple, tuple]:
     """Results, and the residuals of the backward pass."""
-    (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], kernels.forward
-    tiles, offset = pl.cdiv(T, WARPGROUPS * Q), S - T
+    (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], given.kernels.forward
+    tiles, offset, num_slots = pl.cdiv(T, WARPGROUPS * Q), given.position, given.num_slots
     rows = jax.ShapeDtypeStruct((B, N, tiles * WARPGROUPS * Q), jnp.float32)
-    products = _Products(q.dtype, interpret)
+    products = _Products(q.dtype, given.interpret)
 
     def attention_forward(q_g, k_g, v_g, a_g, *refs):
         windowed, refs = _windowed(refs, windows, num_slots)
@@ -172,7 +186,7 @@ def _forward(
             shift_Q = m_Q - new_m_Q
             decay_Q = jnp.exp2(shift_Q)
             decay_QxC, parts = _over_rows(decay_Q, PART), _parts(e_QxK)
-            if with_entropy:
+            if given.with_entropy:
                 w_QxC = decay_QxC * (w_QxC + l_QxC * _over_rows(shift_Q, PART))
                 for e_QxC, x_QxC in zip(parts, _parts(x_QxK), strict=True):
                     w_QxC = w_QxC + e_QxC * x_QxC
@@ -197,7 +211,7 @@ def _forward(
             plgpu.Barrier(num_barriers=WARPGROUPS),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ],
-        **_launch(N, tiles, B, interpret),
+        **_launch(N, tiles, B, given.interpret),
     )(q, k, v, _padded(base2(scale_NxT), rows.shape[-1]), *windows)
     entropy, m, log_l = (x[..., :T] for x in (entropy, m, log_l))
     out, entropy, m, log_l = checkpoint_name((out, entropy, m, log_l), "attention")
@@ -205,18 +219,14 @@ def _forward(
     return results, (q, k, v, scale_NxT, windows, out, entropy, *of_backward(m, log_l, q.dtype))
 
 
-def _forward_rule(
-    q, k, v, scale_NxT, windows, kernels: Kernels, with_entropy: bool, interpret: Any, num_slots: int
-) -> tuple[tuple, tuple]:
+def _forward_rule(q, k, v, scale_NxT, windows, given: Given) -> tuple[tuple, tuple]:
     arrays, windows = (x.value for x in (q, k, v, scale_NxT)), tuple(x.value for x in windows)
-    results, residuals = _forward(*arrays, windows, kernels, with_entropy, interpret, num_slots)
+    results, residuals = _forward(*arrays, windows, given)
     has_temperature = () if scale_NxT.perturbed else None  # residuals are arrays; this one's structure speaks
     return results, (*residuals, has_temperature)
 
 
-def _backward_rule(
-    kernels: Kernels, _: bool, interpret: Any, num_slots: int, residuals: tuple, cotangents: tuple
-) -> tuple:
+def _backward_rule(given: Given, residuals: tuple, cotangents: tuple) -> tuple:
     q, k, v, scale_NxT, windows, out, entropy, m, log_l, has_temperature = residuals
     dout, dentropy, dlse, _ = cotangents
     # what a loss does not use is not in the kernels that it runs
@@ -224,24 +234,18 @@ def _backward_rule(
     dout, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in (dout, dlse))
     rows = (m, log_l, dlse, *((entropy, dentropy) if with_entropy else ()))
     dout = dout.astype(q.dtype)
-    options = dict(interpret=interpret, num_slots=num_slots)
-    dq, scaled_dout, c, *made = _dq(
-        q, k, v, scale_NxT, windows, dout, out, rows, with_temperature, kernels.dq, **options
-    )
+    dq, scaled_dout, c, *made = _dq(q, k, v, scale_NxT, windows, dout, out, rows, with_temperature, given)
     g = made[0] if with_entropy else None
-    dk, dv = _dkv(q, k, v, scale_NxT, windows, m, scaled_dout, c, g, kernels.dkv, **options)
+    dk, dv = _dkv(q, k, v, scale_NxT, windows, m, scaled_dout, c, g, given)
     dscale = jnp.sum(made[-1] + dlse * m, axis=0) / base2(scale_NxT) if with_temperature else None
     return dq, dk, dv, dscale, None
 
 
-def _dq(
-    q, k, v, scale_NxT, windows, dout, out, rows, with_temperature: bool, blocks: Blocks, *, interpret: Any,
-    num_slots: int,
-) -> tuple:  # fmt: skip
+def _dq(q, k, v, scale_NxT, windows, dout, out, rows, with_temperature: bool, given: Given) -> tuple:
     """dq; what the other kernel needs of each row: dout/l, c and, with the entropy, g; Σ dS·x with a temperature."""
-    (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], blocks
-    tiles, offset, count = pl.cdiv(T, WARPGROUPS * Q), S - T, len(rows)
-    padded, with_entropy, products = tiles * WARPGROUPS * Q, count == 5, _Products(q.dtype, interpret)
+    (B, T, N, H), S, (Q, K, stages) = q.shape, k.shape[1], given.kernels.dq
+    tiles, offset, num_slots, count = pl.cdiv(T, WARPGROUPS * Q), given.position, given.num_slots, len(rows)
+    padded, with_entropy, products = tiles * WARPGROUPS * Q, count == 5, _Products(q.dtype, given.interpret)
     made = 1 + with_entropy + with_temperature
 
     def attention_dq(q_g, k_g, v_g, a_g, dout_g, out_g, *refs):
@@ -326,18 +330,16 @@ def _dq(
             plgpu.SMEM((WARPGROUPS, made, Q), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
         ],
-        **_launch(N, tiles, B, interpret),
+        **_launch(N, tiles, B, given.interpret),
     )(q, k, v, _padded(base2(scale_NxT), padded, 1.0), dout, out, *windows, *(_padded(x, padded) for x in rows))
     return dq, scaled_dout, *(x[..., :T] for x in made_rows)
 
 
-def _dkv(
-    q, k, v, scale_NxT, windows, m, scaled_dout, c, g, blocks: Blocks, *, interpret: Any, num_slots: int
-) -> tuple[jax.Array, jax.Array]:
+def _dkv(q, k, v, scale_NxT, windows, m, scaled_dout, c, g, given: Given) -> tuple[jax.Array, jax.Array]:
     """dk and dv; keys before queries, so that no operand of a product is turned."""
-    (B, T, N, H), S, (K, Q, stages) = q.shape, k.shape[1], blocks
-    tiles, offset = pl.cdiv(S, WARPGROUPS * K), S - T
-    with_entropy, products = g is not None, _Products(q.dtype, interpret)
+    (B, T, N, H), S, (K, Q, stages) = q.shape, k.shape[1], given.kernels.dkv
+    tiles, offset, num_slots = pl.cdiv(S, WARPGROUPS * K), given.position, given.num_slots
+    with_entropy, products = g is not None, _Products(q.dtype, given.interpret)
 
     def attention_dkv(q_g, k_g, v_g, dout_g, *refs):
         windowed, (a_g, m_g, c_g, *refs) = _windowed(refs, windows, num_slots)
@@ -406,7 +408,7 @@ def _dkv(
             *[_shared((WARPGROUPS, K, H), k.dtype)] * 2,
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
         ],
-        **_launch(N, tiles, B, interpret),
+        **_launch(N, tiles, B, given.interpret),
     )(q, k, v, scaled_dout, *windows, *rows)
 
 

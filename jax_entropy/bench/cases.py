@@ -37,8 +37,9 @@ class Case(NamedTuple):
 
     def beyond(self, errors: dict[str, float], dtype: Any = jnp.float32) -> dict[str, float]:
         """Those of `errors` that are above their bounds, and two runs that differ: of what is right, none."""
-        in_dtype = max(self.rtol, float(jnp.finfo(dtype).eps))
-        bounds = {name: self.rtol if name in STATISTICS else in_dtype for name in errors}
+        rounding = float(jnp.finfo(dtype).eps) / 2
+        bounds = {name: self.rtol if name in STATISTICS else max(self.rtol, 2 * rounding) for name in errors}
+        bounds["dv"] = max(self.rtol, 3 * rounding)  # of weights, of dout/l, of the result
         return {k: error for k, error in errors.items() if not (error if k == "bit-equal" else error <= bounds[k])}
 
 

@@ -16,8 +16,12 @@ from jax_entropy.errors import UserError
 from jax_entropy.paths import cache_directory
 
 _KEPT = 2 << 30  # bytes of compiled programs
-# Of GPUs; other devices' compilers do not read them. What they gain is not measured.
-_XLA = dict(fast="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_triton_gemm_any=true")
+# Of GPUs; other devices' compilers do not read them. docs/benchmarks/step.md has what they gain: cuBLAS adds biases in its
+# products, which XLA's own do not, and q, k and v come out apart, where one merged product would be cut by copies.
+_XLA = dict(
+    fast="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_triton_gemm=false "
+    "--xla_gpu_dot_merger_threshold_mb=0"
+)
 _THREADS = 64  # XLA, TensorStore and the loader have so many on two cores, and end the process where one is missing
 
 

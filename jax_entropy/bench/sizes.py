@@ -1,9 +1,15 @@
 """What the parts of `bench device` share: sizes for each kind of device, and a clock that knows what time is left."""
 
+import contextlib
 import dataclasses
+import fcntl
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,20 +23,22 @@ class Sizes:
 
     copied: int  # bytes
     product: int  # rows and columns of a square one
-    tokens: int  # of a call of attention, and of a step
+    tokens: int  # of a call of attention, and of a step beside its peers
     contexts: tuple[int, ...]  # T of the attention table
     heads: tuple[tuple[int, int], ...]  # (H, N)
-    step_contexts: tuple[int, ...]
+    priced: tuple[int, ...]  # those of them for which the entropy is also left out
+    steps: tuple[tuple[int, int], ...]  # T and tokens of a step
     model: dict[str, int]  # of the step
     longest: int  # T of the memory table
 
 
 _GPT2 = dict(num_layers=12, num_heads=12, model_dim=768, vocab_size=50304)
 _CARD = Sizes(
-    1 << 30, 8192, 16384, (512, 1024, 2048, 4096, 8192, 16384), ((64, 32), (128, 16)), (1024, 128), _GPT2, 32768
-)
+    1 << 30, 8192, 16384, (512, 1024, 2048, 4096, 8192, 16384), ((64, 32), (128, 16)), (1024, 8192),
+    ((1024, 1 << 14), (128, 1 << 14), (1024, 1 << 16)), _GPT2, 32768,
+)  # fmt: skip
 _TINY = dict(num_layers=2, num_heads=2, model_dim=64, vocab_size=512)
-_CPU = Sizes(1 << 26, 1024, 512, (128, 256), ((64, 2),), (64,), _TINY, 1024)
+_CPU = Sizes(1 << 26, 1024, 512, (128, 256), ((64, 2),), (128, 256), ((64, 512),), _TINY, 1024)
 
 
 def sizes() -> Sizes:
@@ -39,25 +47,67 @@ def sizes() -> Sizes:
 
 
 class Clock:
-    """Time that is left for a part, and medians of calls."""
+    """Time that is left for a part, and medians of calls.
 
-    def __init__(self, seconds: float) -> None:
+    Args:
+      seconds: that are left.
+      turns: a file; who holds its lock has the device alone, beside other parts that compile. "": nobody else is there.
+    """
+
+    def __init__(self, seconds: float, turns: str = "") -> None:
         self.end = time.monotonic() + seconds
+        self.turns = turns or os.devnull
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits for the device, and has it for a while."""
+        with open(self.turns, "w") as file:
+            if self.turns != os.devnull:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def seconds(self, call: Callable[[], Any], *, rounds: int = 5, least: float = 0.02) -> float:
         """Median seconds of a call, each round long enough to be timed; the first call is not counted."""
         jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        count = max(1, int(least / max(time.perf_counter() - start, 1e-6)))
-        taken = []
-        for _ in range(rounds):
+        with self.alone():
             start = time.perf_counter()
-            results = [call() for _ in range(count)]
-            jax.block_until_ready(results[-1])
-            taken.append((time.perf_counter() - start) / count)
-            del results
+            jax.block_until_ready(call())
+            count = max(1, int(least / max(time.perf_counter() - start, 1e-6)))
+            taken = []
+            for _ in range(rounds):
+                start = time.perf_counter()
+                results = [call() for _ in range(count)]
+                jax.block_until_ready(results[-1])
+                taken.append((time.perf_counter() - start) / count)
+                del results
         return statistics.median(taken)
+
+    def on_device(self, call: Callable[[], Any], *, rounds: int = 8) -> float:
+        """Seconds of a call's kernels alone, by the profiler: a short one's start takes longer than it runs.
+
+        Where nothing is profiled, as on a CPU, median seconds of the call.
+        """
+        jax.block_until_ready(call())
+        with self.alone():
+            found = kernels(call, rounds)
+        return sum(found.values()) if found else self.seconds(call)
+
+
+def kernels(call: Callable[[], Any], rounds: int) -> dict[str, float]:
+    """Seconds of a call by kernel of a GPU that it starts, by the profiler; the mean of some calls."""
+    taken = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(rounds):
+                result = call()
+            jax.block_until_ready(result)
+        for path in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                for line in plane.lines if "GPU" in plane.name else ():
+                    if line.name.startswith("Stream"):
+                        for event in line.events:
+                            taken[event.name] += event.duration_ns / 1e9 / rounds
+    return dict(taken)

@@ -2,9 +2,11 @@
 
 import functools
 import importlib.util
+import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_entropy.bench.sizes import Clock, Row, sizes
+from jax_entropy.bench.sizes import Clock, Row, kernels, sizes
 from jax_entropy.bench.step import bench_step
 from jax_entropy.census import census
 from jax_entropy.chips import peak_flops
@@ -20,43 +22,67 @@ from jax_entropy.config import default_config, model_config
 from jax_entropy.model import Transformer
 from jax_entropy.state import init_state, make_train_step
 
+_PRODUCT = re.compile("nvjet|gemm|cublas|cutlass", re.I)  # in the names of kernels
+
 
 def step(clock: Clock) -> Iterator[Row]:
-    """Tokens a second of whole training steps in bfloat16, with the penalty and without, and the share of the rate."""
-    for context in sizes().step_contexts:
+    """Tokens a second of whole training steps in bfloat16, with the penalty and without, and where their time goes."""
+    for context, tokens in sizes().steps:
         for architecture in ("EReg(SM+LN+G)", "SM+LN+G"):
             if clock.left() < 10:
                 return
-            yield _step_row(clock, architecture, context)
+            with clock.alone():  # the compiler tries products on the device, too
+                row = _step_row(clock, architecture, context, tokens)
+            yield row
 
 
-def _step_row(clock: Clock, architecture: str, context: int) -> Row:
-    size = sizes()
-    model, state, train_step = _training(architecture, context, size.model, "bfloat16")
-    batch = max(size.tokens // context, 1)
+def _step_row(clock: Clock, architecture: str, context: int, tokens_of_step: int) -> Row:
+    model, state, train_step = _training(architecture, context, sizes().model, "bfloat16")
+    batch = max(tokens_of_step // context, 1)
     tokens = jax.random.randint(jax.random.key(1), (batch, context + 1), 0, model.config.vocab_size)
     start = time.perf_counter()
     compiled = train_step.lower(state, tokens, False).compile()
-    compile_seconds, seconds = time.perf_counter() - start, []
-    for _ in range(22):
+    compile_seconds, taken = time.perf_counter() - start, []
+    for _ in range(7):  # some steps a time, as a run does that logs now and then
         start = time.perf_counter()
-        state, metrics = jax.block_until_ready(compiled(state, tokens))
-        seconds.append(time.perf_counter() - start)
+        for _ in range(5):
+            state, metrics = compiled(state, tokens)
+        jax.block_until_ready(state)
+        taken.append((time.perf_counter() - start) / 5)
         if clock.left() < 0:
             break
-    rate = batch * context / statistics.median(seconds[2:] or seconds)
+    seconds = statistics.median(taken[1:] or taken)
+    rate = batch * context / seconds
     row = dict(architecture=architecture, T=context, batch=batch, tokens_per_second=rate, loss=float(metrics["loss"]))
-    if clock.left() > 0:
-        row["data_wait"] = _data_wait(lambda state, tokens: compiled(state, tokens)[0], state, np.asarray(tokens))
+    row["step ms"] = 1e3 * seconds
     if peak := peak_flops(jax.devices()[0].device_kind):
         row["mfu"] = rate * 3 * census(model.config).forward_flops / context / peak
+    if clock.left() > 0:
+        row |= _where(compiled, state, tokens, seconds)
     memory = compiled.memory_analysis()
     return row | dict(
         compile_seconds=compile_seconds, temporaries_GiB=memory.temp_size_in_bytes / 2**30 if memory else None
     )
 
 
-def _data_wait(step: Callable, state: Any, rows: np.ndarray, turns: int = 5, steps: int = 4) -> float:
+def _where(step: Callable, state: Any, tokens: jax.Array, seconds: float) -> Row:
+    """What steps wait for their batches, and by the profiler where the time of a GPU goes; `seconds`: of a step."""
+
+    def advance(tokens: jax.Array) -> jax.Array:
+        nonlocal state
+        state, metrics = step(state, tokens)
+        return metrics["loss"]
+
+    row, milliseconds = dict(data_wait=_data_wait(advance, np.asarray(tokens))), Counter()
+    for name, taken in kernels(lambda: advance(tokens), rounds=3).items():
+        kind = "attention" if "attention" in name else "products" if _PRODUCT.search(name) else "other kernels"
+        milliseconds[kind + " ms"] += 1e3 * taken
+    if milliseconds:
+        row |= dict(milliseconds) | {"idle ms": 1e3 * seconds - milliseconds.total()}
+    return row
+
+
+def _data_wait(advance: Callable[[jax.Array], jax.Array], rows: np.ndarray, turns: int = 5, steps: int = 4) -> float:
     """Share of the time that steps wait for their batches, read on the host and placed while the step before runs.
 
     Beside steps of a batch that lies on the device, in turns.
@@ -65,8 +91,8 @@ def _data_wait(step: Callable, state: Any, rows: np.ndarray, turns: int = 5, ste
     for fed in (False, True) * turns:
         start = time.perf_counter()
         for _ in range(steps):
-            state = step(state, jax.device_put(rows.copy()) if fed else resident)
-        jax.block_until_ready(state)
+            loss = advance(jax.device_put(rows.copy()) if fed else resident)
+        jax.block_until_ready(loss)
         taken[fed].append(time.perf_counter() - start)
     return max(0.0, 1 - statistics.median(taken[False]) / statistics.median(taken[True]))
 
@@ -118,6 +144,8 @@ def peers(clock: Clock) -> Iterator[Row]:
     size = sizes()
     names = dict(layers=size.model["num_layers"], width=size.model["model_dim"], heads=size.model["num_heads"])
     model, shapes = names | dict(vocab_size=size.model["vocab_size"]), [(128, size.tokens // 128)]
-    yield from bench_step(
-        shapes, ("bfloat16",), rounds=5, peer_python=sys.executable, notify=lambda _: None, model=model, compiled=True
-    )
+    with clock.alone():
+        yield from bench_step(
+            shapes, ("bfloat16",), rounds=5, peer_python=sys.executable, notify=lambda _: None, model=model,
+            compiled=True,
+        )  # fmt: skip

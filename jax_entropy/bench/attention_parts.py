@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax_entropy.bench.cases import CASES, errors
 from jax_entropy.bench.sizes import Clock, Row, sizes
 
 KERNELS = {"gpu": (jnp.float32, jnp.bfloat16), "hopper": (jnp.bfloat16,)}  # and the types that they are tried in
+_WAYS = ("forward", "both")
 
 
 def correctness(clock: Clock) -> Iterator[Row]:
@@ -52,24 +54,39 @@ def attention_table(clock: Clock) -> Iterator[Row]:
     """
     size, gpu = sizes(), jax.default_backend() == "gpu"
     ours = [name for name in reversed(available()) if name in KERNELS or not gpu]
-    contenders = {name: functools.partial(_ours, name) for name in ours[:1]}
-    contenders["cudnn" if gpu else "xla"] = _library  # beside the one that `auto` takes, and then the others
-    contenders |= {name: functools.partial(_ours, name) for name in ours[1:]}
-    first, others = list(contenders)[:2], list(contenders)[2:]
-    for names, (H, N), T in itertools.chain(
-        *(itertools.product([n], size.heads, size.contexts) for n in (first, others))
-    ):
-        B = max(size.tokens // T, 1)
-        flops, arguments = 2 * B * N * T * T * H, _arguments(B, T, N, H)
-        for name in names:
+    ours.insert(1, "cudnn" if gpu else "xla")  # beside the one that `auto` takes, and then the others
+    rows = [
+        dict(H=H, N=N, B=max(size.tokens // T, 1), T=T, implementation=name)
+        for names in (ours[:2], ours[2:])
+        for H, N in size.heads
+        for T in size.contexts
+        for name in names
+    ]
+    with ThreadPoolExecutor(4) as pool:  # a card's kernels compile while others are timed; a CPU has no time for both
+        for row, programs in zip(rows, (pool.map if gpu else map)(_programs, rows), strict=True):
             if clock.left() < 0:
+                pool.shutdown(cancel_futures=True)
                 return
-            row = dict(H=H, N=N, B=B, T=T, implementation=name)
-            try:
-                row |= _rates(clock, contenders[name], arguments, flops, priced=T in size.priced)
-            except Exception as error:  # a contender that this device or version lacks is a row, too
-                row["failed"] = _said(error)
-            yield row
+            try:  # a contender that this device or version lacks is a row, too
+                yield row | (dict(failed=programs) if isinstance(programs, str) else _rates(clock, row, programs))
+            except Exception as error:
+                yield row | dict(failed=_said(error))
+
+
+def _programs(row: Row) -> dict[tuple[str, bool], Callable] | str:
+    """Forward, and both ways, with the entropy and, for some contexts, without; or why they cannot be compiled."""
+    name, arguments = row["implementation"], jax.eval_shape(lambda: _arguments(row["B"], row["T"], row["N"], row["H"]))
+    contender = functools.partial(_ours, name) if name in IMPLEMENTATIONS else _library
+    priced = name in IMPLEMENTATIONS and row["T"] in sizes().priced
+    programs = {}
+    try:
+        for entropy in (True, False) if priced else (True,):
+            outputs = functools.partial(contender, entropy=entropy)
+            programs["forward", entropy] = jax.jit(outputs).lower(*arguments[:3]).compile()
+            programs["both", entropy] = _backward(outputs).lower(*arguments).compile()
+    except Exception as error:
+        return _said(error)
+    return programs
 
 
 def _said(error: Exception) -> str:
@@ -94,23 +111,20 @@ def _library(q, k, v, *, entropy: bool) -> tuple:
     return (jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation),)
 
 
-def _rates(clock: Clock, contender: Callable, arguments: tuple, flops: float, priced: bool) -> Row:
+def _rates(clock: Clock, row: Row, programs: dict[tuple[str, bool], Callable]) -> Row:
     """TFLOP/s, and what the entropy and its gradient cost."""
-    inputs = arguments[:3]
-
-    def seconds(entropy: bool) -> tuple[float, float]:
-        outputs = functools.partial(contender, entropy=entropy)
-        forward, both = jax.jit(outputs), _backward(outputs)
-        return clock.on_device(lambda: forward(*inputs)), clock.on_device(lambda: both(*arguments))
-
-    ahead, both = seconds(entropy=True)
+    arguments, seconds = _arguments(row["B"], row["T"], row["N"], row["H"]), {}
+    for (way, entropy), program in programs.items():
+        given = arguments[:3] if way == "forward" else arguments
+        seconds[way, entropy] = clock.on_device(lambda program=program, given=given: program(*given))
+    flops, ahead, both = 2 * row["B"] * row["N"] * row["T"] ** 2 * row["H"], *(seconds[way, True] for way in _WAYS)
     backward = 2.5 * flops / (both - ahead) / 1e12 if both > ahead else "lost in the noise"
-    row = {"forward TFLOP/s": flops / ahead / 1e12, "backward TFLOP/s": backward}
-    row |= {"forward ms": 1e3 * ahead, "forward + backward ms": 1e3 * both}
-    if priced and contender is not _library:
-        ahead_without, both_without = seconds(entropy=False)
-        row |= {"forward, with the entropy / without": ahead / ahead_without, "both": both / both_without}
-    return row
+    rates = {"forward TFLOP/s": flops / ahead / 1e12, "backward TFLOP/s": backward}
+    rates |= {"forward ms": 1e3 * ahead, "forward + backward ms": 1e3 * both}
+    if ("both", False) in seconds:
+        price = {way: seconds[way, True] / seconds[way, False] for way in _WAYS}
+        rates |= {"forward, with the entropy / without": price["forward"], "both": price["both"]}
+    return rates
 
 
 def _backward(outputs: Callable) -> Callable:

@@ -11,7 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from jax_entropy.attention.dense import MASKED, visible
+from jax_entropy.attention.dense import EXACT, MASKED, visible
 
 # Positions a block, up to this length and beyond it. Measured on CPU (docs/benchmarks/attention.md): tiles of all heads
 # should stay in the last-level cache, and a short context gains more from skipping what lies above the diagonal.
@@ -198,4 +198,4 @@ def _pad(x: jax.Array, length: int, axis: int) -> jax.Array:
 
 
 def _dot(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=dtype)
+    return jnp.einsum(equation, x, y, precision=EXACT, preferred_element_type=dtype)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+# of products: an accelerator would round operands in float32 to fewer digits first
+EXACT = jax.lax.Precision.HIGHEST
 # q·k of a key that is not seen: below every row's largest, and times any temperature still finite, so that it adds
 # 0 · finite to the entropy and to every gradient, never 0 · inf.
 MASKED = -1e20
@@ -23,7 +25,8 @@ def attend(
     """
     T, S = q_BxTxNxH.shape[1], k_BxSxNxH.shape[1]
     visible_TxS = visible(jnp.arange(S)[None], jnp.arange(T)[:, None] + position, *windowed)
-    s_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q_BxTxNxH, k_BxSxNxH, preferred_element_type=scale_NxT.dtype)
+    products = dict(precision=EXACT, preferred_element_type=scale_NxT.dtype)
+    s_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q_BxTxNxH, k_BxSxNxH, **products)
     if transform is not None:
         logits_BxNxTxS = s_BxNxTxS * scale_NxT[None, :, :, None]
         largest_BxNxT = jnp.max(jnp.where(visible_TxS[None, None], logits_BxNxTxS, MASKED), axis=-1)
@@ -37,7 +40,7 @@ def attend(
     z_BxNxT = jnp.sum(e_BxNxTxS, axis=-1)
     entropy_BxNxT = jnp.log(z_BxNxT) - jnp.sum(e_BxNxTxS * x_BxNxTxS, axis=-1) / z_BxNxT
     p_BxNxTxS = (e_BxNxTxS / z_BxNxT[..., None]).astype(v_BxSxNxH.dtype)
-    out_BxTxNxH = jnp.einsum("BNTS,BSNH->BTNH", p_BxNxTxS, v_BxSxNxH, preferred_element_type=scale_NxT.dtype)
+    out_BxTxNxH = jnp.einsum("BNTS,BSNH->BTNH", p_BxNxTxS, v_BxSxNxH, **products)
     lse_BxNxT = max_BxNxT + jnp.log(z_BxNxT)
     largest_BxNxT = max_BxNxT if transform is None else largest_BxNxT
     return out_BxTxNxH.astype(q_BxTxNxH.dtype), entropy_BxNxT, lse_BxNxT, largest_BxNxT

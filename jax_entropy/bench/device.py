@@ -1,29 +1,26 @@
 """`bench device`: what one card reaches, in a few minutes and without corpus or network.
 
 Every part is a process of its own under a time limit, and every row is on disk as soon as it is measured: a run that is
-cut off leaves what it had. A card's parts compile side by side and measure in turns. What they measure is in `parts.py`.
+cut off leaves what it had. What the parts measure is in `parts.py`.
 """
 
 import datetime
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.paths import writing
 
-# Parts in their order, and the share of the time that each may take where one comes after the other.
+# Parts in their order, and the share of the time that each may take.
 PARTS = {
-    "versions": 0.05, "ceilings": 0.07, "step": 0.20, "attention": 0.25, "correctness": 0.20, "memory": 0.06,
-    "training": 0.07, "peers": 0.10,
+    "versions": 0.02, "ceilings": 0.03, "step": 0.27, "attention": 0.25, "correctness": 0.16, "memory": 0.04,
+    "training": 0.05, "peers": 0.18,
 }  # fmt: skip
 
 
@@ -33,8 +30,7 @@ def bench_device(
     """Measures this process's default device and writes `device.json` and `device.md` into the folder `out`.
 
     Args:
-      parts: names of `PARTS`; "versions" comes first, asked for or not. On a CPU each has a share of the time, and what
-        it leaves goes to those after it; on a card all have until the end.
+      parts: names of `PARTS`; time that one leaves over goes to those after it.
       minutes: that all parts together may take.
       notify: is told each part's begin and end.
     Returns:
@@ -49,41 +45,26 @@ def bench_device(
         raise UserError(f"minutes={minutes} must be above 0")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    names = [part for part in PARTS if part == "versions" or part in parts]
     result = dict(
         command=f"jax-entropy bench device --parts={','.join(parts)} --minutes={minutes:g}",
-        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        parts={part: dict(rows=[], seconds=0.0, ended="") for part in names},
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), parts={},
     )  # fmt: skip
-    deadline, writer = time.monotonic() + 60 * minutes, threading.Lock()
-
-    def save() -> None:
-        with writer:
-            _write(out, result)
-
-    def run(part: str, share: float = 1.0, turns: str = "") -> None:
-        found, seconds = result["parts"][part], (deadline - time.monotonic()) * share
-        notify(f"{part}: up to {seconds:.0f} s")
-        _run(part, seconds, turns, found, save)
+    deadline = time.monotonic() + 60 * minutes
+    for i, part in enumerate(parts):
+        left, share = deadline - time.monotonic(), PARTS[part] / sum(PARTS[name] for name in parts[i:])
+        notify(f"{part}: up to {left * share:.0f} s")
+        found = result["parts"][part] = dict(rows=[], seconds=0.0, ended="")
+        _run(part, left * share, found, lambda: _write(out, result))
         notify(f"{part}: {len(found['rows'])} rows in {found['seconds']:.0f} s, {found['ended']}")
-
-    run(names[0])
-    if any(row.get("platform") == "gpu" for row in result["parts"]["versions"]["rows"]):
-        with tempfile.NamedTemporaryFile() as turns, ThreadPoolExecutor(len(names)) as pool:
-            list(pool.map(lambda part: run(part, turns=turns.name), names[1:]))
-    else:
-        for i, part in enumerate(names[1:], 1):
-            run(part, share=PARTS[part] / sum(PARTS[name] for name in names[i:]))
     return result
 
 
-def _run(part: str, seconds: float, turns: str, found: dict[str, Any], save: Callable[[], None]) -> None:
+def _run(part: str, seconds: float, found: dict[str, Any], save: Callable[[], None]) -> None:
     """Runs a part's process, whose lines are rows, until it ends or its time is over."""
     start = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "jax_entropy.bench.parts", part, str(max(seconds - 5, 1)), turns],
+        [sys.executable, "-m", "jax_entropy.bench.parts", part, str(max(seconds - 5, 1))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # one card for all of them
     )  # fmt: skip
     words: list[str] = []
     reading = threading.Thread(target=lambda: words.extend(process.stderr), daemon=True)

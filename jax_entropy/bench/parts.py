@@ -1,4 +1,4 @@
-"""What `bench device` measures, part by part: `python -m jax_entropy.bench.parts PART SECONDS [TURNS]` prints its rows.
+"""What `bench device` measures, part by part: `python -m jax_entropy.bench.parts PART SECONDS` prints a row a line.
 
 Needs jax, flax, optax, einops, ml_collections and numpy, no corpus. On a CPU the same parts run on small sizes.
 """
@@ -65,11 +65,11 @@ PARTS = dict(
 )  # fmt: skip
 
 
-def main(part: str, seconds: float, turns: str = "") -> None:
-    """Prints the rows of a part as they are measured, one a line."""
-    for row in PARTS[part](Clock(seconds, turns)):
+def main(part: str, seconds: float) -> None:
+    """Prints the rows of a part as they are measured."""
+    for row in PARTS[part](Clock(seconds)):
         print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), *sys.argv[3:])
+    main(sys.argv[1], float(sys.argv[2]))

@@ -1,14 +1,11 @@
 """What the parts of `bench device` share: sizes for each kind of device, and a clock that knows what time is left."""
 
-import contextlib
 import dataclasses
-import fcntl
-import os
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,52 +44,36 @@ def sizes() -> Sizes:
 
 
 class Clock:
-    """Time that is left for a part, and medians of calls.
+    """Time that is left for a part, and medians of calls."""
 
-    Args:
-      seconds: that are left.
-      turns: a file; who holds its lock has the device alone, beside other parts that compile. "": nobody else is there.
-    """
-
-    def __init__(self, seconds: float, turns: str = "") -> None:
+    def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
-        self.turns = turns or os.devnull
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Waits for the device, and has it for a while."""
-        with open(self.turns, "w") as file:
-            if self.turns != os.devnull:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     def seconds(self, call: Callable[[], Any], *, rounds: int = 5, least: float = 0.02) -> float:
         """Median seconds of a call, each round long enough to be timed; the first call is not counted."""
         jax.block_until_ready(call())
-        with self.alone():
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        count = max(1, int(least / max(time.perf_counter() - start, 1e-6)))
+        taken = []
+        for _ in range(rounds):
             start = time.perf_counter()
-            jax.block_until_ready(call())
-            count = max(1, int(least / max(time.perf_counter() - start, 1e-6)))
-            taken = []
-            for _ in range(rounds):
-                start = time.perf_counter()
-                results = [call() for _ in range(count)]
-                jax.block_until_ready(results[-1])
-                taken.append((time.perf_counter() - start) / count)
-                del results
+            results = [call() for _ in range(count)]
+            jax.block_until_ready(results[-1])
+            taken.append((time.perf_counter() - start) / count)
+            del results
         return statistics.median(taken)
 
     def on_device(self, call: Callable[[], Any], *, rounds: int = 8) -> float:
-        """Seconds of a call's kernels alone, by the profiler: a short one's start takes longer than it runs.
+        """Seconds of a call's kernels alone, by the profiler: to start a short one takes longer than it runs.
 
         Where nothing is profiled, as on a CPU, median seconds of the call.
         """
         jax.block_until_ready(call())
-        with self.alone():
-            found = kernels(call, rounds)
+        found = kernels(call, rounds)
         return sum(found.values()) if found else self.seconds(call)
 
 

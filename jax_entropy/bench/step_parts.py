@@ -2,8 +2,10 @@
 
 import functools
 import importlib.util
+import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,6 +24,7 @@ from jax_entropy.config import default_config, model_config
 from jax_entropy.model import Transformer
 from jax_entropy.state import init_state, make_train_step
 
+_STEPS = 200  # of the losses beside the CPU's
 _PRODUCT = re.compile("nvjet|gemm|cublas|cutlass", re.I)  # in the names of kernels
 
 
@@ -31,9 +34,7 @@ def step(clock: Clock) -> Iterator[Row]:
         for architecture in ("EReg(SM+LN+G)", "SM+LN+G"):
             if clock.left() < 10:
                 return
-            with clock.alone():  # the compiler tries products on the device, too
-                row = _step_row(clock, architecture, context, tokens)
-            yield row
+            yield _step_row(clock, architecture, context, tokens)
 
 
 def _step_row(clock: Clock, architecture: str, context: int, tokens_of_step: int) -> Row:
@@ -109,21 +110,25 @@ def _training(architecture: str, context: int, fields: Row, dtype: str) -> tuple
 
 def training(clock: Clock) -> Iterator[Row]:
     """Losses of 200 steps of a small model on this device beside the CPU's, both in float32, and how far they part."""
-    steps = 200 if jax.default_backend() != "cpu" else 20
-    tokens = _text(steps, batch=8, context=128, vocab_size=256)
-    losses = {}
-    for name, device in dict(device=jax.devices()[0], cpu=jax.local_devices(backend="cpu")[0]).items():
-        with jax.default_device(device):
-            fields = dict(num_layers=2, num_heads=2, model_dim=64, vocab_size=256)
-            _, state, train_step = _training("EReg(SM(t)+ScFuFFN)", 128, fields, "float32")
-            losses[name] = []
-            for i in range(steps):
-                state, metrics = train_step(state, jnp.asarray(tokens[i]), False)
-                losses[name].append(metrics["loss"])
-        losses[name] = np.asarray(jax.device_get(losses[name]))
-    for i in (0, steps // 2, steps - 1):
-        ours, theirs = float(losses["device"][i]), float(losses["cpu"][i])
-        yield dict(step=i + 1, device=ours, cpu=theirs, relative_difference=abs(ours - theirs) / abs(theirs))
+    command = [sys.executable, "-m", "jax_entropy.bench.step_parts"]
+    alone = dict(os.environ, JAX_PLATFORMS="cpu")  # where a GPU is the default, kernels are chosen for it
+    with subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, text=True) as beside:
+        ours, theirs = _losses(), [float(line) for line in beside.stdout]
+    for i in (0, _STEPS // 2, _STEPS - 1):
+        difference = abs(ours[i] - theirs[i]) / abs(theirs[i])
+        yield dict(step=i + 1, device=ours[i], cpu=theirs[i], relative_difference=difference)
+
+
+def _losses() -> list[float]:
+    tokens = _text(_STEPS, batch=8, context=128, vocab_size=256)
+    fields = dict(num_layers=2, num_heads=2, model_dim=64, vocab_size=256)
+    with jax.default_matmul_precision("highest"):  # float32, as a CPU has it
+        _, state, train_step = _training("EReg(SM(t)+ScFuFFN)", 128, fields, "float32")
+        losses = []
+        for i in range(_STEPS):
+            state, metrics = train_step(state, jnp.asarray(tokens[i]), False)
+            losses.append(metrics["loss"])
+    return [float(loss) for loss in losses]
 
 
 def _text(steps: int, batch: int, context: int, vocab_size: int) -> np.ndarray:
@@ -144,8 +149,10 @@ def peers(clock: Clock) -> Iterator[Row]:
     size = sizes()
     names = dict(layers=size.model["num_layers"], width=size.model["model_dim"], heads=size.model["num_heads"])
     model, shapes = names | dict(vocab_size=size.model["vocab_size"]), [(128, size.tokens // 128)]
-    with clock.alone():
-        yield from bench_step(
-            shapes, ("bfloat16",), rounds=5, peer_python=sys.executable, notify=lambda _: None, model=model,
-            compiled=True,
-        )  # fmt: skip
+    yield from bench_step(
+        shapes, ("bfloat16",), rounds=5, peer_python=sys.executable, notify=lambda _: None, model=model, compiled=True
+    )
+
+
+if __name__ == "__main__":
+    print(*_losses(), sep="\n")

@@ -28,32 +28,15 @@ def test_a_part_is_measured_in_a_process_of_its_own_and_written_down(tmp_path):
 def test_every_row_is_on_disk_when_its_part_is_cut_off(tmp_path, monkeypatch):
     """Parts that take their time after the first row: each ends at its limit, and the others have theirs."""
     slow = tmp_path / "slow"
-    slow.write_text("#!/bin/sh\necho '{\"part\": \"'$3'\"}'\n[ $3 = versions ] || exec sleep 60\n")
+    slow.write_text("#!/bin/sh\necho '{\"part\": \"'$3'\"}'\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setattr(device.sys, "executable", str(slow))
     bench_device(tmp_path, parts=["step", "memory"], minutes=0.1, notify=lambda line: None)
     parts = json.loads((tmp_path / "device.json").read_text())["parts"]
     assert {name: (part["rows"], part["ended"]) for name, part in parts.items()} == {
-        "versions": ([{"part": "versions"}], "complete"),
         "step": ([{"part": "step"}], "out of time"),
         "memory": ([{"part": "memory"}], "out of time"),
     }
-
-
-def test_a_cards_parts_run_side_by_side_and_measure_in_turns(tmp_path, monkeypatch):
-    """Each holds the lock while it writes: never one line between two of another's."""
-    log, card = tmp_path / "log", tmp_path / "card"
-    card.write_text(
-        '#!/bin/sh\n[ $3 = versions ] && echo \'{"platform": "gpu"}\' && exit\nsleep 0.3\n'
-        f"flock $5 sh -c 'echo begin >>{log}; sleep 0.1; echo end >>{log}'\necho '{{\"part\": \"'$3'\"}}'\n"
-    )
-    card.chmod(0o755)
-    monkeypatch.setattr(device.sys, "executable", str(card))
-    result = bench_device(tmp_path, parts=["step", "memory", "peers"], minutes=1, notify=lambda line: None)
-    assert [part["rows"] for part in list(result["parts"].values())[1:]] == [
-        [{"part": p}] for p in ("step", "memory", "peers")
-    ]
-    assert log.read_text().split() == ["begin", "end"] * 3
 
 
 def test_a_part_that_fails_says_why_and_the_others_go_on(tmp_path, monkeypatch):

@@ -36,13 +36,16 @@ def plain_cross_entropy(hidden, head, targets):
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-@pytest.fixture(params=[(1, None), (5 * B, None), (5 * B, (4, 8)), (1 << 10, None)], ids=str)
+@pytest.fixture(
+    params=[(1, None, "cpu"), (5 * B, None, "gpu"), (5 * B, (4, 8), "cpu"), (1 << 10, None, "cpu")], ids=str
+)
 def rows(request, monkeypatch):
     """So few rows in a chunk that chunks hold one position, some, or all; of 13 positions the last chunk is padded.
 
-    Some are cut into tiles of the vocabulary too, of which the last is padded.
+    Some are cut into tiles of the vocabulary too, of which the last is padded; some are computed as for a GPU.
     """
-    rows, tiles = request.param
+    rows, tiles, platform = request.param
+    monkeypatch.setattr(loss_module, "platform", lambda: platform)
     monkeypatch.setattr(loss_module, "chunk_rows", lambda vocab_size: rows)
     monkeypatch.setattr(loss_module, "vocabulary_tiles", lambda vocab_size, rows: tiles)
 
@@ -110,9 +113,11 @@ def test_tiles_of_the_vocabulary_stay_on_the_chip(vocab_size, rows, monkeypatch)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)])
-def test_devices_sum_their_gradients_once(shape, monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_devices_sum_their_gradients_once(platform, shape, monkeypatch):
     """However many chunks there are, one all-reduce carries the head's gradient and one gather the head itself."""
     monkeypatch.setattr(loss_module, "chunk_rows", lambda vocab_size: 1)
+    monkeypatch.setattr(loss_module, "platform", lambda: platform)
     rng = np.random.default_rng(0)
     size, T, vocab_size, width = 8, 6, 32, 8
     hidden = rng.standard_normal((size, T, width)).astype(np.float32)
@@ -139,10 +144,12 @@ def test_devices_sum_their_gradients_once(shape, monkeypatch):
     parts, tensor = shape[0] * shape[1], shape[2]
     part, positions = head.nbytes / tensor, T * size / parts
     over_batch = 2 * (parts - 1) / parts * (part + 4)
-    over_tensor = 2 * (tensor - 1) / tensor * positions * 4 * (3 + width)  # maximum, sum, target; hidden gradient
+    numbers = 3 + width if platform == "cpu" else 1 + width  # maximum, sum, target; hidden gradient
+    over_tensor = 2 * (tensor - 1) / tensor * positions * 4 * numbers
     assert collectives["all-reduce"].sent == pytest.approx(over_batch + over_tensor)
-    if shape[1] > 1:
-        assert collectives["all-gather"].sent <= part
+    together = 2 * (tensor - 1) * positions * 4 * (platform == "gpu")  # maximum and sum of each part, as one
+    if shape[1] > 1 or together:
+        assert collectives["all-gather"].sent <= part * (shape[1] > 1) + together
 
 
 def test_logits_of_any_size_give_a_finite_loss():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_entropy.products import outer_product, product, transposed, wide_product
+from jax_entropy.products import add_bias, outer_product, product, transposed, wide_product
 
 R = 48
 
@@ -28,6 +28,16 @@ def test_a_product_and_its_gradients(K, M, dtype, rtol):
     for one, two in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float64), two, atol=rtol * np.abs(two).max())
     assert [one.dtype for one in found] == [jnp.dtype(dtype)] * 3 + [jnp.dtype("float32")] * 2
+
+
+def test_a_bias_is_added_in_the_type_of_the_product_and_its_gradient_summed_in_its_own():
+    """A sum of 4,096 ones in bfloat16 would stop at 256."""
+    y, bias = jnp.ones((4096, 3), jnp.bfloat16), jnp.asarray([0.0, 1.0, 2.0])
+    biased, pull = jax.vjp(add_bias, y, bias)
+    dy, dbias = pull(jnp.ones_like(y))
+    assert biased.dtype == dy.dtype == jnp.bfloat16 and dbias.dtype == jnp.float32
+    np.testing.assert_array_equal(biased[0], [1, 2, 3])
+    np.testing.assert_array_equal(dbias, [4096] * 3)
 
 
 def test_bfloat16_is_not_widened_for_a_product_on_cpu():

@@ -171,12 +171,12 @@ def for_a_gpu():
 
 
 @pytest.mark.parametrize(
-    "attend, window",
-    [(gpu.attend, None), (hopper.attend, None), (hopper.attend, 32)],
-    ids=["gpu", "hopper", "hopper with a window"],
+    "attend, window, T",
+    [(gpu.attend, None, 200), (hopper.attend, None, 129), (hopper.attend, 32, 200)],
+    ids=["gpu", "hopper, of any length", "hopper with a window"],
 )
-def test_the_kernels_lower_for_a_gpu_with_every_gradient(attend, window):
-    x, rows = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 200), jnp.float32)
+def test_the_kernels_lower_for_a_gpu_with_every_gradient(attend, window, T):
+    x, rows = jax.ShapeDtypeStruct((1, T, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, T), jnp.float32)
 
     def loss(q, k, v, scale):
         out, entropy, logsumexp, _ = attend(q, k, v, scale, 0, window)

@@ -138,9 +138,9 @@ def choose(platform: str, device_kind: str, q: jax.Array, S: int, at_end: bool =
 
     On CPU, measured (docs/benchmarks/attention.md): up to 64 × 64 logits a head dense and blockwise take the same time
     and dense compiles faster; beyond, blockwise takes less time, forward and backward, in float32 and bfloat16.
-    On GPUs, by the assembler's report (docs/benchmarks/kernels.md): hopper for what it takes and, with a window, heads
-    of up to 64, since masks of wider ones spill registers; else gpu. On TPUs, not measured: tpu where there are queries
-    enough for its lanes.
+    On GPUs, measured (docs/benchmarks/device.md): hopper for what it takes and, with a window, heads of up to 64, since
+    masks of wider ones spill registers (docs/benchmarks/kernels.md); else gpu. On TPUs, not measured: tpu where there
+    are queries enough for its lanes.
     """
     (_, T, _, H), half = q.shape, q.dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and H <= 128 and (half or q.dtype == jnp.float32):

@@ -18,7 +18,7 @@ def product(x_RxK: jax.Array, w_KxM: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def add_bias(y_RxM: jax.Array, bias_M: jax.Array) -> jax.Array:
-    """y + b in the type of y, as a GPU's product does it on its way; the gradient of b is summed in float32 or better."""
+    """y + b in the type of y, as a GPU's product does on its way; b's gradient is summed in float32 or better."""
     return y_RxM + bias_M.astype(y_RxM.dtype)[None]
 
 

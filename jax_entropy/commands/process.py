@@ -16,8 +16,8 @@ from jax_entropy.errors import UserError
 from jax_entropy.paths import cache_directory
 
 _KEPT = 2 << 30  # bytes of compiled programs
-# Of GPUs; other devices' compilers do not read them. docs/benchmarks/device.md has what they gain: cuBLAS adds biases in
-# its products, which XLA's own do not, and q, k and v come out apart, where a merged product would be cut by copies.
+# Of GPUs; other devices' compilers do not read them. docs/benchmarks/device.md has what they gain: cuBLAS adds biases
+# in its products, which XLA's own do not, and q, k and v come out apart, where a merged one would be cut by copies.
 _XLA = dict(
     fast="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_triton_gemm=false "
     "--xla_gpu_dot_merger_threshold_mb=0"

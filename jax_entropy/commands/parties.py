@@ -206,10 +206,15 @@ def ask(values: Namespace) -> None:
             for answer in answers
         ]
 
-    model = run(
-        server, assistant, files, values.tokens, questions=questions, reveal=values.reveal,
-        timeout=values.timeout, patience=values.patience, notify=warn,
-    )  # fmt: skip
+    try:
+        model = run(
+            server, assistant, files, values.tokens, questions=questions, reveal=values.reveal,
+            timeout=values.timeout, patience=values.patience, notify=warn,
+        )  # fmt: skip
+    except BaseException:
+        for answer in answers:
+            answer.break_off()
+        raise
     count, seconds = sum(len(answer.ids) for answer in answers), time.monotonic() - start
     safety, setting = "mutual TLS" if files else "NO TLS", model.engine.setting
     sent, rounds = (sum(values) for values in zip(*((a.bytes[0], a.rounds) for _, a in model.accounts), strict=True))

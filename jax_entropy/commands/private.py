@@ -94,15 +94,19 @@ def generate(values: Namespace) -> None:
         warn(f"sharing {sum(value.size for value in exported.weights.values()):,} weights")
         model = PrivateModel.of(started, exported)
         warn(f"reading {len(ids)} tokens")
-        new = run(
-            model,
-            ids,
-            values.tokens,
-            choose=choose,
-            end_of_text=loaded.tokenizer.end_of_text,
-            reveal=values.reveal,
-            notify=notify,
-        )
+        try:
+            new = run(
+                model,
+                ids,
+                values.tokens,
+                choose=choose,
+                end_of_text=loaded.tokenizer.end_of_text,
+                reveal=values.reveal,
+                notify=notify,
+            )
+        except BaseException:
+            text.break_off()
+            raise
         peak = started.peak_memory()
     text.end()
     seconds = time.monotonic() - start

@@ -137,6 +137,7 @@ class Streamed:
 
     def __init__(self, tokenizer: Any, prompt: str, file: TextIO) -> None:
         self.tokenizer, self.prompt, self.file, self.ids, self.written = tokenizer, prompt, file, [], None
+        self.has_ended = False
 
     def token(self, token: int) -> None:
         self.ids.append(token)
@@ -144,6 +145,12 @@ class Streamed:
 
     def end(self) -> None:
         self._write(self.tokenizer.decode(self.ids), end=True)
+        self.has_ended = True
+
+    def break_off(self) -> None:
+        """Ends the line of a text that was begun and goes no further, so that what went wrong has its own."""
+        if self.written is not None and not self.has_ended:
+            say("", self.file)
 
     def _write(self, text: str, end: bool = False) -> None:
         if self.written is None:

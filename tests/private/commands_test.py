@@ -1,11 +1,14 @@
 """`jax-entropy private …` from the command line: texts, tables, files, and what is refused in a sentence."""
 
+import io
 import json
 import signal
 
 import pytest
 
 from jax_entropy.commands.main import main
+from jax_entropy.commands.private_flags import Streamed
+from jax_entropy.data.tokenizer import load_tokenizer
 from tests.private.helpers import start
 
 pytestmark = pytest.mark.usefixtures("installed")
@@ -44,6 +47,17 @@ def test_a_terminated_command_leaves_no_weights_behind(workdir, tmp_path, number
     process.send_signal(number)
     assert process.wait(timeout=20) == 128 + number
     assert not list((tmp_path / "temporary").glob("jax_entropy_private_*"))
+
+
+def test_a_text_that_is_broken_off_ends_its_line_and_no_other_does(workdir):
+    tokenizer, written = load_tokenizer(workdir / "tokenizer.json"), {}
+    for calls in ((), ("token",), ("token", "end")):
+        text = Streamed(tokenizer, "def ", file := io.StringIO())
+        for call in calls:
+            getattr(text, call)(*([5] if call == "token" else []))
+        text.break_off()
+        written[calls] = file.getvalue()
+    assert written[()] == "" and written["token",] == written["token", "end"] and written["token",].count("\n") == 1
 
 
 def test_profile_of_a_workdir(workdir, tmp_path, capsys):

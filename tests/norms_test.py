@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from jax_entropy import norms
+from jax_entropy.architecture import architecture
 from jax_entropy.norms import layer_norm
 
 
@@ -41,3 +43,14 @@ def test_in_bfloat16_statistics_and_the_gradients_of_parameters_are_float32():
     np.testing.assert_allclose(dx.astype(jnp.float32), expected[0], rtol=2**-8, atol=1e-5)
     np.testing.assert_allclose(dscale, expected[1], rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(dbias, expected[2], rtol=1e-5, atol=1e-4)
+
+
+def test_a_checkpoint_is_the_same_on_a_gpu_and_elsewhere(monkeypatch):
+    config = architecture("SM+LN+G", vocab_size=8, context_length=4, num_layers=1, num_heads=1, model_dim=16)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 16))
+    here = norms.normalise("layer", config, None)
+    variables = here.init(jax.random.key(1), x)
+    monkeypatch.setattr(norms, "platform", lambda: "gpu")
+    there = norms.normalise("layer", config, None)
+    assert isinstance(there, norms.LayerNorm) and not isinstance(here, norms.LayerNorm)
+    np.testing.assert_allclose(there.apply(variables, x), here.apply(variables, x), rtol=1e-5, atol=1e-6)

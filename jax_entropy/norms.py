@@ -49,8 +49,8 @@ class LayerNorm(nn.Module):
 def layer_norm(x_RxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
     """LayerNorm of rows, statistics in float32 or better.
 
-    Its backward pass reads x and dy as they lie. Of Flax's, a GPU takes float32 arrays of their size through memory. A TPU
-    does not: there this one moves 13 % more bytes a step (docs/log.md).
+    Its backward pass reads x and dy as they lie. Of Flax's, a GPU takes float32 arrays of their size through memory; a
+    TPU does not, and would move 13 % more bytes a step with this one (docs/log.md).
     """
     return _layer_norm(x_RxD, scale_D, bias_D, epsilon)[0]
 

@@ -95,20 +95,19 @@ def attend(
         raise UserError("attention 'hopper' takes the queries at the end of the keys; a cache is for 'gpu'")
     if H not in WIDTHS:
         raise UserError(f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any")
-    q_BxTxNxH, k_BxSxNxH, v_BxSxNxH = (_whole(x, 1) for x in (q_BxTxNxH, k_BxSxNxH, v_BxSxNxH))
+    q_BxTxNxH, k_BxSxNxH, v_BxSxNxH = (_whole(x) for x in (q_BxTxNxH, k_BxSxNxH, v_BxSxNxH))
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, S)
     given = Given(position, num_slots, kernels, with_entropy, interpret)
     windows = () if window is None else (jnp.asarray(window, jnp.int32)[None],)
     kernel = functools.partial(_attention, given=given)
-    out_BxTxNxH, *rows = attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, _whole(scale_NxT, 1, 1.0), windows)
+    out_BxTxNxH, *rows = attend_on_shards(kernel, q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, _whole(scale_NxT, 1.0), windows)
     return out_BxTxNxH[:, :T], *(x_BxNxT[..., :T] for x_BxNxT in rows)
 
 
-def _whole(x: jax.Array, axis: int, value: float = 0.0) -> jax.Array:
-    """Padded to whole groups of 8 rows, as the copy engine takes them: nobody sees such a key, such a query goes."""
-    missing = -x.shape[axis] % 8
-    padding = [(0, missing if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, padding, constant_values=value) if missing else x
+def _whole(x: jax.Array, value: float = 0.0) -> jax.Array:
+    """Axis 1 in whole groups of 8, as the copy engine takes rows: nobody sees such a key, such a query goes."""
+    padding = [(0, -size % 8 if axis == 1 else 0) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, padding, constant_values=value) if x.shape[1] % 8 else x
 
 
 def tiles(device_kind: str, q_BxTxNxH: jax.Array, S: int) -> Kernels:

@@ -17,7 +17,8 @@ OTHER_NONLINEARITIES = ["SM+BiFFN", "PSM(4)+ScFuFFN", "SM+FN+ScFuFFN", "SM+FN+Bi
 
 def get_sweep(scale: str) -> Sweep:
     free = [_with(body, parts) for body in BODIES for parts in (*([part] for part in ALONE), SOME, ALL)]
-    penalised = ["EReg(SM(t)+ScFuFFN)", f"EReg({_with('SM(t)+ScFuFFN', SOME)})"]
+    # SM(t) scales by position already
+    penalised = [f"EReg({_with('SM(t)+ScFuFFN', parts)})" for parts in ([], SOME, [p for p in ALL if p != "SM(log)"])]
     others = [_with(body, parts) for body in OTHER_NONLINEARITIES for parts in ([], SOME)]
     return Sweep(
         title="Parts without a nonlinearity",

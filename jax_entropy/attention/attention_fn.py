@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_entropy.attention import AttentionStats, attention
-from jax_entropy.attention.dense import MASKED
+from jax_entropy.attention.dense import EXACT, MASKED
 from jax_entropy.entropy import row_entropy
 from jax_entropy.errors import UserError, check_array
 
@@ -77,10 +77,11 @@ def _masked(
     q_BxTxNxH: jax.Array, k_BxSxNxH: jax.Array, v_BxSxNxH: jax.Array, mask_BxNxTxS: jax.Array
 ) -> tuple[jax.Array, AttentionStats]:
     dtype = jnp.result_type(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, jnp.float32)
-    logits_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q_BxTxNxH, k_BxSxNxH, preferred_element_type=dtype)
+    products = dict(precision=EXACT, preferred_element_type=dtype)
+    logits_BxNxTxS = jnp.einsum("BTNH,BSNH->BNTS", q_BxTxNxH, k_BxSxNxH, **products)
     logits_BxNxTxS = jnp.where(mask_BxNxTxS, logits_BxNxTxS * q_BxTxNxH.shape[-1] ** -0.5, MASKED)
     weights_BxNxTxS = jax.nn.softmax(logits_BxNxTxS)
-    out_BxTxNxH = jnp.einsum("BNTS,BSNH->BTNH", weights_BxNxTxS, v_BxSxNxH, preferred_element_type=dtype)
+    out_BxTxNxH = jnp.einsum("BNTS,BSNH->BTNH", weights_BxNxTxS, v_BxSxNxH, **products)
     lse_BxNxT = jax.nn.logsumexp(logits_BxNxTxS, axis=-1)
     max_BxNxT = jax.lax.stop_gradient(jnp.max(logits_BxNxTxS, axis=-1))
     return out_BxTxNxH.astype(q_BxTxNxH.dtype), AttentionStats(row_entropy(weights_BxNxTxS), lse_BxNxT, max_BxNxT)

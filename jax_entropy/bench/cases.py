@@ -23,7 +23,8 @@ class Case(NamedTuple):
 
     `largest` is the size of its logits, of which kernels hold no more than 5e8. `rtol` is relative to the sum of the
     magnitudes that a number is summed from: the error of any order of summation. Of statistics it is the bound for
-    every type, since they are float32; of outputs and gradients in a shorter type the bound is that type's epsilon.
+    every type, since they are float32; of outputs and gradients in a shorter type the bound is that type's epsilon, of
+    dv, which is rounded three times, 1.5 of it.
     """
 
     name: str

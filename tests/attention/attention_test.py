@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_entropy import attention
 from jax_entropy.attention import IMPLEMENTATIONS, Implementation, available, choose
+from jax_entropy.attention.attention_fn import attention_fn
 from jax_entropy.bench.attention import bench_attention
 from jax_entropy.bench.cases import CASES, errors
 from jax_entropy.errors import UserError
@@ -461,3 +462,20 @@ def test_shapes_that_do_not_fit_are_refused():
             attention(q, k, v, t, window=window)
     with pytest.raises(UserError, match="num_slots=3 must lie between 0 and S − T = 2"):
         attention(q, k, v, t, window=2, num_slots=3)
+
+
+def _masked(q, k, v):
+    return attention_fn(q, k, v, mask=jnp.ones((q.shape[1], k.shape[1]), bool))
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [*(functools.partial(attention, implementation=name) for name in ("dense", "blockwise")), _masked],
+    ids=["dense", "blockwise", "attention_fn"],
+)
+def test_an_accelerator_rounds_no_operand_of_a_float32_product(attend):
+    """By itself XLA multiplies float32 with ten bits on a GPU; here both passes."""
+    q, k, v, _ = inputs(4, 6, dtype=np.float32)
+    gradients = jax.jit(jax.grad(lambda *qkv: jnp.sum(jax.tree.leaves(attend(*qkv))[0]), (0, 1, 2)))
+    products = [line for line in gradients.lower(q, k, v).as_text().splitlines() if "dot_general" in line]
+    assert len(products) >= 5 and all("precision = [HIGHEST, HIGHEST]" in line for line in products)

@@ -142,22 +142,26 @@ def _worker(shape: dict[str, Any]) -> None:
 
     from jax_entropy.config import default_config, model_config
     from jax_entropy.model import Transformer
-    from jax_entropy.state import init_state, make_train_step
+    from jax_entropy.sharding import batch_sharding, config_mesh
+    from jax_entropy.state import abstract_state, init_state, jit_train_step
 
     config = default_config("EReg(SM+LN+G)")
     config.model.update(
         num_layers=shape["layers"], num_heads=shape["heads"], model_dim=shape["width"],
         context_length=shape["context"], bias="all", scan_unroll=shape["layers"],
     )  # fmt: skip
-    config.train.dtype = shape["dtype"]
-    model = Transformer(model_config(config, shape["vocab_size"]))
-    state = jax.jit(functools.partial(init_state, config, model))()
+    config.train.update(dtype=shape["dtype"], batch_size=shape["batch"])
+    model, mesh = Transformer(model_config(config, shape["vocab_size"])), config_mesh(config)
     tokens = jax.random.randint(jax.random.key(0), (shape["batch"], shape["context"] + 1), 0, shape["vocab_size"])
-    train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        state, _ = jax.block_until_ready(train_step(state, tokens, False))
-        print(time.perf_counter() - start, flush=True)
+    with jax.set_mesh(mesh):  # of one device for each core, where XLA_FLAGS says so
+        tokens = jax.device_put(tokens, batch_sharding(mesh))
+        sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
+        state = jax.jit(functools.partial(init_state, config, model), out_shardings=sharding)()
+        train_step = jit_train_step(config, model, mesh, sharding)
+        for _ in sys.stdin:
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(train_step(state, tokens, False))
+            print(time.perf_counter() - start, flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
 
 

@@ -27,10 +27,6 @@ def _add_bias_forward(y_RxM: jax.Array, bias_M: jax.Array) -> tuple[jax.Array, j
 
 
 def _add_bias_backward(bias_M: jax.Array, dy_RxM: jax.Array) -> tuple[jax.Array, jax.Array]:
-    import os
-
-    if os.environ.get("V_SPLIT"):
-        dy_RxM = jax.lax.optimization_barrier(dy_RxM)
     return dy_RxM, jnp.sum(dy_RxM, axis=0, dtype=jnp.promote_types(dy_RxM.dtype, bias_M.dtype)).astype(bias_M.dtype)
 
 

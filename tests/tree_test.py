@@ -85,6 +85,12 @@ def test_training_knows_neither_private_execution_nor_plans():
     assert not {name for name in known if name.startswith(("private", "plan"))}
 
 
+def test_no_variable_of_the_environment_decides_what_a_step_computes():
+    """A step is a function of its config; only what plans, reads or writes asks the environment."""
+    mathematics = ROOMS[ROOMS.index("sharding") : ROOMS.index("runs")]
+    assert not {name for name in FILES if room(name) in mathematics and "os" in IMPORTS[name]}
+
+
 def test_entropy_knows_nothing_but_arrays():
     assert {name for name in rooms(IMPORTS["jax_entropy.entropy"])} <= {"errors"}
 

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 
 from jax_entropy.chips import HOST, chip_of
 from jax_entropy.entropy import entropy_penalty
-from jax_entropy.model import Aux, Transformer, logits
+from jax_entropy.errors import UserError, check_kind, spelled
+from jax_entropy.model import Aux, Transformer, check_tokens, logits
 from jax_entropy.products import outer_product, transposed, wide_product
 from jax_entropy.sharding import BATCH, device_kind, on_shards, platform, sum_over
 
@@ -57,7 +58,8 @@ def loss_fn(
 
     Args:
       params: the collection "params" of `model`.
-      tokens_BxT1: [B, T+1] token ids; positions 1…T are predicted.
+      tokens_BxT1: [B, T+1] token ids; positions 1…T are predicted. Under `jit`, where ids cannot be looked at, one beyond
+        the vocabulary makes the loss NaN, and a negative one counts for nothing as a target.
       penalty_weight: λ; a number, or the value of an Optax schedule at this step. Without EReg there is no penalty.
       tolerance, reduction, shape: see `entropy_penalty`.
       collections: other collections of the model (`spectral`); updated ones come back in `LossParts`.
@@ -67,7 +69,10 @@ def loss_fn(
       dropout_key: switches the embedding dropout on.
     Returns:
       (loss in nats per token, LossParts).
+    Raises:
+      UserError: the tokens are not whole numbers [B, T+1], T ≥ 1, or, outside of `jit`, not in the vocabulary.
     """
+    _check(tokens_BxT1, model)
     collections = collections or {}
     (hidden_BxTxD, head_VxD, aux), updated = model.apply(
         {"params": params, **collections},
@@ -91,6 +96,21 @@ def loss_fn(
         )  # fmt: skip
         loss = loss + penalty_weight * penalty
     return loss, LossParts(cross, penalty, aux, updated, divergence)
+
+
+def _check(tokens_BxT1: object, model: Transformer) -> None:
+    check_kind("model", model, Transformer, "a Transformer")
+    check_tokens(tokens_BxT1, "[B, T+1]")
+    if tokens_BxT1.shape[0] < 1 or tokens_BxT1.shape[1] < 2:
+        raise UserError(
+            f"tokens={spelled(tokens_BxT1)} must be an array [B, T+1] with something to predict, T at least 1"
+        )
+    if isinstance(tokens_BxT1, jax.core.Tracer) or not getattr(tokens_BxT1, "is_fully_addressable", True):
+        return
+    least, most = int(tokens_BxT1.min()), int(tokens_BxT1.max())
+    if least < 0 or most >= model.config.vocab_size:
+        wrong = least if least < 0 else most
+        raise UserError(f"tokens hold the id {wrong}, and the vocabulary ends at {model.config.vocab_size - 1}")
 
 
 def teacher_divergence(

@@ -81,9 +81,7 @@ class Transformer(nn.Module):
         return logits(hidden_BxTxD, head_VxD), aux
 
     def _run(self, tokens_BxT: jax.Array, position: int | jax.Array) -> tuple[jax.Array, jax.Array, Aux]:
-        check_array("tokens", tokens_BxT, "[B, T]")
-        if not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
-            raise UserError(f"tokens={spelled(tokens_BxT)} must be whole numbers, like int32")
+        check_tokens(tokens_BxT, "[B, T]")
         config, T = self.config, tokens_BxT.shape[1]
         if T > config.context_length:
             raise UserError(f"{T} tokens do not fit into context_length={config.context_length}")
@@ -107,6 +105,17 @@ class Transformer(nn.Module):
             watched.append(of_stack)
         watched: Watched = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *watched)
         return self.final_norm(stream.residual_BxTxD), self.head, Aux(*watched)
+
+
+def check_tokens(tokens: object, axes: str) -> None:
+    """Checks an argument that is to be token ids, an array with axes as they are printed.
+
+    Raises:
+      UserError: it is not.
+    """
+    check_array("tokens", tokens, axes)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(f"tokens={spelled(tokens)} must be whole numbers, like int32")
 
 
 def _stack(config: ModelConfig, length: int, *, with_ffn: bool) -> nn.Module:

@@ -22,6 +22,10 @@ def init(model, tokens):
     return jax.eval_shape(model.init, jax.random.key(0), tokens)
 
 
+def loss(tokens):
+    return je.loss_fn({}, tokens, model=je.Transformer(MODEL))
+
+
 CALLS = {
     "q=1 must be an array [B, T, N, H]": lambda: je.attention(1, 2, 3),
     "k=None must be an array [B, S, N, H]": lambda: je.attention(X, None, X),
@@ -50,6 +54,12 @@ CALLS = {
     "config='SM' must be a ModelConfig": lambda: init(je.Transformer("SM"), TOKENS),
     "tokens=int32[4] must be an array [B, T]": lambda: init(je.Transformer(MODEL), TOKENS[0]),
     "tokens=float32[1,4] must be whole numbers": lambda: init(je.Transformer(MODEL), TOKENS * 1.0),
+    "tokens=int32[4] must be an array [B, T+1]": lambda: loss(TOKENS[0]),
+    "tokens=float32[1,4] must be whole numbers, like": lambda: loss(TOKENS * 1.0),
+    "tokens=int32[1,1] must be an array [B, T+1] with": lambda: loss(TOKENS[:, :1]),
+    "tokens hold the id 5, and the vocabulary ends at 4": lambda: loss(TOKENS + 5),
+    "tokens hold the id -1, and the vocabulary": lambda: loss(TOKENS - 1),
+    "model='SM' must be a Transformer": lambda: je.loss_fn({}, TOKENS, model="SM"),
     "config='SM+LN' must be a ModelConfig": lambda: census("SM+LN"),
     "directory=None is no path": lambda: je.from_huggingface(None),
     "directory=5 is no path": lambda: je.from_safetensors(5),

@@ -242,8 +242,9 @@ def _entropies(history: History) -> Iterator[Number]:
         entropy = entropy_LxN.mean()
         share = f", {100 * entropy / most:.0f} % of log T" if math.isfinite(entropy / most) else ""
         yield Number(f"mean head entropy, {where}", _text(entropy, ".2f"), f"nats{share}")
-        yield Number(f"collapse, {where}", _text(100 * share_4[0], "z.1f"), "% of heads, bottom quarter of the largest")
-        yield Number(f"overload, {where}", _text(100 * share_4[3], "z.1f"), "% of heads, top quarter of the largest")
+        for quarter, share in (("bottom", share_4[0]), ("top", share_4[3])):
+            text = _text(100 * share, "z.1f")
+            yield Number(f"in the {quarter} quarter, {where}", text, "% of heads, by the largest head's entropy")
 
 
 def _perplexity(loss: float) -> str:

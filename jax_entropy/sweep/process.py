@@ -6,6 +6,7 @@ stops.
 """
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -26,7 +27,10 @@ def main(workdir: str, cores: str = "") -> int:
     from jax_entropy.training.train import train
 
     try:
-        train(Workdir(workdir).read_config(), workdir)
+        train(
+            Workdir(workdir).read_config(), workdir,
+            command=f"python -m jax_entropy.sweep.process {shlex.quote(workdir)}",
+        )  # fmt: skip
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

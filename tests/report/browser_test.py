@@ -189,8 +189,9 @@ def test_runs_are_compared_and_incidents_marked(desk):
     tab = desk("#against=1")
     assert "more than in second" in said(tab, "heads")
     assert tab.locator("#differences th.chosen").inner_text() == "first"
-    losses = said(tab, "all-losses")
-    assert "mean of 2 runs: 0.6" in losses and "bits/byte" in losses  # in tokens of their own
+    assert "bits/byte" in said(tab, "all-losses")  # in tokens of their own
+    both = tab.locator("#all-losses .rows li")
+    assert both.count() == 1 and both.inner_text().partition(" ±")[0].endswith("mean of 2 runs 0.6")
     for panel in ("layers", "bands", "losses", "entropy-surface", "all-losses"):
         assert tab.locator(f"#{panel} .incident").count() == 1, panel
 
@@ -227,6 +228,8 @@ def test_print_shows_all_of_the_configuration(desk):
     tab.emulate_media(media="print")
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert tab.locator("#abouts details:not([open]) >> visible=true").count() == 0 and tab.locator("#time").is_hidden()
+    drawn = tab.eval_on_selector_all("#panels svg[role=img]", "all => all.map((one) => one.viewBox.baseVal.width)")
+    assert drawn and max(drawn) <= 688  # CSS pixels of an A4 sheet between margins: no letter is made smaller
     tab.evaluate("dispatchEvent(new Event('afterprint'))")
     tab.emulate_media(media="screen")
 

@@ -1,21 +1,18 @@
 // Curves over steps (or positions) and stacked shares: axes, labels at the ends, a cursor, marks of incidents.
 
-const EDGE = { top: 10, right: 64, bottom: 26, left: 46 };
+const EDGE = { top: 22, right: 64, bottom: 38, left: 46 };
 
 // A picture of curves in `box`; `move` sets the cursor to a step.
 //
-// spec: series [{ name, label, steps, values, color, dash, layer }], unit, height, floor, log, references
-// [{ value, label }], incidents [{ step, what }], last (end of the axis), of ("step" or "position"), band [low, high].
+// spec: series [{ name, label, steps, values, color, dash, layer, range }], unit, up (what the upright axis is, if not
+// its unit), height, floor, log, references [{ value, label }], incidents [{ step, what }], last (end of the axis), of
+// ("step" or "position").
 function lineChart(box, spec) {
   const frame = axes(box, spec, ySpan(spec));
   const { root, x, y, plot } = frame;
-  if (spec.band) {
-    const [low, high] = spec.band.map(y);
-    plot.append(svg("rect", { class: "tolerance", x: frame.left, width: frame.right - frame.left, y: high, height: Math.max(0, low - high) }));
-  }
   for (const { value, label } of spec.references || []) {
     plot.append(svg("line", { class: "reference", x1: frame.left, x2: frame.right, y1: y(value), y2: y(value) }));
-    plot.append(svg("text", { class: "note", x: frame.left + 4, y: y(value) - 4 }, label));
+    plot.append(svg("text", { class: "note", x: besideMarks(frame.left + 4, 6 * label.length, spec, x), y: y(value) - 4 }, label));
   }
   const chosen = spec.series.some((one) => one.layer !== undefined && one.layer === state.layer);
   for (const one of spec.series) {
@@ -57,8 +54,10 @@ function lineChart(box, spec) {
 function ySpan(spec) {
   let low = Infinity, high = -Infinity;
   for (const one of spec.series) {
-    const [least, most] = extent(one.values);
-    if (one.values.some(Number.isFinite)) [low, high] = [Math.min(low, least), Math.max(high, most)];
+    for (const values of [one.values, ...(one.range || [])].filter((values) => values.some(Number.isFinite))) {
+      const [least, most] = extent(values);
+      [low, high] = [Math.min(low, least), Math.max(high, most)];
+    }
   }
   for (const { value } of spec.references || []) high = Math.max(high, value);
   if (!(low <= high)) [low, high] = [0, 1];
@@ -68,9 +67,9 @@ function ySpan(spec) {
   return { low: spec.floor === undefined ? low - margin : Math.min(spec.floor, low), high: high + margin, log };
 }
 
-// The frame of a picture over steps: axes, ticks, marks of incidents.
+// The frame of a picture: axes with their names, ticks, marks of incidents.
 function axes(box, spec, { low, high, log }) {
-  const width = Math.max(260, Math.round(box.clientWidth || 560)), height = spec.height || 230;
+  const width = Math.max(260, Math.round(box.clientWidth || 560)), height = spec.height || 250;
   const edge = { ...EDGE, right: spec.right ?? EDGE.right };
   const [left, right, top, bottom] = [edge.left, width - edge.right, edge.top, height - edge.bottom];
   const x = scale(spec.first || 0, spec.logAcross ? spec.last : Math.max(spec.last, 1), left, right, spec.logAcross), y = scale(low, high, bottom, top, log);
@@ -87,6 +86,8 @@ function axes(box, spec, { low, high, log }) {
     grid.append(svg("text", { x: anchor === "end" ? width - 2 : x(value), y: bottom + 16, "text-anchor": anchor }, tickText(value)));
   }
   grid.append(svg("line", { class: "base", x1: left, x2: right, y1: bottom, y2: bottom }));
+  grid.append(svg("text", { x: (left + right) / 2, y: bottom + 31, "text-anchor": "middle" }, spec.across || spec.of || "step"));
+  grid.append(svg("text", { x: 2, y: top - 10 }, spec.up ?? spec.unit ?? ""));
   for (const { step, what } of spec.incidents || []) {
     const mark = svg("g", { class: "incident" }, svg("line", { x1: x(step), x2: x(step), y1: top, y2: bottom }),
       svg("path", { d: `M${x(step) - 5} ${top - 8}h10l-5 9z` }), svg("title", {}, `${steps(step)}: ${what}`));
@@ -95,6 +96,13 @@ function axes(box, spec, { low, high, log }) {
   root.append(grid, plot);
   box.replaceChildren(root);
   return { root, plot, x, y, left, right, top, bottom, width, height };
+}
+
+// Where a word at `from` of that width begins so that no mark of an incident runs through it.
+function besideMarks(from, width, { incidents = [] }, x) {
+  const marks = incidents.map(({ step }) => x(step)).sort((a, b) => a - b);
+  for (const mark of marks) if (mark > from - 8 && mark < from + width) from = mark + 8;
+  return from;
 }
 
 // At most four points a pixel: the first, least, largest and last of what falls on it.
@@ -196,7 +204,7 @@ function roomFor(half, frame, edges) {
 
 // Shares that add up, from the bottom quarter to the top one.
 function stackChart(box, spec) {
-  const frame = axes(box, { ...spec, percent: true, right: 14 }, { low: 0, high: 1, log: false });
+  const frame = axes(box, { ...spec, percent: true, up: "heads", right: 14 }, { low: 0, high: 1, log: false });
   const { x, y, plot, root } = frame;
   const [E, Q] = spec.shares.shape, { values } = spec.shares;
   const below = (e, q) => { let sum = 0; for (let i = 0; i < q; i++) sum += values[e * Q + i] || 0; return sum; };

@@ -129,6 +129,11 @@ function hint(event, ...lines) {
   tip.style.top = `${y - height - 14 < 4 ? y + 18 : y - height - 14}px`;
 }
 
+// A name that may break behind its separators.
+function breakable(name) {
+  return (String(name).match(/[^-_+./,]*[-_+./,]?/g) || []).filter(Boolean).flatMap((part, i) => (i ? [html("wbr"), part] : [part]));
+}
+
 function pointed(event, element, width) {
   const box = element.getBoundingClientRect();
   const shrink = width / box.width;

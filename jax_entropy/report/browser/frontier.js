@@ -22,18 +22,17 @@ const FRONTIER = {
     const span = log ? { low: low / 1.15, high: high * 1.15, log } : { low: low - margin, high: high + margin, log };
     const inner = html("div", {});
     box.replaceChildren(inner);
-    const frame = axes(inner, { title: this.title, height: 340, first: least / 1.25, last: most * 1.25, logAcross: true, right: 20 }, span);
+    const frame = axes(inner, { title: this.title, height: 340, across: label, up: "perplexity", first: least / 1.25, last: most * 1.25, logAcross: true, right: 20 }, span);
     const { x, y, plot, root } = frame;
     const front = points.filter((point) => point.front).sort((a, b) => a.x - b.x);
     plot.append(svg("path", { class: "curve", style: `stroke:${RUN_COLORS[1]}`, d: `M${front.map((point) => `${x(point.x)} ${y(point.perplexity)}`).join("L")}` }));
     for (const point of points) {
       const [px, py] = [x(point.x), y(point.perplexity)], color = RUN_COLORS[point.front ? 1 : 0];
-      const bar = point.spread ? svg("path", { class: "curve", style: `stroke:${color}`, d: `M${px} ${y(point.perplexity - point.spread)}V${y(point.perplexity + point.spread)}` }) : null;
+      const bar = point.spread ? svg("path", { class: "curve", style: `stroke:${color}`, d: `M${px} ${y(Math.max(point.perplexity - point.spread, span.low))}V${y(point.perplexity + point.spread)}` }) : null;
       const mark = svg("g", { class: "point", transform: `translate(${px} ${py})` }, svg("circle", { r: 8.5, style: `fill:${color}` }), svg("text", { y: 3.2, "text-anchor": "middle" }, point.number));
       mark.addEventListener("pointermove", (event) => hint(event, point.label, `perplexity ${exact(point.perplexity)}${point.spread ? ` ± ${exact(point.spread, 2)}` : ""}`, `${exact(point.x, 4)} ${label}`));
       plot.append(...[bar, mark].filter(Boolean));
     }
-    root.append(svg("text", { class: "note", x: frame.right, y: frame.bottom - 6, "text-anchor": "end" }, `${label} →`), svg("text", { class: "note", x: frame.left + 6, y: frame.top + 8 }, "↑ perplexity"));
     root.addEventListener("pointerleave", (event) => hint(event));
     box.append(html("ol", { class: "rows" }, ...points.map((point) => html("li", { class: point.front ? "front" : null }, point.label))));
     return { move() {} };

@@ -100,7 +100,7 @@ function legend({ low, high, color, unit, log = false, notes = [] }) {
 // Layers by steps as one image. spec: { title, steps, values {shape [E, L], values}, share(value), unit, scale }.
 function surface(box, spec) {
   const [E, L] = spec.values.shape;
-  const frame = axes(box, { ...spec, height: Math.max(120, Math.min(260, 30 * L + 44)), right: 10, rows: L }, { low: L - 0.5, high: -0.5, log: false });
+  const frame = axes(box, { ...spec, height: Math.max(140, Math.min(284, 30 * L + 60)), right: 10, rows: L, up: "layer" }, { low: L - 0.5, high: -0.5, log: false });
   const { x, plot, root } = frame;
   const columns = Math.min(frame.right - frame.left, 2 * E);
   const canvas = html("canvas", { width: columns, height: L });
@@ -142,7 +142,7 @@ function surface(box, spec) {
 // Every head as a point with its layer's number. spec: { title, count, layers, layer(i), head(i), x(i), y(i), most,
 // tolerance, across and up (what the axes are), lines(i) (the hint), choose(i) }.
 function scatter(box, spec) {
-  const frame = axes(box, { ...spec, last: spec.most, right: 12, height: 300 }, { low: 0, high: spec.most, log: false });
+  const frame = axes(box, { ...spec, last: spec.most, right: 12, height: 320 }, { low: 0, high: spec.most, log: false });
   const { x, y, plot, root } = frame;
   const band = [[0, spec.tolerance], [spec.most, spec.most + spec.tolerance], [spec.most, spec.most - spec.tolerance], [0, -spec.tolerance]];
   const id = "inside";
@@ -150,8 +150,6 @@ function scatter(box, spec) {
   plot.setAttribute("clip-path", `url(#${id})`);
   plot.append(svg("path", { class: "tolerance", d: `M${band.map(([a, b]) => `${x(a)} ${y(b)}`).join("L")}Z` }));
   plot.append(svg("line", { class: "reference", x1: x(0), y1: y(0), x2: x(spec.most), y2: y(spec.most) }));
-  root.append(svg("text", { class: "note", x: frame.right - 4, y: frame.bottom - 6, "text-anchor": "end" }, spec.across));
-  root.append(svg("text", { class: "note", x: frame.left + 6, y: frame.top + 8 }, spec.up));
   const small = spec.count > 200;
   const points = Array.from({ length: spec.count }, (_, i) => {
     const color = layerColor(spec.layer(i), spec.layers);

@@ -278,8 +278,14 @@ async function start(block) {
   addEventListener("beforeprint", () => {
     closed = [...document.querySelectorAll("#abouts details:not([open])")];
     for (const one of closed) one.open = true;
+    document.documentElement.classList.add("printing"); // as wide as paper, so that letters have their size there
+    draw();
   });
-  addEventListener("afterprint", () => closed.forEach((one) => (one.open = false)));
+  addEventListener("afterprint", () => {
+    for (const one of closed) one.open = false;
+    document.documentElement.classList.remove("printing");
+    draw();
+  });
   document.documentElement.classList.add("ready");
 }
 

@@ -66,10 +66,14 @@ function layerTable(run, metric) {
 
 function saidOfLayers(run, metric, unit) {
   const values = row(run.train[metric], now(run));
+  return state.layer === null ? saidRange(values, unit, "layers") : `layer ${state.layer}: ${exact(values[state.layer], 5)} ${unit}`.trim();
+}
+
+// From the least to the largest of several numbers, and how many of them are none.
+function saidRange(values, unit, of) {
   const known = values.filter(Number.isFinite), lost = values.length - known.length;
   const range = known.length ? `${exact(Math.min(...known), 4)} to ${exact(Math.max(...known), 4)} ${unit}`.trim() : "";
-  const whole = [range, lost ? `${lost} of ${values.length} layers are not a number` : ""].filter(Boolean).join(", ");
-  return state.layer === null ? whole : `layer ${state.layer}: ${exact(values[state.layer], 5)} ${unit}`.trim();
+  return [range, lost ? `${lost} of ${values.length} ${of} are not a number` : ""].filter(Boolean).join(", ");
 }
 
 function difference(run) {
@@ -130,7 +134,7 @@ const HEAD = {
   draw(box, run) {
     const [l, n] = [state.layer, state.head];
     const parts = [], places = {};
-    const first = ofHeads(run, "threshold") ? "entropy, threshold [nats]" : "entropy [nats]";
+    const first = ofHeads(run, "threshold") ? "entropy, threshold" : "entropy";
     const titles = [first, ofHeads(run, "head_max_logit") && "largest logit", run.text?.temperature && "temperature by position"];
     box.classList.add("thirds");
     box.replaceChildren(...titles.filter(Boolean).map((title) => html("div", { class: "third" }, html("h3", {}, title), (places[title] = html("div", { class: "picture" })))));
@@ -141,10 +145,10 @@ const HEAD = {
       entropy.push(curve("threshold", stepsOf(run), nats, 1, { label: "θ" }));
     }
     entropy[0].label = "H";
-    parts.push(lineChart(place(first), overSteps(run, { title: "entropy and threshold of the head", series: entropy, unit: "nats", floor: 0, right: 22, height: 190 })));
+    parts.push(lineChart(place(first), overSteps(run, { title: "entropy and threshold of the head", series: entropy, unit: "nats", floor: 0, right: 22, height: 212 })));
     if (ofHeads(run, "head_max_logit")) {
       const logit = curve("largest logit", stepsOf(run), column(run.train.head_max_logit, l, n), 2, { label: "", dash: "" });
-      parts.push(lineChart(place("largest logit"), overSteps(run, { title: "largest logit of the head", series: [logit], right: 12, height: 190 })));
+      parts.push(lineChart(place("largest logit"), overSteps(run, { title: "largest logit of the head", series: [logit], up: "logit", right: 12, height: 212 })));
     }
     if (run.text?.temperature) {
       const inner = place("temperature by position");
@@ -152,7 +156,7 @@ const HEAD = {
         const k = indexAt(run.text.step, state.step), [, L, N, P] = run.text.temperature.shape;
         const values = run.text.temperature.values.subarray((k * L + l) * N * P + n * P, (k * L + l) * N * P + (n + 1) * P);
         const series = [curve("temperature", run.text.positions, values, 3, { label: "", dash: "" })];
-        lineChart(inner, { title: "temperature by position", of: "position", series, last: run.text.positions.at(-1), right: 12, height: 190 });
+        lineChart(inner, { title: "temperature by position", of: "position", series, last: run.text.positions.at(-1), up: "temperature", right: 12, height: 212 });
         return k;
       };
       let drawn = draw();
@@ -177,7 +181,7 @@ const LAYERS = {
   caption: "Mean of a layer's heads. Deep layers that sink to zero foretell an unstable run; layers that stay at the causal maximum did not specialise.",
   shown: (run) => moves(run, "layer_entropy"),
   draw: (box, run) => lineChart(box, overSteps(run, {
-    title: "mean head entropy by layer, over steps", series: layerCurves(run, "layer_entropy"), unit: "nats", floor: 0, right: 24, height: HEADS.wide(run) ? 230 : Math.max(230, gridHeight(box, run)),
+    title: "mean head entropy by layer, over steps", series: layerCurves(run, "layer_entropy"), unit: "nats", floor: 0, right: 24, height: HEADS.wide(run) ? 250 : Math.max(250, gridHeight(box, run)),
     references: [{ value: run.maxima.context, label: `log T = ${exact(run.maxima.context, 3)}` }, { value: run.maxima.causal, label: `causal maximum = ${exact(run.maxima.causal, 3)}` }],
   })),
   said: (run) => saidOfLayers(run, "layer_entropy", "nats"),
@@ -212,7 +216,7 @@ const THRESHOLDS = {
     const at = (i) => [Math.floor(i / run.heads), i % run.heads];
     return scatter(box, {
       title: "head entropies against learned thresholds", count: run.layers * run.heads, layers: run.layers, most: 1, tolerance: run.tolerance || 0,
-      across: "threshold θ →", up: "↑ head entropy ÷ its maximum", layer: (i) => at(i)[0], head: (i) => at(i)[1],
+      across: "threshold θ", up: "head entropy ÷ its maximum", layer: (i) => at(i)[0], head: (i) => at(i)[1],
       x: (i) => valueNow(run, "threshold", ...at(i)), y: (i) => this.share(run, ...at(i)), choose: (i) => setHead(...at(i)),
       lines: (i) => {
         const [name, threshold, , nats] = this.heads(run)[i];
@@ -234,7 +238,7 @@ const TEMPERATURES = {
   id: "temperatures", title: "Temperatures",
   caption: "Learned divisors of the logits, mean of a layer's heads and positions. Above 1 attention is spread out, below 1 sharpened.",
   shown: (run) => moves(run, "temperature/mean"),
-  draw: (box, run) => lineChart(box, overSteps(run, { title: "mean temperature by layer, over steps", series: layerCurves(run, "temperature/mean"), log: true, right: 24, height: 300 })),
+  draw: (box, run) => lineChart(box, overSteps(run, { title: "mean temperature by layer, over steps", series: layerCurves(run, "temperature/mean"), up: "temperature", log: true, right: 24, height: 320 })),
   said: (run) => saidOfLayers(run, "temperature/mean", ""),
   table: (run) => layerTable(run, "temperature/mean"),
 };
@@ -243,7 +247,7 @@ const LOGITS = {
   id: "logits", title: "Largest logits",
   caption: "The largest scaled attention logit of each layer. What keeps growing here precedes a spike.",
   shown: (run) => moves(run, "max_logit"),
-  draw: (box, run) => lineChart(box, overSteps(run, { title: "largest logit by layer, over steps", series: layerCurves(run, "max_logit"), log: true, right: 24 })),
+  draw: (box, run) => lineChart(box, overSteps(run, { title: "largest logit by layer, over steps", series: layerCurves(run, "max_logit"), up: "logit", log: true, right: 24, height: 320 })),
   said: (run) => saidOfLayers(run, "max_logit", ""),
   table: (run) => layerTable(run, "max_logit"),
 };
@@ -322,7 +326,10 @@ const MORE = {
   draw(box, run) {
     return lineChart(box, overSteps(run, { title: this.source(run).name, series: this.series(run), log: true, right: 24 }));
   },
-  said: () => "",
+  said(run) {
+    const { kind } = this.source(run), e = now(run, kind), values = this.series(run).map((one) => one.values[e]);
+    return `${values.length === 1 ? exact(values[0]) : saidRange(values, "", "numbers")}, at ${steps(stepsOf(run, kind)[e])}`;
+  },
   table(run) {
     const { kind } = this.source(run), series = this.series(run);
     return { head: ["step", ...series.map(({ name }) => name)], rows: someSteps(run, kind).map((e) => [stepsOf(run, kind)[e], ...series.map(({ values }) => values[e])]) };

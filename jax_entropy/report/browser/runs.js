@@ -7,9 +7,9 @@ const DIFFERENCES = {
   draw(box) {
     const { head, rows } = this.table();
     const table = html("table", { class: "differences" },
-      html("thead", {}, html("tr", {}, ...head.map((text, i) => html("th", { scope: "col", class: i - 1 === state.run ? "chosen" : null }, text)))),
+      html("thead", {}, html("tr", {}, ...head.map((text, i) => html("th", { scope: "col", class: i - 1 === state.run ? "chosen" : null }, ...breakable(text))))),
       html("tbody", {}, ...rows.map(([name, ...values], i) => html("tr", { class: data.differences[i].measured ? "measured" : null },
-        html("th", { scope: "row" }, name), ...values.map((value, j) => html("td", { class: j === state.run ? "chosen" : null, title: value }, value))))));
+        html("th", { scope: "row" }, ...breakable(name)), ...values.map((value, j) => html("td", { class: j === state.run ? "chosen" : null }, ...breakable(value)))))));
     box.replaceChildren(html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "what differs" }, table));
     return { move() {} };
   },
@@ -30,6 +30,7 @@ function comparable() {
 }
 
 // One curve a group of seeds, the mean of its runs, with the range of them behind it; one a run where there is one seed.
+// `spread(e)` is their standard deviation there, 0 of one.
 function groupCurves(values) {
   return data.groups.map((members, i) => {
     const curves = members.map((index) => values(data.runs[index]));
@@ -43,9 +44,9 @@ function groupCurves(values) {
     const name = alone && twin ? run.name : run.architecture;
     return {
       ...curve(alone ? name : `${name}, mean of ${members.length} runs`, first.steps.slice(0, length), mean, i),
-      label: alone ? name : `${name} ×${members.length}`, members,
+      label: `${i + 1}`,
       range: alone ? null : [across((numbers) => Math.min(...numbers)), across((numbers) => Math.max(...numbers))],
-      spread: alone ? 0 : deviation(curves.map((one) => one.values[length - 1])),
+      spread: (e) => (alone ? 0 : deviation(curves.map((one) => one.values[e]))),
     };
   });
 }
@@ -55,23 +56,33 @@ function deviation(numbers) {
   return Math.sqrt(numbers.reduce((sum, value) => sum + (value - mean) ** 2, 0) / (numbers.length - 1));
 }
 
+function swatch({ color, dash }) {
+  return svg("svg", { class: "swatch", viewBox: "0 0 26 8", "aria-hidden": "true" }, svg("path", { class: "curve", d: "M1 4H25", style: `stroke:${color}`, "stroke-dasharray": dash || null }));
+}
+
 function overlay(id, title, caption, source) {
   return {
     id, title, caption, shown: () => data.runs.length > 1,
     series: () => groupCurves(source().values),
+    // Curves carry numbers; the list below has their names, and what they are at the slider.
     draw(box) {
-      const right = Math.min(190, Math.max(70, Math.round(0.24 * box.clientWidth)));
-      const series = this.series();
-      const most = Math.floor((right - 10) / 7);
-      for (const one of series) if (one.label.length > most) one.label = `${one.label.slice(0, most - 1)}…`;
-      return lineChart(box, { title, series, last: lastStep(), unit: source().unit, right, height: 280, incidents: data.runs.flatMap((run) => run.incidents) });
+      const series = this.series(), inner = html("div", {}), now = series.map(() => html("b", {}));
+      box.replaceChildren(inner, html("ol", { class: "rows" }, ...series.map((one, i) => html("li", {}, swatch(one), one.name, " ", now[i]))));
+      const chart = lineChart(inner, { title, series, last: lastStep(), unit: source().unit, right: 28, height: 300, incidents: data.runs.flatMap((run) => run.incidents) });
+      return {
+        move() {
+          chart.move();
+          series.forEach(({ steps: at, values, spread }, i) => {
+            const e = indexAt(at, state.step), apart = spread(e);
+            now[i].textContent = at[0] > state.step ? "not yet" : `${exact(values[e], 4)}${apart ? ` ± ${exact(apart, 2)}` : ""}`;
+          });
+        },
+      };
     },
-    said() {
-      const ends = this.series().map(({ name, values, spread }) => `${name}: ${exact(values.at(-1), 4)}${spread ? ` ± ${exact(spread, 2)}` : ""}`);
-      return `${source().unit} at the end · ${ends.slice(0, 4).join(" · ")}${ends.length > 4 ? " · …" : ""}`;
-    },
+    said: () => `${source().unit} at ${steps(state.step)}${data.groups.length < data.runs.length ? ", ± a standard deviation over seeds" : ""}`,
     table() {
-      return { head: ["run", `at the end [${source().unit}]`, "± over seeds"], rows: this.series().map(({ name, values, spread, members }) => [name, values.at(-1), members.length > 1 ? spread : "one seed"]) };
+      const rows = this.series().map(({ name, values, range, spread }) => [name, values.at(-1), range ? spread(values.length - 1) : "one seed"]);
+      return { head: ["run", `at the end [${source().unit}]`, "± over seeds"], rows };
     },
   };
 }

@@ -102,7 +102,7 @@ const POSITIONS = {
         if (k === drawn) return;
         drawn = k;
         const series = this.series(run, k);
-        lineChart(box, { title: this.title, of: "position", series, unit: "nats", floor: 0, last: series[0].steps.length - 1, right: 24, height: 300 });
+        lineChart(box, { title: this.title, of: "position", series, unit: "nats", floor: 0, last: series[0].steps.length - 1, right: 24, height: 320 });
       },
     };
   },

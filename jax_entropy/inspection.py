@@ -24,7 +24,7 @@ from jax_entropy.paths import local_path
 from jax_entropy.private.cost.account import add
 from jax_entropy.private.cost.model import predict
 from jax_entropy.private.engine.engine import Account, Setting
-from jax_entropy.report.costs import PRIVATE_TOKENS, predicted_cost
+from jax_entropy.report.costs import PRICED_AS, PRIVATE_TOKENS, measured_kind, predicted_cost
 from jax_entropy.report.history import History
 from jax_entropy.report.page import page
 from jax_entropy.report.verdict import GOOD, LARGE_LOGIT, LOOK, MANY, TROUBLE, Verdict, these
@@ -163,7 +163,7 @@ def findings(inspection: Inspection) -> Iterator[str]:
         yield f"Private execution is not predicted: {inspection.unpriced}."
         return
     total = add(inspection.private.values())
-    nonlinear = {kind: cost for kind, cost in inspection.private.items() if kind in _NONLINEAR}
+    nonlinear = {kind: cost for kind, cost in inspection.private.items() if measured_kind(kind) in _NONLINEAR}
     share = add(nonlinear.values()).bytes[0] / total.bytes[0]
     most = max(nonlinear, key=lambda kind: nonlinear[kind].bytes[0])
     yield (
@@ -307,6 +307,10 @@ def _private(decoder: Decoder, num_tokens: int) -> tuple[dict[str, Account], str
         if decoder.gated:
             ungated = dataclasses.replace(config, ffn="full", activation=activation)
             costs[ACTIVATIONS[activation]] = predict(ungated, num_tokens, Setting())[ACTIVATIONS[activation]]
+        if decoder.activation == "silu":
+            costs = {
+                f"SiLU{PRICED_AS}{kind}" if kind == ACTIVATIONS[activation] else kind: costs[kind] for kind in costs
+            }
         return costs, ""
     except UserError as error:
         return {}, str(error)

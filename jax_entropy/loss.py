@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from jax_entropy.chips import HOST, chip_of
 from jax_entropy.entropy import entropy_penalty
-from jax_entropy.errors import UserError, check_kind, spelled
+from jax_entropy.errors import UserError, spelled
 from jax_entropy.model import Aux, Transformer, check_tokens, logits
 from jax_entropy.products import outer_product, transposed, wide_product
 from jax_entropy.sharding import BATCH, device_kind, on_shards, platform, sum_over
@@ -99,7 +100,6 @@ def loss_fn(
 
 
 def _check(tokens_BxT1: object, model: Transformer) -> None:
-    check_kind("model", model, Transformer, "a Transformer")
     check_tokens(tokens_BxT1, "[B, T+1]")
     if tokens_BxT1.shape[0] < 1 or tokens_BxT1.shape[1] < 2:
         raise UserError(
@@ -107,7 +107,8 @@ def _check(tokens_BxT1: object, model: Transformer) -> None:
         )
     if isinstance(tokens_BxT1, jax.core.Tracer) or not getattr(tokens_BxT1, "is_fully_addressable", True):
         return
-    least, most = int(tokens_BxT1.min()), int(tokens_BxT1.max())
+    ids = np.asarray(tokens_BxT1)  # what JAX computes of an array within `jit` has no value yet
+    least, most = ids.min(), ids.max()
     if least < 0 or most >= model.config.vocab_size:
         wrong = least if least < 0 else most
         raise UserError(f"tokens hold the id {wrong}, and the vocabulary ends at {model.config.vocab_size - 1}")

@@ -59,7 +59,6 @@ CALLS = {
     "tokens=int32[1,1] must be an array [B, T+1] with": lambda: loss(TOKENS[:, :1]),
     "tokens hold the id 5, and the vocabulary ends at 4": lambda: loss(TOKENS + 5),
     "tokens hold the id -1, and the vocabulary": lambda: loss(TOKENS - 1),
-    "model='SM' must be a Transformer": lambda: je.loss_fn({}, TOKENS, model="SM"),
     "config='SM+LN' must be a ModelConfig": lambda: census("SM+LN"),
     "directory=None is no path": lambda: je.from_huggingface(None),
     "directory=5 is no path": lambda: je.from_safetensors(5),

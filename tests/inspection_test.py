@@ -41,7 +41,7 @@ def test_a_model_is_inspected_from_the_command_line(llama, tmp_path, capsys):
     np.testing.assert_allclose(found.maximum, np.log(np.arange(1, 17)).mean())
     assert not (found.overloaded & found.collapsed).any()
     assert ((found.sink > 0) & (found.sink < 1)).all()
-    assert {"RMSNorm", "softmax", "GELU (tanh)", "bilinear product", "rotation"} <= set(found.private)
+    assert {"RMSNorm", "softmax", "SiLU, priced as GELU (tanh)", "bilinear product", "rotation"} <= set(found.private)
     written, said = json.loads(numbers.read_text()), capsys.readouterr().out
     np.testing.assert_allclose(written["head_entropy"], found.head_entropy, rtol=1e-5)
     assert all(sentence in said for sentence in written["findings"]) and written["findings"] == [*findings(found)]

@@ -204,7 +204,7 @@ class _Frozen:
     """A model that reads its other collections without updating them."""
 
     def __init__(self, model, collections):
-        self.model, self.collections = model, collections
+        self.model, self.config, self.collections = model, model.config, collections
 
     def apply(self, variables, *args, mutable, **kwargs):
         assert mutable == []

@@ -15,6 +15,7 @@ from jax_entropy.private.engine.engine import Account, Setting
 from jax_entropy.report.history import History
 
 PRIVATE_TOKENS = 128  # the paper's context
+PRICED_AS = ", priced as "  # between a kind of operation that was not measured and the one that stands for it
 
 
 def private_cost(history: History) -> dict[str, Any] | None:
@@ -36,6 +37,11 @@ def cost_of_model(model: ModelConfig) -> dict[str, Any]:
     """
     num_tokens = min(PRIVATE_TOKENS, model.context_length)
     return predicted_cost(predict(model, num_tokens, Setting()), num_tokens)
+
+
+def measured_kind(kind: str) -> str:
+    """The kind of operation whose measured costs these are."""
+    return kind.partition(PRICED_AS)[2] or kind
 
 
 def predicted_cost(costs: Mapping[str, Account], num_tokens: int) -> dict[str, Any]:

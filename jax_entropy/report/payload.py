@@ -16,7 +16,7 @@ from jax_entropy.data import load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.paths import local_path, reading
 from jax_entropy.report.block import Block
-from jax_entropy.report.costs import private_cost
+from jax_entropy.report.costs import measured_kind, private_cost
 from jax_entropy.report.drawing import DEPTH, HEAT_MAP
 from jax_entropy.report.history import History, printable
 from jax_entropy.report.verdict import newest_entropy
@@ -124,7 +124,9 @@ def _private(history: History) -> dict[str, Any] | None:
     return dict(
         costs=[
             dict(
-                kind=printable(str(kind)), group=GROUPS.index(group[kind]) if kind in group else len(GROUPS), **of_kind
+                kind=printable(str(kind)),
+                group=GROUPS.index(group[measured]) if (measured := measured_kind(str(kind))) in group else len(GROUPS),
+                **of_kind,
             )
             for kind, of_kind in cost["costs"].items()
         ],

@@ -191,9 +191,9 @@ def test_page_tells_the_key_numbers_of_held_out_text_and_of_a_batch_apart(tmp_pa
     assert f"<dd>{np.nanmedian(history.train['tokens_per_second']):,.0f} <small>tokens/s" in text
     assert "4 layers · 4 heads · 256 wide · 128 tokens of context" in text
     batch = history.train["bands_observed"][-1]
-    for name, quarter in (("collapse", 0), ("overload", 3)):
-        assert f"<dt>{name}, held out</dt><dd>25.0 <small>" in text
-        assert f"<dt>{name}, training batch</dt><dd>{100 * batch[quarter]:.1f} <small>" in text
+    for name, quarter in (("bottom", 0), ("top", 3)):
+        assert f"<dt>in the {name} quarter, held out</dt><dd>25.0 <small>" in text
+        assert f"<dt>in the {name} quarter, training batch</dt><dd>{100 * batch[quarter]:.1f} <small>" in text
     assert "<dt>mean head entropy, held out</dt><dd>1.52 <small>nats, 31 % of log T" in text
     assert f"mean head entropy, training batch</dt><dd>{history.train['head_entropy'][-1].mean():.2f} <small>" in text
 

@@ -131,7 +131,8 @@ function hint(event, ...lines) {
 
 // A name that may break behind its separators.
 function breakable(name) {
-  return (String(name).match(/[^-_+./,]*[-_+./,]?/g) || []).filter(Boolean).flatMap((part, i) => (i ? [html("wbr"), part] : [part]));
+  const parts = String(name).replace(/[-_+/,]|\.(?!\d)/g, "$&\u200b").split("\u200b");
+  return parts.flatMap((part, i) => (i ? [html("wbr"), part] : [part]));
 }
 
 function pointed(event, element, width) {

@@ -59,8 +59,8 @@ def loss_fn(
 
     Args:
       params: the collection "params" of `model`.
-      tokens_BxT1: [B, T+1] token ids; positions 1…T are predicted. Under `jit`, where ids cannot be looked at, one beyond
-        the vocabulary makes the loss NaN, and a negative one counts for nothing as a target.
+      tokens_BxT1: [B, T+1] token ids; positions 1…T are predicted. Under `jit`, where ids cannot be looked at, one
+        beyond the vocabulary makes the loss NaN, and a negative one counts for nothing as a target.
       penalty_weight: λ; a number, or the value of an Optax schedule at this step. Without EReg there is no penalty.
       tolerance, reduction, shape: see `entropy_penalty`.
       collections: other collections of the model (`spectral`); updated ones come back in `LossParts`.

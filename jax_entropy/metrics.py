@@ -64,6 +64,12 @@ def gradient_norms(gradients: Any) -> dict[str, jax.Array]:
     """Norm of the gradient by parameter group."""
     groups: dict[str, list] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-        name = next(group for group, pattern in _GROUPS if re.search(pattern, path_name(path)))
-        groups.setdefault(name, []).append(leaf)
+        groups.setdefault(_group(path_name(path)), []).append(leaf)
     return {name: optax.global_norm(leaves) for name, leaves in groups.items()}
+
+
+def _group(parameter: str) -> str:
+    for group, pattern in _GROUPS:
+        if re.search(pattern, parameter):
+            return group
+    raise LookupError(f"metrics._GROUPS has no group for the parameter {parameter!r}")

@@ -61,8 +61,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
 
 def _keep_no_compilations() -> None:
-    """Programs for several CPU devices that were compiled by another process exchange their messages in another order:
-    Gloo ends the processes. JAX neither keeps such programs nor reads them back, whoever named the folder."""
+    """Keeps JAX from storing programs for several CPU devices and from reading them back, whoever named the folder.
+
+    One that another process compiled exchanges its messages in another order, and Gloo ends the processes.
+    """
     compilation_cache.reset_cache()
     jax.config.update("jax_enable_compilation_cache", False)
 
@@ -103,15 +105,16 @@ def config_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch_size % parts:
-        nearest = max(parts, config.train.batch_size // parts * parts)
+        nearest = parts * max(1, round(config.train.batch_size / parts))
         raise UserError(
             f"config.train.batch_size={config.train.batch_size} cannot be split over data×fsdp={parts} devices; "
             f"the nearest size that can is {nearest}"
         )
-    if config.model.num_heads % mesh.shape["tensor"]:
+    heads, tensor = config.model.num_heads, mesh.shape["tensor"]
+    if heads % tensor:
         raise UserError(
-            f"config.model.num_heads={config.model.num_heads} cannot be split over "
-            f"config.mesh.tensor={mesh.shape['tensor']}; choose a divisor"
+            f"config.model.num_heads={heads} cannot be split over config.mesh.tensor={tensor}; the largest axis that "
+            f"divides both is config.mesh.tensor={math.gcd(heads, tensor)}"
         )
     return mesh
 

@@ -21,6 +21,7 @@ from jax_entropy.sharding import (
     AXES,
     BATCH,
     batch_sharding,
+    config_mesh,
     constrain,
     make_mesh,
     parameter_spec,
@@ -180,6 +181,20 @@ def test_a_mesh_takes_all_devices(sizes, shape):
 def test_a_mesh_that_the_devices_do_not_make_is_named(sizes):
     with pytest.raises(UserError, match="mesh " + "×".join(map(str, sizes))):
         make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "proposal", "instead"),
+    [
+        ({"train.batch_size": 31}, "the nearest size that can is 32", {"train.batch_size": 32}),
+        ({"train.batch_size": 3}, "the nearest size that can is 8", {"train.batch_size": 8}),
+        ({"mesh.tensor": 4, "model.num_heads": 6}, "divides both is config.mesh.tensor=2", {"mesh.tensor": 2}),
+    ],
+)
+def test_a_config_that_a_mesh_cannot_split_is_answered_with_one_that_it_can(fields, proposal, instead):
+    with pytest.raises(UserError, match=proposal):
+        config_mesh(run_config("SM+LN+G", **fields))
+    config_mesh(run_config("SM+LN+G", **fields | instead))
 
 
 @pytest.fixture

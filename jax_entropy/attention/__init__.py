@@ -113,6 +113,7 @@ def attention(
     """
     _check(q_BxTxNxH, k_BxSxNxH, v_BxSxNxH, temperature_NxT, position, window, num_slots)
     check_kind("transform", transform, Callable | None, "a function of the logits, or None")
+    check_choice("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
     (_, T, N, H), S = q_BxTxNxH.shape, k_BxSxNxH.shape[1]
     if transform is None:
         attend = _implementation(implementation, q_BxTxNxH, S, position is None, window is not None).function
@@ -168,7 +169,6 @@ def _assembler_is_sound() -> bool:
 
 
 def _implementation(name: str, q: jax.Array, S: int, at_end: bool, windowed: bool) -> Implementation:
-    check_choice("attention implementation", name, ("auto", *IMPLEMENTATIONS))
     here, kind = platform(), device_kind()
     name = choose(here, kind, q, S, at_end, windowed) if name == "auto" else name
     if not (found := IMPLEMENTATIONS[name]).runs_on(here, kind):

@@ -94,7 +94,9 @@ def attend(
     if not isinstance(position, int) or position != S - T:
         raise UserError("attention 'hopper' takes the queries at the end of the keys; a cache is for 'gpu'")
     if H not in WIDTHS:
-        raise UserError(f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any")
+        raise UserError(
+            f"attention 'hopper' takes heads of {', '.join(map(str, WIDTHS))}, not {H}; 'gpu' takes any up to 128"
+        )
     q_BxTxNxH, k_BxSxNxH, v_BxSxNxH = (_whole(x) for x in (q_BxTxNxH, k_BxSxNxH, v_BxSxNxH))
     kernels = kernels or tiles(device_kind(), q_BxTxNxH, S)
     given = Given(position, num_slots, kernels, with_entropy, interpret)

@@ -66,3 +66,5 @@ def test_kernels_of_the_plain_softmax_are_not_asked():
     q, k, v, t = (jnp.asarray(x, jnp.float32) for x in arguments(4, 4))
     with pytest.raises(UserError, match="'blockwise' is for the softmax of plain logits; PSM and Cap work with 'auto'"):
         attention(q, k, v, t, transform=functools.partial(capped, cap=2.0), implementation="blockwise")
+    with pytest.raises(UserError, match="attention implementation='dens' is not known; did you mean 'dense'"):
+        attention(q, k, v, t, transform=functools.partial(capped, cap=2.0), implementation="dens")

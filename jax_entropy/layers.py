@@ -18,7 +18,7 @@ from jax_entropy.architecture import ModelConfig
 from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.attention.transformed import capped, power
 from jax_entropy.norms import normalise
-from jax_entropy.parts import Convolution, rotate
+from jax_entropy.parts import Convolution, rotate, row_maximum
 from jax_entropy.products import add_bias, product
 from jax_entropy.sharding import constrain, platform
 
@@ -58,7 +58,7 @@ class Linear(nn.Module):
         # Rows are flattened: with two batch axes XLA's CPU backend computes the kernel's gradient far more slowly.
         matrix = constrain(matrix.astype(self.dtype), *(("tensor", None) if self.split_inputs else (None, "tensor")))
         y = product(x.reshape(-1, matrix.shape[0]), matrix)
-        if self.use_bias:  # while heads lie side by side: apart, a TPU would lay them out anew and copy them back
+        if self.use_bias:  # to flat rows: with heads on an axis of their own, a TPU would copy them there and back
             bias = self.param("bias", nn.initializers.constant(self.bias_init), self.out_shape, jnp.float32)
             y = add_bias(y, bias.reshape(-1))
         return y.astype(self.dtype).reshape(*batch_shape, *self.out_shape)
@@ -157,45 +157,20 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, Stream, Watched]:
         """What is added to the stream, for its normalised form x; the stream as later layers read it; statistics."""
         config, position, (_, T, D) = self.config, shared.position, x_BxTxD.shape
-        heads = (config.num_heads, config.head_dim)
-        q_BxTxNxH = _linear(config, "Q", heads, name="query")(x_BxTxD)
-        k_BxSxNxH = _linear(config, "K", heads, name="key")(x_BxTxD)
-        v_BxSxNxH = _linear(config, "V", heads, name="value")(x_BxTxD)
-        if config.conv_width:
-            q_BxTxNxH = Convolution(config.conv_width, name="query_convolution")(q_BxTxNxH, position)
-            k_BxSxNxH = Convolution(config.conv_width, name="key_convolution")(k_BxSxNxH, position)
-            v_BxSxNxH = Convolution(config.conv_width, name="value_convolution")(v_BxSxNxH, position)
-        if config.qk_norm:
-            q_BxTxNxH, k_BxSxNxH = (_of_size_1(x, config) for x in (q_BxTxNxH, k_BxSxNxH))
-            gain_N = self.param("qk_gain", nn.initializers.ones, (config.num_heads,), jnp.float32)
-            q_BxTxNxH = q_BxTxNxH * gain_N.astype(config.dtype)[None, None, :, None]
+        q_BxTxNxH, k_BxSxNxH, v_BxSxNxH = self._projections(x_BxTxD, position)
         if config.value_residual:
-            # in layer 0 the mixture of v with itself
-            first_BxTxNxH = jnp.where(layer == 0, v_BxSxNxH, stream.first_value_BxTxNxH)
-            stream = stream._replace(first_value_BxTxNxH=first_BxTxNxH)
-            share = self.param("value_mix", nn.initializers.constant(config.value_residual_init), (), jnp.float32)
-            v_BxSxNxH = v_BxSxNxH + share.astype(config.dtype) * (first_BxTxNxH - v_BxSxNxH)
+            v_BxSxNxH, stream = self._with_first_value(v_BxSxNxH, stream, layer)
         if config.rotary:
             q_BxTxNxH, k_BxSxNxH = (rotate(x, position, config) for x in (q_BxTxNxH, k_BxSxNxH))
-
         if config.value_embedding:
-            initializer = nn.initializers.constant(config.value_embedding_init)
-            scale = self.param("value_embedding_scale", initializer, (), jnp.float32)
-            scale = jnp.where(jnp.asarray(config.embedded_values)[layer], scale, 0).astype(config.dtype)
-            v_BxSxNxH = v_BxSxNxH + scale * shared.value_BxTxNxH
-        window, maximum_T = None, None
-        if config.window_pattern:
-            window = jnp.asarray(config.windows)[layer]
-        if config.window_pattern or config.num_slots or config.log_scale:
-            visible_T = jnp.arange(T) + position + 1
-            visible_T = (visible_T if window is None else jnp.minimum(visible_T, window)) + config.num_slots
-            maximum_T = jnp.log(visible_T.astype(jnp.float32))
-        if config.log_scale:
-            initializer = nn.initializers.constant(config.log_scale_init)
-            factor_N = self.param("log_scale", initializer, (config.num_heads,), jnp.float32)
-            factor_TxN = (maximum_T[:, None] * factor_N[None]).astype(config.dtype)
-            q_BxTxNxH = q_BxTxNxH * factor_TxN[None, :, :, None]
+            v_BxSxNxH = self._with_embedded_value(v_BxSxNxH, shared.value_BxTxNxH, layer)
 
+        window = jnp.asarray(config.windows)[layer] if config.window_pattern else None
+        maximum_T = None
+        if config.window_pattern or config.num_slots or config.log_scale:
+            maximum_T = row_maximum(T, position, window, config.num_slots)
+        if config.log_scale:
+            q_BxTxNxH = self._scaled_by_log(q_BxTxNxH, maximum_T)
         temperature_NxT = threshold_N = None
         if config.learnable_temperature:
             temperature_NxT = jax.lax.dynamic_slice_in_dim(self._temperature(), position, T, axis=1)
@@ -218,6 +193,48 @@ class Attention(nn.Module):
         changed = config.window_pattern or config.num_slots
         watched = Watched(stats, threshold_N, temperature_NxT, maximum_T if changed else None)
         return out(out_BxTxNxH), stream, watched
+
+    def _projections(self, x_BxTxD: jax.Array, position: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k and v [B, T, N, H], convolved over positions (Conv4), q and k normalised (QKN)."""
+        config, heads = self.config, (self.config.num_heads, self.config.head_dim)
+        q_BxTxNxH = _linear(config, "Q", heads, name="query")(x_BxTxD)
+        k_BxTxNxH = _linear(config, "K", heads, name="key")(x_BxTxD)
+        v_BxTxNxH = _linear(config, "V", heads, name="value")(x_BxTxD)
+        if config.conv_width:
+            q_BxTxNxH = Convolution(config.conv_width, name="query_convolution")(q_BxTxNxH, position)
+            k_BxTxNxH = Convolution(config.conv_width, name="key_convolution")(k_BxTxNxH, position)
+            v_BxTxNxH = Convolution(config.conv_width, name="value_convolution")(v_BxTxNxH, position)
+        if config.qk_norm:
+            q_BxTxNxH, k_BxTxNxH = (_of_size_1(x, config) for x in (q_BxTxNxH, k_BxTxNxH))
+            gain_N = self.param("qk_gain", nn.initializers.ones, (config.num_heads,), jnp.float32)
+            q_BxTxNxH = q_BxTxNxH * gain_N.astype(config.dtype)[None, None, :, None]
+        return q_BxTxNxH, k_BxTxNxH, v_BxTxNxH
+
+    def _with_first_value(
+        self, v_BxTxNxH: jax.Array, stream: Stream, layer: int | jax.Array
+    ) -> tuple[jax.Array, Stream]:
+        """VRes: v mixed with that of layer 0, which in layer 0 is v itself; the stream that carries it on."""
+        first_BxTxNxH = jnp.where(layer == 0, v_BxTxNxH, stream.first_value_BxTxNxH)
+        initializer = nn.initializers.constant(self.config.value_residual_init)
+        share = self.param("value_mix", initializer, (), jnp.float32).astype(self.config.dtype)
+        mixed_BxTxNxH = v_BxTxNxH + share * (first_BxTxNxH - v_BxTxNxH)
+        return mixed_BxTxNxH, stream._replace(first_value_BxTxNxH=first_BxTxNxH)
+
+    def _with_embedded_value(
+        self, v_BxTxNxH: jax.Array, embedded_BxTxNxH: jax.Array, layer: int | jax.Array
+    ) -> jax.Array:
+        """VEmb: v plus what its table has for the tokens, in the layers that have it."""
+        config, initializer = self.config, nn.initializers.constant(self.config.value_embedding_init)
+        scale = self.param("value_embedding_scale", initializer, (), jnp.float32)
+        scale = jnp.where(jnp.asarray(config.embedded_values)[layer], scale, 0).astype(config.dtype)
+        return v_BxTxNxH + scale * embedded_BxTxNxH
+
+    def _scaled_by_log(self, q_BxTxNxH: jax.Array, maximum_T: jax.Array) -> jax.Array:
+        """SM(log): q times s · log(visible keys), one learned s a head."""
+        config, initializer = self.config, nn.initializers.constant(self.config.log_scale_init)
+        factor_N = self.param("log_scale", initializer, (config.num_heads,), jnp.float32)
+        factor_TxN = (maximum_T[:, None] * factor_N[None]).astype(config.dtype)
+        return q_BxTxNxH * factor_TxN[None, :, :, None]
 
     def _remember(self, name: str, new_BxTxNxH: jax.Array, position: int | jax.Array) -> jax.Array:
         """All of the cache, with what is new at its position."""

@@ -96,31 +96,6 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
             dropout_key=key if model.config.embedding_dropout else None,
         )
 
-    def accumulated(state: TrainState, collections, teacher, tokens, key) -> tuple[Any, jax.Array, LossParts]:
-        """Mean gradients over A batches; their statistics are joined along the batch axis."""
-        total = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), state.params)
-
-        def one(collections, batch):
-            index, tokens_BxT1 = batch
-            loss, pull_back, parts = jax.vjp(
-                lambda params: loss_of(
-                    params, collections, teacher, tokens_BxT1, jax.random.fold_in(key, index), state.step
-                ),
-                state.params,
-                has_aux=True,
-            )
-            # each layer's gradient is added where the sum is: there is no second tree of them
-            pull_back.with_refs(total)(jnp.full_like(loss, 1 / accumulate))
-            return parts.collections, (loss, parts._replace(collections=None))
-
-        batches = rearrange(tokens, "(B A) T -> A B T", A=accumulate)
-        collections, (losses, parts) = jax.lax.scan(one, collections, (jnp.arange(accumulate), batches))
-        stats = jax.tree.map(lambda s: rearrange(s, "A L B N T -> L (B A) N T"), parts.aux.stats)
-        aux = jax.tree.map(lambda of_batches: of_batches[0], parts.aux)._replace(stats=stats)
-        means = jax.tree.map(jnp.mean, (parts.cross_entropy, parts.penalty, parts.divergence))
-        gradients = jax.tree.map(jax.freeze, total)
-        return gradients, jnp.mean(losses), LossParts(means[0], means[1], aux, collections, means[2])
-
     def train_step(state: TrainState, tokens, watch: bool) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         kept, collections, teacher = {}, dict(state.collections), None
@@ -134,7 +109,11 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
                 state.params, collections, teacher, tokens, key, state.step
             )
         else:
-            gradients, loss, parts = accumulated(state, collections, teacher, tokens, key)
+
+            def loss_of_batch(params, collections, tokens_BxT1, index) -> tuple[jax.Array, LossParts]:
+                return loss_of(params, collections, teacher, tokens_BxT1, jax.random.fold_in(key, index), state.step)
+
+            gradients, loss, parts = _accumulated(loss_of_batch, state.params, collections, tokens, accumulate)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = dict(
             loss=loss,
@@ -158,6 +137,37 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
         return TrainState(state.step + 1, params, parts.collections | kept, opt_state, state.key), metrics
 
     return train_step
+
+
+def _accumulated(
+    loss_of: Callable, params: Any, collections: Any, tokens: jax.Array, accumulate: int
+) -> tuple[Any, jax.Array, LossParts]:
+    """Mean gradients and losses of A batches, as if they were one; their statistics are joined along the batch axis.
+
+    Args:
+      loss_of: loss and parts of the parameters, the collections, a batch and its index.
+      collections: of the first batch; each batch hands its own on to the next.
+      tokens: of all batches, [B·A, T+1].
+      accumulate: A.
+    """
+    total = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
+
+    def one(collections, batch):
+        index, tokens_BxT1 = batch
+        loss, pull_back, parts = jax.vjp(
+            lambda params: loss_of(params, collections, tokens_BxT1, index), params, has_aux=True
+        )
+        # each layer's gradient is added where the sum is: there is no second tree of them
+        pull_back.with_refs(total)(jnp.full_like(loss, 1 / accumulate))
+        return parts.collections, (loss, parts._replace(collections=None))
+
+    batches = rearrange(tokens, "(B A) T -> A B T", A=accumulate)
+    collections, (losses, parts) = jax.lax.scan(one, collections, (jnp.arange(accumulate), batches))
+    stats = jax.tree.map(lambda s: rearrange(s, "A L B N T -> L (B A) N T"), parts.aux.stats)
+    aux = jax.tree.map(lambda of_batches: of_batches[0], parts.aux)._replace(stats=stats)
+    means = jax.tree.map(jnp.mean, (parts.cross_entropy, parts.penalty, parts.divergence))
+    gradients = jax.tree.map(jax.freeze, total)
+    return gradients, jnp.mean(losses), LossParts(means[0], means[1], aux, collections, means[2])
 
 
 def jit_train_step(config: ConfigDict, model: Transformer, mesh: Mesh, state_sharding: Any) -> Callable:

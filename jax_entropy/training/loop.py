@@ -103,7 +103,8 @@ class Loop:
             evaluates = last or step % options.evaluate_every == 0
             saves = last or step % options.checkpoint_every == 0
             if evaluates or saves:
-                pending = self._report(*pending)  # nothing is saved before its loss is known to be finite
+                self._report(*pending)  # nothing is saved before its loss is known to be finite
+                pending = None
                 with self.clock.paused():
                     due = evaluates and not self._evaluate(step, state)
                     if saves or due:

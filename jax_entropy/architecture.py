@@ -21,11 +21,11 @@ CHOICES = {
     "reparametrized": ("", *TARGETS),
     "temperature_parameter": ("direct", "log"),
     "bias": ("none", "qk", "all"),
-    "remat": ("none", "attention+ffn", "attention", "full"),  # the more is computed again, the later
+    "remat": ("none", "attention+ffn", "attention", "full"),  # each computes more again than the one before
     "value_embedding_layers": ("alternate", "all"),
     "dtype": ("float32", "bfloat16"),
 }
-_WIDER = {float: float | int, float | None: float | int | None}  # types of values that a field takes beside its own
+_WIDER = {float: float | int, float | None: float | int | None}  # what the values of a field may be beside its own type
 _KINDS = {
     int: "a whole number", int | None: "a whole number, or None", float | int: "a number",
     float | int | None: "a number, or None", bool: "True or False", str: "text",

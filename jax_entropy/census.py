@@ -114,7 +114,11 @@ class Census:
 
 
 def census(config: ModelConfig) -> Census:
-    """Counts the operations of a forward pass over `config.context_length` tokens."""
+    """Counts the operations of a forward pass of one sequence of `config.context_length` tokens.
+
+    Raises:
+      UserError: `config` is no `ModelConfig`.
+    """
     check_model(config)
     T, D, F, L, N = config.context_length, config.model_dim, config.hidden_dim, config.num_layers, config.num_heads
     with_ffn = L - config.ffn_free_layers

@@ -21,7 +21,11 @@ _IMPORTED = ("architecture", "model.", "data.tokenizer")
 
 
 def default_config(architecture_name: str) -> ConfigDict:
-    """All fields of `fields.FIELDS` with their defaults, around an architecture in the paper's notation."""
+    """All fields of `fields.FIELDS` with their defaults, around an architecture in the paper's notation.
+
+    Args:
+      architecture_name: as "EReg(SM(t)+ScFuFFN)"; it is read, and may be refused, where a model is made of the config.
+    """
     sections: dict[str, Any] = {}
     for field in FIELDS:
         section, _, name = field.name.rpartition(".")

@@ -32,6 +32,9 @@ def row_entropy(weights: jax.Array) -> jax.Array:
     """Entropy of each attention row, `H_i = −Σ_j a_ij log a_ij` in nats; weights [..., S] -> [...].
 
     A weight of exactly 0 contributes nothing and gets a finite gradient (0); a NaN stays a NaN.
+
+    Raises:
+      UserError: `weights` is no array.
     """
     weights = _at_least_float32("weights", weights, "[…, S]")
     positive = jnp.where(weights == 0, 1, weights)
@@ -39,7 +42,11 @@ def row_entropy(weights: jax.Array) -> jax.Array:
 
 
 def head_entropy(entropy_BxNxT: jax.Array) -> jax.Array:
-    """Entropy of each head in nats: the mean over the batch and the query positions; [..., B, N, T] -> [..., N]."""
+    """Entropy of each head in nats: the mean over the batch and the query positions; [..., B, N, T] -> [..., N].
+
+    Raises:
+      UserError: it is given no array, or one with fewer axes.
+    """
     return jnp.mean(_at_least_float32("entropy", entropy_BxNxT, "[…, B, N, T]"), axis=(-3, -1))
 
 
@@ -54,6 +61,8 @@ def max_entropy(
         reach.
       num_keys: S, where keys that all rows see come before the T positions; None: T.
       window: how many of the T positions a row sees at most, its own and those before it; None: all.
+    Raises:
+      UserError: a kind that does not exist, T or the window below 1, or S below T.
     """
     T, S = context_length, context_length if num_keys is None else num_keys
     check_choice("kind", kind, ("context", "causal"))
@@ -90,6 +99,8 @@ def entropy_penalty(
       tolerance: γ, a fraction of E_max.
       maximum_LxT: E_max of each row, the logarithm of how many keys it sees, where slots or windows change that; of a
         head, their mean. None: log T.
+    Raises:
+      UserError: a reduction or shape that does not exist, a negative tolerance, or arrays of other shapes.
     """
     check_choice("reduction", reduction, ("row_sum", "row_mean", "head_mean"))
     check_choice("shape", shape, ("deadzone", "hinge"))

@@ -68,8 +68,8 @@ KINDS = {
 class Field(NamedTuple):
     """A field of the configuration, as docs/configuration.md has it.
 
-    `kind` is the type of a field that may be unset. `live` fields may change when a run goes on: nothing of what they
-    say changes what is learned, but for the guard's judgement.
+    `kind` is the type of a field that may be unset. `live` fields may change when a run goes on: none of them changes
+    what is learned, but for those of the guard.
     """
 
     name: str
@@ -215,7 +215,7 @@ FIELDS = (
     Field("anneal.order", "together", "", "all layers at once, or one after the other",
         ("together", "shallowest_first", "deepest_first")),
     Field("anneal.distillation", 0.0, "share of the loss",
-        "KL divergence from what the model said that the run started from, in place of so much of the cross-entropy",
+        "weight of the KL divergence from the model that the run started from; the cross-entropy has the rest",
         _SHARE),
     Field("anneal.distillation_temperature", 1.0, "divisor of the logits", "of both models in it", _ABOVE_ZERO),
     Field("penalty.weight", 1e-05, "nats per nats²", r"$\lambda$", _NOT_NEGATIVE),

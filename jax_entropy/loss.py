@@ -65,7 +65,7 @@ def loss_fn(
       tolerance, reduction, shape: see `entropy_penalty`.
       collections: other collections of the model (`spectral`); updated ones come back in `LossParts`.
       teacher: variables of the same model to learn from.
-      distillation: share of the cross-entropy that the divergence from the teacher takes the place of.
+      distillation: weight of the divergence from the teacher, 0 to 1; the cross-entropy has the rest.
       distillation_temperature: see `teacher_divergence`.
       dropout_key: switches the embedding dropout on.
     Returns:
@@ -124,8 +124,8 @@ def teacher_divergence(
 ) -> jax.Array:
     """τ²·KL(teacher ‖ model) of the distributions at temperature τ, in nats per token; both are chunked like the loss.
 
-    The teacher is not differentiated. Of what pads a chunk both say the same. τ² keeps the size of the gradient
-    (arXiv 1503.02531).
+    The teacher is not differentiated. Rows that pad a chunk are 0 in both, so that they add nothing. τ² keeps the size
+    of the gradient (arXiv 1503.02531).
     """
 
     @jax.checkpoint

@@ -66,7 +66,7 @@ class Transformer(nn.Module):
         """Maps tokens [B, T] int to (logits [B, T, V] float32, Aux).
 
         Raises:
-          UserError: T exceeds the context length.
+          UserError: T exceeds the context length, or the tokens are not a [B, T] of whole numbers.
         """
         hidden_BxTxD, head_VxD, aux = self.hidden(tokens_BxT)
         return logits(hidden_BxTxD, head_VxD), aux

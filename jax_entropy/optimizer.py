@@ -22,6 +22,9 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
     """Linear warm-up from 0, then linear or cosine decay to `end_learning_rate` at `num_steps`.
 
     `config` is config.optimizer; its `warmup` is a share of the steps below 1, a number of steps from 1 on.
+
+    Raises:
+      UserError: a schedule that does not exist, or a warm-up that leaves no step after it.
     """
     peak, end = config.learning_rate, config.end_learning_rate
     warmup = round(config.warmup * num_steps if config.warmup < 1 else config.warmup)

@@ -80,6 +80,8 @@ class Plan:
 def plan(config: ConfigDict, topology: str) -> Plan:
     """Compiles a config's training step for a topology ("v5e:16x16", "h100:8") and says what it takes.
 
+    It leaves JAX on the CPU and sets variables for libtpu (`topology.devices_of`): a process plans or trains, not both.
+
     Raises:
       UserError: a topology, mesh, batch or parameter that cannot work, before anything is compiled.
     """

@@ -1,4 +1,4 @@
-"""Config files, found by path or by the name of one that comes along, run, and changed field by field.
+"""Config files, found by path or by the name of one that is bundled, run, and changed field by field.
 
 Whatever is wrong with one is said in a sentence with its file and line; the exception behind it is its cause. Files of
 sweeps are found and run the same way.
@@ -26,14 +26,14 @@ _HERE = Path(__file__).parent
 _FOLDER = next(folder for folder in (_HERE / "configs", _HERE.parent / "configs", _HERE) if folder.is_dir())
 
 
-def come_along(folder: str = "") -> dict[str, Path]:
+def bundled(folder: str = "") -> dict[str, Path]:
     """The files of `configs/`, or of a folder in it, by the names that they are asked for by."""
     if _FOLDER == _HERE:
         return {}
     return {path.stem: path for path in sorted((_FOLDER / folder).glob("[!_]*.py"))}
 
 
-COME_ALONG = come_along()
+BUNDLED = bundled()
 
 
 def load_config(file: str | os.PathLike, values: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -73,7 +73,7 @@ def change(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def find(name: str, known: Mapping[str, Path] = COME_ALONG, kind: str = "config") -> Path:
+def find(name: str, known: Mapping[str, Path] = BUNDLED, kind: str = "config") -> Path:
     """The file of this path, else of this name.
 
     Args:

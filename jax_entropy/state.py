@@ -11,7 +11,7 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_entropy.annealing import advanced, beginning, is_annealed
+from jax_entropy import annealing
 from jax_entropy.loss import LossParts, loss_fn
 from jax_entropy.metrics import entropy_metrics, gradient_norms
 from jax_entropy.model import Transformer
@@ -39,18 +39,18 @@ def init_state(config: ConfigDict, model: Transformer) -> TrainState:
     """The state before the first step, a function of config.seed alone."""
     init_key, key = jax.random.split(random_key(config.seed))
     variables = dict(model.init(init_key, jnp.zeros((1, 1), jnp.int32)))
-    params, collections = variables["params"], beside(config, model, variables)
+    params, collections = variables["params"], initial_collections(config, model, variables)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     return TrainState(jnp.zeros((), jnp.int32), params, collections, optimizer.init(params), jax.random.key_data(key))
 
 
-def beside(config: ConfigDict, model: Transformer, variables: dict[str, Any]) -> dict[str, Any]:
+def initial_collections(config: ConfigDict, model: Transformer, variables: dict[str, Any]) -> dict[str, Any]:
     """The collections beside the parameters of a run that begins with a model's variables."""
     collections = {name: tree for name, tree in variables.items() if name != "params"}
     if config.anneal.distillation:  # what it begins with is its teacher
         collections["teacher"] = jax.tree.map(jnp.array, variables)  # a copy: the state's own is donated
-    if is_annealed(config, model.config):
-        collections["annealing"] = beginning(config, model.config)
+    if annealing.is_annealed(config, model.config):
+        collections["annealing"] = annealing.beginning(config, model.config)
     return collections
 
 
@@ -78,7 +78,7 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     learning_rate = learning_rate_schedule(config.optimizer, config.train.num_steps)
     weight_of, penalty, accumulate = penalty_schedule(config), config.penalty, config.optimizer.accumulate
-    annealed = is_annealed(config, model.config)
+    annealed = annealing.is_annealed(config, model.config)
 
     def loss_of(params, collections, teacher, tokens_BxT1, key, step) -> tuple[jax.Array, LossParts]:
         return loss_fn(
@@ -101,9 +101,9 @@ def make_train_step(config: ConfigDict, model: Transformer) -> Callable:
         kept, collections, teacher = {}, dict(state.collections), None
         if "teacher" in collections:
             kept["teacher"] = collections.pop("teacher")
-            teacher = kept["teacher"] | ({"annealing": beginning(config, model.config)} if annealed else {})
+            teacher = kept["teacher"] | ({"annealing": annealing.beginning(config, model.config)} if annealed else {})
         if annealed:
-            collections["annealing"] = advanced(collections["annealing"], config, model.config, state.step)
+            collections["annealing"] = annealing.advanced(collections["annealing"], config, model.config, state.step)
         if accumulate == 1:
             (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(
                 state.params, collections, teacher, tokens, key, state.step

@@ -150,5 +150,5 @@ def test_every_package_and_config_is_in_the_wheel():
         {folder.replace("/", ".") for folder in folders} | {"jax_entropy.configs", "jax_entropy.configs.sweeps"}
     )
     assert setup["options"]["package_dir"].split() == ["jax_entropy.configs", "=", "configs"]
-    for folder, found in (("configs", config_file.COME_ALONG), ("configs/sweeps", config_file.come_along("sweeps"))):
+    for folder, found in (("configs", config_file.BUNDLED), ("configs/sweeps", config_file.bundled("sweeps"))):
         assert set(found) == {path.stem for path in (REPOSITORY / folder).glob("*.py")} != set()

@@ -87,7 +87,7 @@ def test_text_that_is_no_config_is_damaged(text):
 
 @pytest.mark.parametrize("name", ["quickstart", "codeparrot", "languini"])
 @pytest.mark.parametrize("architecture", [ARCHITECTURE, "SM+LN+G", "EReg(SM(t)+ScFuFFN^6)"])
-def test_the_configs_that_come_along_are_sound(name, architecture):
+def test_bundled_configs_are_sound(name, architecture):
     namespace = {}
     exec((REPOSITORY / "configs" / f"{name}.py").read_text(), namespace)
     config = namespace["get_config"](architecture)

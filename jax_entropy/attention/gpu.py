@@ -22,7 +22,7 @@ from jax_entropy.attention.kernels import (
     LN2,
     LOWEST,
     PART,
-    Sweep,
+    BlockRange,
     attend_on_shards,
     base2,
     key_blocks,
@@ -324,7 +324,7 @@ def _dkv_kernel(
 _attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
-def _over(sweep: Sweep, block: Any, running: Any) -> Any:
+def _over(sweep: BlockRange, block: Any, running: Any) -> Any:
     """Of a window both edges are in one loop, after what is seen whole: a third loop would spill registers."""
     runs = sweep.runs()
     if len(runs) < 3:

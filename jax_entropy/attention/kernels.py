@@ -65,7 +65,7 @@ def unpack(at_ref: Any, num_slots: int) -> tuple[jax.Array, tuple]:
     return at_ref[0], (at_ref[1], num_slots) if at_ref.shape[0] > 1 else ()
 
 
-class Sweep(NamedTuple):
+class BlockRange(NamedTuple):
     """Blocks of one side that a tile of the other meets, in order; none outside of its window is among them.
 
     slots: so many of the first, of keys that all queries see.
@@ -106,32 +106,32 @@ class Sweep(NamedTuple):
 
 def key_blocks(
     last_key: jax.Array, Q: int, K: int, S: int, window: jax.Array | None = None, num_slots: int = 0
-) -> Sweep:
+) -> BlockRange:
     """Blocks of K keys, of S, for a tile of Q queries, of which the first sees keys up to `last_key`."""
     edge, end = lax.div(jnp.minimum(last_key + 1, S), jnp.int32(K)), _cdiv(jnp.minimum(last_key + Q, S), K)
     if window is None:
-        return Sweep(0, 0, 0, edge, end)
+        return BlockRange(0, 0, 0, edge, end)
     slots = -(-num_slots // K)
     begin = jnp.maximum(lax.div(jnp.maximum(last_key + 1 - window, 0), jnp.int32(K)), slots)
     whole = jnp.clip(_cdiv(jnp.maximum(last_key + Q - window, 0), K), begin, end)
-    return Sweep(slots, begin, whole, jnp.maximum(edge, whole), end)
+    return BlockRange(slots, begin, whole, jnp.maximum(edge, whole), end)
 
 
 def query_blocks(
     first_key: jax.Array, position: jax.Array, K: int, Q: int, T: int, window: jax.Array | None = None,
     num_slots: int = 0,
-) -> Sweep:  # fmt: skip
+) -> BlockRange:  # fmt: skip
     """Blocks of Q queries, of T, for the tile of K keys from `first_key` on; the first query is at key `position`."""
     count, first = -(-T // Q), first_key - position
     begin = jnp.minimum(lax.div(jnp.maximum(first, 0), jnp.int32(Q)), count)
     whole = jnp.minimum(_cdiv(jnp.maximum(first + K - 1, 0), Q), count)
     if window is None:
-        return Sweep(0, begin, whole, count, count)
+        return BlockRange(0, begin, whole, count, count)
     end = jnp.minimum(_cdiv(jnp.maximum(first + K - 1 + window, 0), Q), count)
     end = jnp.where(first_key < num_slots, count, end)
     whole = jnp.minimum(whole, end)
     edge = jnp.clip(lax.div(jnp.maximum(first + window, 0), jnp.int32(Q)), whole, end)
-    return Sweep(0, begin, whole, edge, end)
+    return BlockRange(0, begin, whole, edge, end)
 
 
 def _cdiv(x: jax.Array, y: int) -> jax.Array:

@@ -20,7 +20,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_entropy.attention.blocks import blocks_for
 from jax_entropy.attention.dense import MASKED, visible
-from jax_entropy.attention.kernels import HIDDEN, LN2, Sweep, attend_on_shards, key_blocks, pack, query_blocks, unpack
+from jax_entropy.attention.kernels import (
+    HIDDEN,
+    LN2,
+    BlockRange,
+    attend_on_shards,
+    key_blocks,
+    pack,
+    query_blocks,
+    unpack,
+)
 from jax_entropy.sharding import device_kind
 
 LANES = 128
@@ -476,7 +485,7 @@ def _seen(first_key: jax.Array, last_key: jax.Array, K: int, Q: int, *windowed: 
     return visible(keys + first_key, queries + last_key, *windowed)
 
 
-def _over(sweep: Sweep, count: int, block: Callable, mask: Callable) -> None:
+def _over(sweep: BlockRange, count: int, block: Callable, mask: Callable) -> None:
     """Calls `block(i, mask)`, the mask None where all is seen, for those of a sweep among this span's `count`."""
     before = pl.program_id(3) * count
     for begin, end, masked in sweep.runs():

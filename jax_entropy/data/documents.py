@@ -93,7 +93,7 @@ class TextFiles:
     def __init__(self, root: Path, paths: list[Path], left_out: LeftOut | None = None) -> None:
         self.root, self.left_out, self._sizes = root, left_out or LeftOut(), {}
         digest = hashlib.sha256()
-        for name, path in _told(sorted((path.relative_to(root).as_posix(), path) for path in paths), " files"):
+        for name, path in _with_progress(sorted((path.relative_to(root).as_posix(), path) for path in paths), " files"):
             content = _digest_of_text(path)
             if content is None:
                 self.left_out.add("not UTF-8 text", name)
@@ -130,7 +130,7 @@ class Rows:
     def __init__(self, shards: list[Path], column: str, left_out: LeftOut | None = None) -> None:
         self.shards, self.column, self.left_out = shards, column, left_out or LeftOut()
         digest = hashlib.sha256(column.encode())
-        for shard in _told(shards, " shards"):
+        for shard in _with_progress(shards, " shards"):
             with reading(shard), shard.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         self.digest = digest.hexdigest()
@@ -229,7 +229,7 @@ def _parquet_rows(shard: Path, column: str) -> Iterator[tuple[str, Any]]:
                     yield f"row {i}", error
 
 
-def _told(items: list, unit: str) -> Iterable:
+def _with_progress(items: list, unit: str) -> Iterable:
     return tqdm(items, "hashing", unit=unit, disable=None, leave=False, delay=1)
 
 

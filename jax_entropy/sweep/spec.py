@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jax_entropy.config import check
-from jax_entropy.config_file import change, come_along, explained, find, function_of, load_config
+from jax_entropy.config_file import bundled, change, explained, find, function_of, load_config
 from jax_entropy.errors import UserError, check_choice, check_kind, nearest
 from jax_entropy.fields import SEED
 
@@ -158,7 +158,7 @@ def load_sweep(name: str, scale: str) -> Sweep:
       UserError: there is no such file or scale, or the file raises or returns something else.
     """
     check_choice("scale", scale, SCALES)
-    path = find(name, come_along("sweeps"), "sweep")
+    path = find(name, bundled("sweeps"), "sweep")
     with explained(path, "sweep"):
         get_sweep = function_of(path, "get_sweep")
         try:

@@ -17,7 +17,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.optimizer import learning_rate_schedule
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
-from jax_entropy.state import TrainState, abstract_state, beside, init_state
+from jax_entropy.state import TrainState, abstract_state, init_state, initial_collections
 from jax_entropy.training.warm_start import Source, take_over
 
 
@@ -114,7 +114,7 @@ def _warm_start(setup: Setup, source: Source) -> Start:
         value = np.asarray(value)
         return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
 
-    abstract, collections = setup.abstract_state, beside(setup.config, setup.model, variables)
+    abstract, collections = setup.abstract_state, initial_collections(setup.config, setup.model, variables)
     state = setup.new_state()._replace(
         params=jax.tree.map(place, variables["params"], abstract.params),
         collections=jax.tree.map(place, collections, abstract.collections),

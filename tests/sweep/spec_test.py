@@ -3,7 +3,7 @@
 import pytest
 
 from jax_entropy.commands.main import main
-from jax_entropy.config_file import come_along
+from jax_entropy.config_file import bundled
 from jax_entropy.errors import UserError
 from jax_entropy.sweep import SCALES, Sweep, Tuning, product, zipped
 from jax_entropy.sweep.queue import Place, places
@@ -21,12 +21,12 @@ def test_lists_of_points():
 
 
 def test_there_is_a_sweep_for_each_table_and_figure():
-    assert {f"table{i}" for i in range(2, 9)} | {f"figure{i}" for i in (2, 3, 5, 6, 7, 8)} <= set(come_along("sweeps"))
+    assert {f"table{i}" for i in range(2, 9)} | {f"figure{i}" for i in (2, 3, 5, 6, 7, 8)} <= set(bundled("sweeps"))
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", come_along("sweeps"))
-def test_sweeps_that_come_along_are_whole_at_every_scale(name, scale, tmp_path):
+@pytest.mark.parametrize("name", bundled("sweeps"))
+def test_bundled_sweeps_are_whole_at_every_scale(name, scale, tmp_path):
     sweep = load_sweep(name, scale)
     points = points_of(sweep, {"data.files": str(tmp_path)})
     folders = {point.run(tmp_path, seed).path for point in points for seed in sweep.seeds}

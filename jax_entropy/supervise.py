@@ -29,7 +29,7 @@ class Supervisor:
         self.process, self.wanted, self.signals = None, False, collections.deque()
 
     def run(self) -> int:
-        """Returns the exit code: the command's own, or 128 + the signal that ended it."""
+        """Starts and restarts to the end; returns the command's exit code, or 128 + the signal that ended it."""
         previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         failures = 0
         try:

@@ -84,7 +84,11 @@ def bench_step(
 
 
 def _check_peer(python: str) -> None:
-    """Raises a UserError where a program is no Python with torch and transformers."""
+    """Checks that a program is a Python with torch and transformers.
+
+    Raises:
+      UserError: it is not.
+    """
     asked = "import importlib.util as u; print(all(map(u.find_spec, ('torch', 'transformers'))))"
     said = subprocess.run([python, "-c", asked], capture_output=True, text=True).stdout.strip()
     if said != "True":

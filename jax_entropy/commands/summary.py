@@ -1,5 +1,6 @@
 """What a person sees when training ends: held-out quality, entropies of every head, samples, and where things are."""
 
+import os
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
     print_head_entropy(evaluation["head_entropy"], float(evaluation["maximum_causal"].max()), console)
 
 
-def conclude(config: ConfigDict, path: str, result: Result, command: str, console: Console) -> None:
+def conclude(config: ConfigDict, path: str | os.PathLike, result: Result, command: str, console: Console) -> None:
     """Prints the end of a run and writes its report; `command` is what goes on with a stopped one."""
     workdir = Workdir(path)
     if not result.complete:

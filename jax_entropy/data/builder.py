@@ -120,10 +120,10 @@ def _nameless_owners() -> Iterator[None]:
 
 
 def read_metadata(source: str, directory: Path) -> dict[str, Any]:
-    """Returns the metadata that was written with a data set."""
+    """The metadata that was written with a data set."""
     return json.loads((directory / source / VERSION / "metadata.json").read_text())
 
 
 def read_chunks(source: str, directory: Path, split: str) -> Sequence[dict[str, np.ndarray]]:
-    """Returns random access to the chunks of a split."""
+    """Random access to the chunks of a split."""
     return tfds.builder_from_directory(directory / source / VERSION).as_data_source(split=split)

@@ -58,7 +58,7 @@ class Corpus:
     metadata: dict[str, Any]
 
     def chunks(self, split: str) -> Sequence[dict]:
-        """Returns random access to {"tokens": [T + 1]} of a split, "train" or "validation"."""
+        """Random access to {"tokens": [T + 1]} of a split, "train" or "validation"."""
         return builder.read_chunks(self.source, self.directory, split)
 
 

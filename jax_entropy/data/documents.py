@@ -37,7 +37,7 @@ class LeftOut:
         self._names.setdefault(reason, {})[name] = None
 
     def counts(self) -> dict[str, int]:
-        """Returns how many there are of each reason."""
+        """How many there are of each reason."""
         return {reason: len(names) for reason, names in self._names.items()}
 
     def __str__(self) -> str:

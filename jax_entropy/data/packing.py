@@ -149,7 +149,7 @@ class _SplitFile:
 
 
 def token_dtype(tokenizer: Tokenizer) -> type:
-    """Returns the narrowest type that holds the tokenizer's ids."""
+    """The narrowest type that holds the tokenizer's ids."""
     return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 

@@ -100,7 +100,7 @@ def _text_files(given: Path, root: Path, paths: list[Path], left_out: LeftOut) -
 
 
 def _find(given: Path, directory: Path, left_out: LeftOut) -> tuple[Path, list[Path]]:
-    """Returns the root folder and the sorted files of a folder (hidden ones left out), a single file or a glob."""
+    """The root folder and the sorted files of a folder (hidden ones left out), a single file or a glob."""
     field = f"config.data.files={str(given)!r}"
     with reading(given, "config.data.files"):
         if given.is_file():

@@ -51,7 +51,7 @@ class Tokenizer:
         self.end_of_text = backend.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`.
+        """The ids of `text`.
 
         Raises:
           UserError: it is not valid Unicode (lone surrogates).
@@ -87,20 +87,20 @@ class Tokenizer:
             raise UserError(f"the tokenizer changes text: {_difference(text, survived.decode(errors='replace'))}")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Returns the text that each id adds; a character of several tokens belongs to the one that completes it."""
+        """The text that each id adds; a character of several tokens belongs to the one that completes it."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return [decoder.decode(self._bytes[i]) if self._bytes[i] else self.decode([i]) for i in map(int, ids)]
 
     def byte_lengths(self) -> np.ndarray:
-        """Returns int32 [V], the bytes of UTF-8 that each token stands for; special tokens and unused ids have none."""
+        """The bytes of UTF-8 that each token stands for, int32 [V]; special tokens and unused ids have none."""
         return np.array([len(token) for token in self._bytes], np.int32)
 
     def digest(self) -> str:
-        """Returns the SHA-256 of what `save` writes."""
+        """The SHA-256 of what `save` writes."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:

@@ -42,7 +42,7 @@ def test_it_is_its_definition_and_so_are_its_gradients(name):
     with jax.enable_x64(True):
         (_, (out, stats)), gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2, 3), has_aux=True))(q, k, v, t)
         value = jax.jit(lambda *moved: run(*moved)[0])
-        up, down = (value(*(x + h * d for x, d in zip((q, k, v, t), along, strict=True))) for h in (1e-6, -1e-6))
+        up, down = (float(value(*(x + h * d for x, d in zip((q, k, v, t), along, strict=True)))) for h in (1e-6, -1e-6))
     for n, i in np.ndindex(2, T):
         s = k[0, : i + 4, n] @ q[0, i, n] / (2 * t[n, i])
         weights = weigh(s, n)
@@ -51,7 +51,7 @@ def test_it_is_its_definition_and_so_are_its_gradients(name):
         np.testing.assert_allclose(stats.entropy[0, n, i], -(p * np.log(p)).sum(), rtol=1e-9)
         np.testing.assert_allclose(stats.logsumexp[0, n, i], np.log(weights.sum()), rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(stats.max_logit[0, n, i], s.max(), rtol=1e-9)
-    slope = sum(np.sum(g * d) for g, d in zip(gradients, along, strict=True))
+    slope = sum(np.sum(np.asarray(g) * d) for g, d in zip(gradients, along, strict=True))
     np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-5)
 
 

@@ -3,7 +3,6 @@
 Every process of a pod runs this same function.
 """
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jax_entropy import data
 from jax_entropy.annealing import settled, trained_model
+from jax_entropy.census import census
 from jax_entropy.config import check, model_config
 from jax_entropy.errors import UserError, check_number
 from jax_entropy.model import Transformer
@@ -158,9 +158,8 @@ def _iterator(config: ConfigDict, corpus: data.Corpus) -> grain.DatasetIterator:
 
 
 def _describe(config: ConfigDict, model: Transformer, corpus: data.Corpus, mesh: Mesh) -> str:
-    size = abstract_state(config, model).params
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(size))
+    millions = census(model.config).parameters / 1e6
     return (
-        f"{count / 1e6:.2f} M parameters, {corpus.num_train_chunks:,} chunks of {corpus.context_length} tokens from "
+        f"{millions:.2f} M parameters, {corpus.num_train_chunks:,} chunks of {corpus.context_length} tokens from "
         f"{config.data.source}, {'×'.join(map(str, mesh.shape.values()))} devices (data×fsdp×tensor)"
     )

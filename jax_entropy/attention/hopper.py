@@ -5,6 +5,7 @@ tiles ahead of them. The mathematics and its names stand in the package's docstr
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ WIDTHS = (32, 64, 96, 128)  # of heads
 
 _TILE = plgpu.Layout.WGMMA
 _ROWS, _COLUMNS = _TILE.reduce(1), _TILE.reduce(0)  # a number for each row, or column, of a tile
+_ALL_OF_IT = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # an index, which jax 0.12 has not
 
 
 class Blocks(NamedTuple):
@@ -507,12 +509,8 @@ def _tile_spec(rows: int, H: int, dtype: Any, index_map: Callable = lambda i: (i
 
 
 def _load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
-    """A tile or a row vector into registers; jax 0.12 has no place for indices any more."""
-    options = {} if optimized else dict(optimized=False)
-    try:
-        return plgpu.load(ref, layout=layout, **options)
-    except TypeError:
-        return plgpu.load(ref, (), layout=layout, **options)
+    """A tile or a row vector into registers."""
+    return plgpu.load(ref, *_ALL_OF_IT, layout=layout, optimized=optimized)
 
 
 def _parts(x_QxK: jax.Array) -> list[jax.Array]:

@@ -86,7 +86,7 @@ function axes(box, spec, { low, high, log }) {
     grid.append(svg("text", { x: anchor === "end" ? width - 2 : x(value), y: bottom + 16, "text-anchor": anchor }, tickText(value)));
   }
   grid.append(svg("line", { class: "base", x1: left, x2: right, y1: bottom, y2: bottom }));
-  grid.append(svg("text", { x: (left + right) / 2, y: bottom + 31, "text-anchor": "middle" }, spec.across || spec.of || "step"));
+  grid.append(svg("text", { x: (left + right) / 2, y: bottom + 31, "text-anchor": "middle" }, spec.steps?.length === 1 ? "" : spec.across || spec.of || "step"));
   grid.append(svg("text", { x: 2, y: top - 10 }, spec.up ?? spec.unit ?? ""));
   for (const { step, what } of spec.incidents || []) {
     const mark = svg("g", { class: "incident" }, svg("line", { x1: x(step), x2: x(step), y1: top, y2: bottom }),
@@ -224,7 +224,7 @@ function stackChart(box, spec) {
     if (place) plot.append(svg("text", { class: "inside", x: place[0], y: place[1] + 3.5, style: `fill:${inkOn(heatColor([0, 0.36, 0.7, 1][q]))}` }, spec.names[q]));
   }
   const line = svg("line", { y1: frame.top, y2: frame.bottom });
-  root.append(svg("g", { class: "cursor over" }, line));
+  if (E > 1) root.append(svg("g", { class: "cursor over" }, line));
   watchPointer(frame, spec, (event, [px]) => {
     const e = indexAt(spec.steps, x.invert(px));
     hint(event, steps(spec.steps[e]), ...spec.names.map((name, q) => `${name}: ${exact(100 * values[e * Q + q], 3)} %`).reverse());

@@ -190,7 +190,7 @@ const LAYERS = {
 
 const BANDS = {
   id: "bands", title: "Heads in each quarter",
-  caption: "Quarters of the largest head entropy at that step. Well-behaved models have about nine tenths in the middle two.",
+  caption: "Quarters of the largest head entropy. Well-behaved models have about nine tenths in the middle two.",
   shown: (run) => Boolean(run.train.bands_observed),
   draw: (box, run) => stackChart(box, overSteps(run, { title: "share of heads by quarter, over steps", shares: run.train.bands_observed, names: QUARTERS })),
   said: (run) => `${[...row(run.train.bands_observed, now(run))].map((share) => exact(100 * share, 3)).join(" · ")} %, from collapse to overload`,

@@ -7,7 +7,7 @@ function readAt(run) {
 
 const TEXT = {
   id: "text", title: "Text, token by token", wide: true, field: "reading",
-  caption: "The background is what the chosen head (or the mean of those chosen) had at a token, or the loss of predicting it: light is much. From the evaluation before the slider.",
+  caption: "The background is what the chosen head (or the mean of those chosen) had at a token, or the loss of predicting it: light is much.",
   shown: (run) => Boolean(run.text),
   // The numbers of piece r at evaluation k, one a token; not a number where a token has none.
   numbers(run, r, k) {
@@ -73,7 +73,7 @@ const TEXT = {
 
 const POSITIONS = {
   id: "positions", title: "Entropy by position",
-  caption: "The further a query stands, the more it can spread over: the dashed curve is the most that it could. Means over the text below of a layer's heads, and of the head that is chosen. From the evaluation before the slider.",
+  caption: "The further a query stands, the more it can spread over: the dashed curve is the most that it could. Means over the text below of a layer's heads, and of the head that is chosen.",
   shown: (run) => Boolean(run.text),
   // Means over the pieces, and over the heads of a layer where none is given, of evaluation k.
   mean(run, k, l, n = null) {

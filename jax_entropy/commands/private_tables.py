@@ -127,15 +127,16 @@ def print_precision(rows: list[Precision], largest_logit: float, tolerance: floa
     for row in rows:
         if row.refused:
             console.print(f"refused: {row.refused}")
+    errors = f"errors under {tolerance:.1%} of the largest logit, with a quarter to spare"
     best = cheapest(rows, tolerance, largest_logit)
     if best is None:
-        return console.print(f"none keeps all likeliest tokens and errors under {tolerance:.1%} of the largest logit")
+        return console.print(f"none keeps the same tokens and {errors}")
     flags = f"--fraction_bits={best.setting.fraction_bits} --exponent={best.setting.exponent}"
     if best.setting.layer_iterations:
         flags += f" --layer_iterations={','.join(map(str, best.setting.layer_iterations))}"
     elif best.setting.squarings:
         flags += f" --exponent_iterations={best.setting.squarings}"
-    console.print(f"cheapest with the same tokens and errors under {tolerance:.1%} of the largest logit: {flags}")
+    console.print(f"cheapest with the same tokens and {errors}: {flags}")
 
 
 def spent(accounts: list, came: list[float], seconds: float, peak: int, setting: Setting) -> str:

@@ -148,13 +148,15 @@ def test_memory_of_a_block_of_gpt2_small():
     assert 1.7 + ciphertext_memory(consists) / 1e9 == pytest.approx(13.8, rel=0.2)
 
 
-@pytest.mark.parametrize(("protocol", "vocab_size", "measured"), [
-    ("semi2k", 8_192, 1.084e9), ("semi2k", 24_000, 2.656e9), ("aby3", 8_192, 1.112e9),
+@pytest.mark.parametrize(("name", "protocol", "plain", "vocab_size", "measured"), [
+    ("EReg(SM(t)+ScFuFFN)", "semi2k", False, 8_192, 1.084e9), ("EReg(SM(t)+ScFuFFN)", "semi2k", False, 24_000, 2.656e9),
+    ("EReg(SM(t)+ScFuFFN)", "semi2k", True, 50_257, 5.27e9), ("EReg(SM(t)+ScFuFFN)", "aby3", False, 8_192, 1.112e9),
+    ("SM+LN+G", "aby3", False, 50_257, 5.51e9),
 ])  # fmt: skip
-def test_memory_of_a_table_is_under_the_bound(protocol, vocab_size, measured):
+def test_memory_of_a_table_is_under_the_bound(name, protocol, plain, vocab_size, measured):
     """Beside peaks of the engine's process, weights a layer at a time, of which the table is the largest."""
-    config = architecture("EReg(SM(t)+ScFuFFN)", num_layers=1, vocab_size=vocab_size, context_length=128)
-    bound = needed(config, 128, Setting(protocol=protocol), False, "last", "shared", Layout(streamed=True))
+    config = architecture(name, num_layers=1, vocab_size=vocab_size, context_length=128)
+    bound = needed(config, 128, Setting(protocol=protocol), plain, "last", "shared", Layout(streamed=True))
     assert measured < bound < 1.2 * measured
 
 

@@ -31,6 +31,7 @@ def test_the_cheapest_is_the_smallest_of_those_that_are_good_enough():
     rows = [row(10, 0.5), row(20, 0.004), row(15, 0.004, agreement=0.9), row(30, 0.001)]
     assert cheapest(rows, 0.01, largest_logit=1.0) is rows[1]
     assert cheapest(rows, 0.002, largest_logit=1.0) is rows[3]
+    assert cheapest(rows, 0.0045, largest_logit=1.0) is rows[3]  # another run may be worse by a tenth
     assert cheapest(rows, 0.0001, largest_logit=1.0) is None
 
 

@@ -11,19 +11,21 @@ from jax_entropy.sweep import SCALES, Sweep, product
 
 ALONE = ["SM(log)", "Conv4", "RoPE", "VRes", "VEmb", "Mem8", "Win(SSSL,32)"]
 SOME, ALL = ["Conv4", "RoPE", "VRes"], ALONE
+CHEAPER = [*SOME, "Win(SSSL,64)"]  # sends less than the model without parts
 BODIES = ["SM+ScFuFFN", "SM+LN+G"]
 OTHER_NONLINEARITIES = ["SM+BiFFN", "PSM(4)+ScFuFFN", "SM+FN+ScFuFFN", "SM+FN+BiFFN"]
 
 
 def get_sweep(scale: str) -> Sweep:
-    free = [_with(body, parts) for body in BODIES for parts in (*([part] for part in ALONE), SOME, ALL)]
+    free = [_with(body, parts) for body in BODIES for parts in (*([part] for part in ALONE), SOME, CHEAPER, ALL)]
     # SM(t) scales by position already
-    penalised = [f"EReg({_with('SM(t)+ScFuFFN', parts)})" for parts in ([], SOME, [p for p in ALL if p != "SM(log)"])]
+    among = [[], SOME, CHEAPER, [part for part in ALL if part != "SM(log)"]]
+    penalised = [f"EReg({_with('SM(t)+ScFuFFN', parts)})" for parts in among] + [f"EReg({_with('SM(t)+LN+G', SOME)})"]
     others = [_with(body, parts) for body in OTHER_NONLINEARITIES for parts in ([], SOME)]
     return Sweep(
         title="Parts without a nonlinearity",
         points=product({"architecture": ["SM+LN+G", "SM+ScFuFFN", *free, *penalised, *others]}),
-        baselines=["SM+LN+G", _with("SM+LN+G", SOME), _with("SM+LN+G", ALL)],
+        baselines=["SM+LN+G", *(_with("SM+LN+G", parts) for parts in (SOME, CHEAPER, ALL))],
         **SCALES[scale],
     )
 

@@ -5,8 +5,7 @@ import numbers
 import jax
 
 from jax_entropy.errors import UserError
-
-LIMIT = 2**64
+from jax_entropy.fields import SEED
 
 
 def check_seed(seed: int) -> None:
@@ -15,8 +14,8 @@ def check_seed(seed: int) -> None:
     Raises:
       UserError: it is none.
     """
-    if not isinstance(seed, numbers.Integral) or not 0 <= seed < LIMIT:
-        raise UserError(f"seed={seed!r} must be a whole number from 0 to 2^64 − 1")
+    if not isinstance(seed, numbers.Integral) or not SEED.holds(seed):
+        raise UserError(f"seed={seed!r} {SEED.words}")
 
 
 def random_key(seed: int) -> jax.Array:

@@ -12,9 +12,9 @@ from tests import REPOSITORY
 
 # Each room imports from those before it. Mathematics first, then what is done with it.
 ROOMS = """
-    errors paths manifest seeds supervise
+    errors paths manifest supervise
     notation architecture entropy chips data
-    fields config config_file sharding
+    fields seeds config config_file sharding
     products annealing attention parts norms layers model census loss metrics optimizer state
     runs plan evaluate generate huggingface
     training private.engine private.program private.session private.cost private

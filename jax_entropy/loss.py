@@ -128,17 +128,22 @@ def teacher_divergence(
     of the gradient (arXiv 1503.02531).
     """
 
-    @jax.checkpoint
-    def chunk_sum(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        ours, theirs = (
-            jax.nn.log_softmax(logits(hidden, head) / temperature)
-            for hidden, head in zip(chunk, (head_VxD, jax.lax.stop_gradient(their_head_VxD)), strict=True)
-        )
-        return jnp.sum(jnp.exp(theirs) * (theirs - ours))
+    def rows_sum(head_VxD, their_head_VxD, hidden_BxTxD, theirs_BxTxD):
+        @jax.checkpoint
+        def chunk_sum(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+            ours, theirs = (
+                jax.nn.log_softmax(logits(hidden, head) / temperature)
+                for hidden, head in zip(chunk, (head_VxD, their_head_VxD), strict=True)
+            )
+            return jnp.sum(jnp.exp(theirs) * (theirs - ours))
 
-    count = hidden_BxTxD.shape[0] * hidden_BxTxD.shape[1]
-    chunks = _split(hidden_BxTxD, jax.lax.stop_gradient(theirs_BxTxD), chunk_rows(head_VxD.shape[0]))
-    return temperature**2 * jnp.sum(jax.lax.map(chunk_sum, chunks)) / count
+        chunks = _split(hidden_BxTxD, theirs_BxTxD, chunk_rows(head_VxD.shape[0]))
+        return jnp.sum(jax.lax.map(chunk_sum, chunks))[None]
+
+    on_rows = on_shards(rows_sum, (_WHOLE, _WHOLE, _ROWS, _ROWS), _ROWS)
+    teacher = jax.lax.stop_gradient((their_head_VxD, theirs_BxTxD))
+    sums = on_rows(head_VxD, teacher[0], hidden_BxTxD, teacher[1])
+    return temperature**2 * jnp.sum(sums) / (hidden_BxTxD.shape[0] * hidden_BxTxD.shape[1])
 
 
 def token_losses(hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from jax_entropy import loss as loss_module
 from jax_entropy.annealing import advanced, beginning, settled, trained_model
 from jax_entropy.architecture import architecture
 from jax_entropy.config import check, model_config
@@ -19,10 +20,12 @@ from jax_entropy.layers import FeedForward
 from jax_entropy.loss import loss_fn, teacher_divergence
 from jax_entropy.model import Transformer
 from jax_entropy.norms import FrozenNorm
+from jax_entropy.plan.hlo import Program
 from jax_entropy.private.program.blueprint import NO_REWRITES, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.forward import float32_logits
 from jax_entropy.runs.load import load_run
+from jax_entropy.sharding import batch_sharding, make_mesh
 from jax_entropy.training.train import train
 from tests import reference_model as reference
 from tests.private.helpers import make_workdir
@@ -164,6 +167,26 @@ def test_the_divergence_from_a_teacher(temperature):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
         same = teacher_divergence(ours[0], heads[0], ours[0], heads[0], temperature=temperature)
     assert abs(float(same)) < 1e-12
+
+
+def test_over_a_mesh_the_divergence_and_its_gradients_are_the_same_and_summed_once(monkeypatch):
+    rng = np.random.default_rng(1)
+    hidden, heads = rng.standard_normal((2, 8, 8, 5)), rng.standard_normal((2, 16, 5))
+    hidden, heads = hidden.astype(np.float32), heads.astype(np.float32)
+
+    def divergence(ours, head):
+        return teacher_divergence(ours, head, hidden[1], heads[1], temperature=2.0)
+
+    expected, mesh, sent = jax.value_and_grad(divergence, (0, 1))(hidden[0], heads[0]), make_mesh(2, 2, 2), []
+    for rows in (1, 64):
+        monkeypatch.setattr(loss_module, "chunk_rows", lambda vocab_size, rows=rows: rows)
+        with jax.set_mesh(mesh):
+            step = jax.jit(jax.value_and_grad(divergence, (0, 1)), in_shardings=(batch_sharding(mesh), None))
+            compiled = step.lower(hidden[0], heads[0]).compile()
+        found = compiled(hidden[0], heads[0])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+        sent.append(Program(compiled.as_text()).collectives()["all-reduce"].sent)
+    assert sent[0] == sent[1] > 0  # however many chunks there are
 
 
 def test_distillation_takes_the_place_of_a_share_of_the_cross_entropy():

@@ -181,7 +181,7 @@ def _door(values: Namespace, roles: list[str], *hosts: str) -> Iterator[tuple[Ca
 def ask(values: Namespace) -> None:
     """The party that holds the prompt: asks a model of `serve`."""
     environment_python()
-    server, texts, start = _address(values.server, "server"), read_prompts(values), time.monotonic()
+    server, texts = _address(values.server, "server"), read_prompts(values)
     assistant = _address(values.assistant, "assistant") if values.assistant else None
     if values.patience < 0:
         raise UserError(f"--patience={values.patience} must not be negative")
@@ -193,9 +193,11 @@ def ask(values: Namespace) -> None:
     from jax_entropy.private.session.parties import Question
     from jax_entropy.private.session.parties import ask as run
 
-    answers = []
+    answers, start = [], 0.0
 
     def questions(tokenizer: str, config: "ModelConfig", setting: Setting) -> list[Question]:
+        nonlocal start
+        start = time.monotonic()  # those that were answered before are not counted
         if values.protocol not in ("", setting.protocol):
             raise UserError(f"the server runs --protocol={setting.protocol}, and --protocol={values.protocol} is asked")
         warn(f"{config}; {protection(setting.protocol)}")

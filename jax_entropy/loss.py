@@ -141,8 +141,8 @@ def teacher_divergence(
         return jnp.sum(jax.lax.map(chunk_sum, chunks))[None]
 
     on_rows = on_shards(rows_sum, (_WHOLE, _WHOLE, _ROWS, _ROWS), _ROWS)
-    teacher = jax.lax.stop_gradient((their_head_VxD, theirs_BxTxD))
-    sums = on_rows(head_VxD, teacher[0], hidden_BxTxD, teacher[1])
+    their_head_VxD, theirs_BxTxD = jax.lax.stop_gradient((their_head_VxD, theirs_BxTxD))
+    sums = on_rows(head_VxD, their_head_VxD, hidden_BxTxD, theirs_BxTxD)
     return temperature**2 * jnp.sum(sums) / (hidden_BxTxD.shape[0] * hidden_BxTxD.shape[1])
 
 

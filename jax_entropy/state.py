@@ -170,6 +170,13 @@ def _accumulated(
     return gradients, jnp.mean(losses), LossParts(means[0], means[1], aux, collections, means[2])
 
 
+def new_state(config: ConfigDict, model: Transformer, mesh: Mesh, state_sharding: Any) -> TrainState:
+    """`init_state` over a mesh, split by `state_sharding`."""
+    initial = jax.jit(functools.partial(init_state, config, model), out_shardings=state_sharding)
+    with jax.set_mesh(mesh):
+        return initial()
+
+
 def jit_train_step(config: ConfigDict, model: Transformer, mesh: Mesh, state_sharding: Any) -> Callable:
     """`make_train_step` over a mesh: the state is split by `state_sharding` and donated, metrics are everywhere."""
     return jax.jit(

@@ -324,16 +324,16 @@ def _dkv_kernel(
 _attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
-def _over(sweep: BlockRange, block: Any, running: Any) -> Any:
+def _over(visited: BlockRange, block: Any, running: Any) -> Any:
     """Of a window both edges are in one loop, after what is seen whole: a third loop would spill registers."""
-    runs = sweep.runs()
+    runs = visited.runs()
     if len(runs) < 3:
         for begin, end, masked in runs:
             running = lax.fori_loop(begin, end, functools.partial(block, masked=masked), running)
         return running
-    running = lax.fori_loop(sweep.whole, sweep.edge, functools.partial(block, masked=False), running)
+    running = lax.fori_loop(visited.whole, visited.edge, functools.partial(block, masked=False), running)
     count = sum(end - begin for begin, end, masked in runs if masked)
-    return lax.fori_loop(0, count, lambda i, running: block(sweep.nth_masked(i), running, masked=True), running)
+    return lax.fori_loop(0, count, lambda i, running: block(visited.nth_masked(i), running, masked=True), running)
 
 
 def _positions(length: int, H: int) -> pl.BlockSpec:

@@ -139,7 +139,7 @@ def _forward(q, k, v, scale_NxT, windows, given: Given) -> tuple[tuple, tuple]:
         tile = tiles - 1 - lax.axis_index("tile")  # the longest rows first: the last to start are short
         first = tile * (WARPGROUPS * Q) + wg * Q
         mine = pl.ds(first, Q)
-        sweep = key_blocks(tile * (WARPGROUPS * Q) + offset, WARPGROUPS * Q, K, S, *windowed)
+        visited = key_blocks(tile * (WARPGROUPS * Q) + offset, WARPGROUPS * Q, K, S, *windowed)
 
         def take_turns() -> None:
             plgpu.barrier_arrive(turn)
@@ -170,7 +170,7 @@ def _forward(q, k, v, scale_NxT, windows, given: Given) -> tuple[tuple, tuple]:
             plgpu.wait_smem_to_gmem(0)
 
         def step(indices, k_s, v_s, k_free, v_free, running):
-            j = sweep.nth(indices[0])
+            j = visited.nth(indices[0])
             out_QxH, m_Q, l_QxC, w_QxC, a_Q = running
             s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K, take_turns)
             plgpu.barrier_arrive(k_free)
@@ -202,8 +202,8 @@ def _forward(q, k, v, scale_NxT, windows, given: Given) -> tuple[tuple, tuple]:
             plgpu.barrier_arrive(v_free)
             return out_QxH, new_m_Q, l_QxC, w_QxC, a_Q
 
-        specs = [_tile_spec(K, H, q.dtype, lambda i: (sweep.nth(i), 0))] * 2
-        _pipeline(step, sweep.length, stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
+        specs = [_tile_spec(K, H, q.dtype, lambda i: (visited.nth(i), 0))] * 2
+        _pipeline(step, visited.length, stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
 
     out, entropy, m, log_l = plgpu.kernel(
         attention_forward,
@@ -260,7 +260,7 @@ def _dq(q, k, v, scale_NxT, windows, dout, out, rows, with_temperature: bool, gi
         tile = tiles - 1 - lax.axis_index("tile")
         first = tile * (WARPGROUPS * Q) + wg * Q
         mine = pl.ds(first, Q)
-        sweep = key_blocks(tile * (WARPGROUPS * Q) + offset, WARPGROUPS * Q, K, S, *windowed)
+        visited = key_blocks(tile * (WARPGROUPS * Q) + offset, WARPGROUPS * Q, K, S, *windowed)
 
         def compute(pipeline: Callable) -> None:
             for ref, to in ((q_g, q_s), (dout_g, dout_s), (out_g, out_s)):
@@ -296,7 +296,7 @@ def _dq(q, k, v, scale_NxT, windows, dout, out, rows, with_temperature: bool, gi
             plgpu.wait_smem_to_gmem(0)
 
         def step(indices, k_s, v_s, k_free, v_free, running):
-            j = sweep.nth(indices[0])
+            j = visited.nth(indices[0])
             dq_QxH, by_scale, a_Q, m_Q, c_Q, g_Q = running
             s_QxK = products.of_tiles(q_s.at[wg], k_s, Q, K)
             x_QxK = products.scaled(s_QxK, _over_rows(a_Q, K), _over_rows(m_Q, K))
@@ -321,8 +321,8 @@ def _dq(q, k, v, scale_NxT, windows, dout, out, rows, with_temperature: bool, gi
             plgpu.barrier_arrive(k_free)
             return dq_QxH, by_scale, a_Q, m_Q, c_Q, g_Q
 
-        specs = [_tile_spec(K, H, q.dtype, lambda i: (sweep.nth(i), 0))] * 2
-        _pipeline(step, sweep.length, stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
+        specs = [_tile_spec(K, H, q.dtype, lambda i: (visited.nth(i), 0))] * 2
+        _pipeline(step, visited.length, stages, compute, specs)(k_g.at[b, :, n], v_g.at[b, :, n])
 
     row = jax.ShapeDtypeStruct((B, N, padded), jnp.float32)
     dq, scaled_dout, *made_rows = plgpu.kernel(
@@ -351,8 +351,8 @@ def _dkv(q, k, v, scale_NxT, windows, m, scaled_dout, c, g, given: Given) -> tup
         tile = lax.axis_index("tile")
         first = tile * (WARPGROUPS * K) + wg * K
         mine = pl.ds(first, K)
-        sweep = query_blocks(tile * (WARPGROUPS * K), offset, WARPGROUPS * K, Q, T, *windowed)
-        from_end = lambda i: (sweep.end - 1 - i,)  # noqa: E731
+        visited = query_blocks(tile * (WARPGROUPS * K), offset, WARPGROUPS * K, Q, T, *windowed)
+        from_end = lambda i: (visited.end - 1 - i,)  # noqa: E731
 
         def compute(pipeline: Callable) -> None:
             for ref, to in ((k_g, k_s), (v_g, v_s)):
@@ -399,7 +399,7 @@ def _dkv(q, k, v, scale_NxT, windows, m, scaled_dout, c, g, given: Given) -> tup
 
         specs = [_tile_spec(Q, H, q.dtype, lambda i: (*from_end(i), 0))] * 2
         specs += [plgpu.BlockSpec(block_shape=(Q,), index_map=from_end)] * (3 + with_entropy)
-        _pipeline(step, sweep.length, stages, compute, specs)(
+        _pipeline(step, visited.length, stages, compute, specs)(
             q_g.at[b, :, n], dout_g.at[b, :, n], a_g.at[n], *(ref.at[b, n] for ref in (m_g, c_g, *g_g))
         )
 

@@ -485,10 +485,10 @@ def _seen(first_key: jax.Array, last_key: jax.Array, K: int, Q: int, *windowed: 
     return visible(keys + first_key, queries + last_key, *windowed)
 
 
-def _over(sweep: BlockRange, count: int, block: Callable, mask: Callable) -> None:
-    """Calls `block(i, mask)`, the mask None where all is seen, for those of a sweep among this span's `count`."""
+def _over(visited: BlockRange, count: int, block: Callable, mask: Callable) -> None:
+    """Calls `block(i, mask)`, the mask None where all is seen, for those visited among this span's `count`."""
     before = pl.program_id(3) * count
-    for begin, end, masked in sweep.runs():
+    for begin, end, masked in visited.runs():
         masks = mask if masked else lambda i: None
         _loop(*(jnp.clip(i - before, 0, count) for i in (begin, end)), lambda i, masks=masks: block(i, masks(i)))
 

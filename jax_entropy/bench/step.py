@@ -4,7 +4,6 @@ Each contender is a process that trains one step for every line it reads and ans
 parent takes turns between them, so that a machine that changes its speed changes it for both.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -147,7 +146,7 @@ def _worker(shape: dict[str, Any]) -> None:
     from jax_entropy.config import default_config, model_config
     from jax_entropy.model import Transformer
     from jax_entropy.sharding import batch_sharding, config_mesh
-    from jax_entropy.state import abstract_state, init_state, jit_train_step
+    from jax_entropy.state import abstract_state, jit_train_step, new_state
 
     config = default_config("EReg(SM+LN+G)")
     config.model.update(
@@ -160,7 +159,7 @@ def _worker(shape: dict[str, Any]) -> None:
     with jax.set_mesh(mesh):  # of one device for each core, where XLA_FLAGS says so
         tokens = jax.device_put(tokens, batch_sharding(mesh))
         sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
-        state = jax.jit(functools.partial(init_state, config, model), out_shardings=sharding)()
+        state = new_state(config, model, mesh, sharding)
         train_step = jit_train_step(config, model, mesh, sharding)
         for _ in sys.stdin:
             start = time.perf_counter()

@@ -17,7 +17,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.optimizer import learning_rate_schedule
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
-from jax_entropy.state import TrainState, abstract_state, init_state, initial_collections
+from jax_entropy.state import TrainState, abstract_state, initial_collections, new_state
 from jax_entropy.training.warm_start import Source, take_over
 
 
@@ -42,12 +42,6 @@ class Setup:
     def state_sharding(self) -> TrainState:
         """A sharding for each leaf of the training state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-
-    def new_state(self) -> TrainState:
-        """The state before the first step."""
-        initial = jax.jit(functools.partial(init_state, self.config, self.model), out_shardings=self.state_sharding)
-        with jax.set_mesh(self.mesh):
-            return initial()
 
 
 class Start(NamedTuple):
@@ -79,7 +73,7 @@ def find_start(setup: Setup, iterator: grain.DatasetIterator | None, source: Sou
     if source is not None:
         return _warm_start(setup, source)
     # 4. Fresh.
-    return Start(0, setup.new_state())
+    return Start(0, new_state(setup.config, setup.model, setup.mesh, setup.state_sharding))
 
 
 def _restored(setup: Setup, step: int, iterator: grain.DatasetIterator | None) -> Start:
@@ -115,7 +109,7 @@ def _warm_start(setup: Setup, source: Source) -> Start:
         return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
 
     abstract, collections = setup.abstract_state, initial_collections(setup.config, setup.model, variables)
-    state = setup.new_state()._replace(
+    state = new_state(setup.config, setup.model, setup.mesh, setup.state_sharding)._replace(
         params=jax.tree.map(place, variables["params"], abstract.params),
         collections=jax.tree.map(place, collections, abstract.collections),
     )

@@ -19,8 +19,9 @@ def get_config(architecture: str = "EReg(SM(t)+ScFuFFN)"):
     )
     config.data.update(source="files", files=f"{sysconfig.get_path('purelib')}/**/*.py", vocab_size=8192)
     config.train.update(
-        num_steps=1954, batch_size=32, log_every=50, evaluate_every=500, evaluate_chunks=1024, checkpoint_every=250
-    )
-    config.optimizer.learning_rate = 3e-3
+        num_steps=1954, batch_size=32, dtype="bfloat16", log_every=50, evaluate_every=500, evaluate_chunks=1024,
+        checkpoint_every=250,
+    )  # fmt: skip
+    config.optimizer.update(learning_rate=3e-3, warmup=100)  # steps, also where a rate is chosen on fewer
     config.penalty.update(weight=0.16, reduction="row_mean")  # 0.16: the paper's 1e-5 of the sum, per row
     return config

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_entropy.config import default_config
 from jax_entropy.errors import UserError
-from jax_entropy.layers import effective_matrix
+from jax_entropy.linear import effective_matrix
 from jax_entropy.model import Transformer
 from jax_entropy.optimizer import decay_mask, learning_rate_schedule, make_optimizer, qk_clip
 from tests.tiny_model import ARCHITECTURES, random_tokens, scattered, shapes, tiny

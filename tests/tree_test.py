@@ -15,7 +15,7 @@ ROOMS = """
     errors paths manifest supervise
     notation architecture entropy chips data
     fields seeds config config_file sharding
-    products annealing attention parts norms layers model census loss metrics optimizer state
+    products linear annealing attention parts norms layers model census loss metrics optimizer state
     runs plan evaluate generate huggingface
     training private.engine private.program private.session private.cost private
     report inspection export sweep bench commands __main__

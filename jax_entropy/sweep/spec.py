@@ -110,7 +110,7 @@ class Sweep:
 # The paper's experiments on Python code at four scales: what of a `Sweep` belongs to each.
 SCALES: dict[str, dict[str, Any]] = {
     "short": dict(config="short", seeds=(1, 2, 3), tuning=Tuning((1e-3, 3e-3, 1e-2), share=0.5)),
-    "small": dict(config="small", seeds=(1, 2, 3), tuning=Tuning((1e-3, 3e-3, 1e-2))),
+    "small": dict(config="small", seeds=(1, 2, 3), tuning=Tuning((1e-3, 3e-3, 1e-2), share=0.25)),
     "gpu": dict(config="gpu", seeds=(1, 2, 3), tuning=Tuning((3e-4, 1e-3, 3e-3))),
     "full": dict(config="codeparrot", seeds=(1337,), tuning=None),
 }

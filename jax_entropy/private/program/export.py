@@ -12,7 +12,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import ModelConfig
-from jax_entropy.layers import effective_matrix, positive, temperature
+from jax_entropy.layers import positive, temperature
+from jax_entropy.linear import effective_matrix
 from jax_entropy.parts import log_factors
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import Blueprint, Rewrites

@@ -17,7 +17,7 @@ from jax_entropy.errors import UserError, check_number
 from jax_entropy.paths import writing
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.sweep.outcome import Outcome, read_outcome
-from jax_entropy.sweep.spec import Run
+from jax_entropy.sweep.spec import PlannedRun
 from jax_entropy.training.signals import Signals
 
 _PROCESS = (sys.executable, "-m", "jax_entropy.sweep.process")
@@ -62,7 +62,7 @@ def _gpus() -> list[str]:
     return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
 
 
-def claim(runs: Sequence[Run]) -> None:
+def claim(runs: Sequence[PlannedRun]) -> None:
     """Makes each folder its run's, so that its process, or a later `jax-entropy train FOLDER`, knows what to train.
 
     Raises:
@@ -79,7 +79,7 @@ def claim(runs: Sequence[Run]) -> None:
             raise UserError(f"{run.path} holds a run of another config: {error}; choose another workdir") from None
 
 
-def train_all(runs: Sequence[Run], where: Sequence[Place], cache: Path, notify: Callable[[str], None]) -> bool:
+def train_all(runs: Sequence[PlannedRun], where: Sequence[Place], cache: Path, notify: Callable[[str], None]) -> bool:
     """Trains what is not settled yet, one run at each place at a time; False where a signal stopped it.
 
     A run whose process dies does not keep the others from running; one that is refused stops all, which would be, too.
@@ -125,7 +125,7 @@ def train_all(runs: Sequence[Run], where: Sequence[Place], cache: Path, notify: 
     return not signals.wanted
 
 
-def _next(waiting: list[Run]) -> Run | None:
+def _next(waiting: list[PlannedRun]) -> PlannedRun | None:
     """Takes the first run whose folder no process has: one of a sweep that was killed may still be saving."""
     found = next((run for run in waiting if not Workdir(run.path).in_use()), None)
     if found:
@@ -133,7 +133,7 @@ def _next(waiting: list[Run]) -> Run | None:
     return found
 
 
-def _start(run: Run, place: Place, cache: Path) -> subprocess.Popen:
+def _start(run: PlannedRun, place: Place, cache: Path) -> subprocess.Popen:
     variables = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ | dict(place.variables)
     command = [*_PROCESS, str(run.path), *([place.cores] if place.cores else [])]
     with writing(run.path / "train.log"), (run.path / "train.log").open("ab") as log:

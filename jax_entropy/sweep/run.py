@@ -21,7 +21,7 @@ from jax_entropy.sweep import write
 from jax_entropy.sweep.frontier import frontier
 from jax_entropy.sweep.outcome import Outcome, read_outcome
 from jax_entropy.sweep.queue import Place, claim, places, train_all
-from jax_entropy.sweep.spec import Point, Run, Sweep, Tuning, load_sweep, points_of
+from jax_entropy.sweep.spec import PlannedRun, Point, Sweep, Tuning, load_sweep, points_of
 from jax_entropy.sweep.table import Row, make_row, with_ratios
 
 _AS_GOOD = 1.01  # times the best perplexity of a rate: less than what seeds differ by
@@ -129,14 +129,14 @@ def _prepare(points: Sequence[Point], folder: Folder, notify: Callable[[str], No
     return corpora
 
 
-def _trials(point: Point, tuning: Tuning | None, folder: Folder) -> list[Run]:
+def _trials(point: Point, tuning: Tuning | None, folder: Folder) -> list[PlannedRun]:
     """The runs that choose a point's learning rate; none where it has one."""
     if tuning is None or not point.tuned:
         return []
     return [point.run(folder.tuning, tuning.seed, rate, tuning.share) for rate in tuning.rates]
 
 
-def _chosen(trials: Sequence[Run]) -> float | None:
+def _chosen(trials: Sequence[PlannedRun]) -> float | None:
     """The lowest rate whose run ended within a hundredth of the best perplexity, or of all; None without runs."""
     outcomes = {run.rate: read_outcome(run.path) for run in trials}
     ended = {rate: outcome.perplexity for rate, outcome in outcomes.items() if outcome.state == "complete"}
@@ -144,12 +144,12 @@ def _chosen(trials: Sequence[Run]) -> float | None:
     return min(good or outcomes, default=None)
 
 
-def _train(runs: Sequence[Run], where: Sequence[Place], folder: Folder, notify: Callable[[str], None]) -> bool:
+def _train(runs: Sequence[PlannedRun], where: Sequence[Place], folder: Folder, notify: Callable[[str], None]) -> bool:
     claim(runs)
     return train_all(runs, where, folder.compiled, notify)
 
 
-def _check_settled(runs: Sequence[Run]) -> None:
+def _check_settled(runs: Sequence[PlannedRun]) -> None:
     """Checks that no run failed.
 
     Raises:
@@ -165,7 +165,9 @@ def _check_settled(runs: Sequence[Run]) -> None:
         )
 
 
-def _row(point: Point, sweep: Sweep, corpus: Corpus, trials: Sequence[Run], reported: Sequence[Run]) -> Row:
+def _row(
+    point: Point, sweep: Sweep, corpus: Corpus, trials: Sequence[PlannedRun], reported: Sequence[PlannedRun]
+) -> Row:
     config = reported[0].config if reported else point.config
     outcomes = {run.seed: read_outcome(run.path) for run in reported}
     options = config.train
@@ -201,7 +203,11 @@ def _facts(sweep: Sweep, scale: str, corpora: Mapping[str, Corpus]) -> dict[str,
 
 
 def _write(
-    folder: Folder, sweep: Sweep, facts: dict[str, str], rows: Sequence[Row], reported: Mapping[str, Sequence[Run]]
+    folder: Folder,
+    sweep: Sweep,
+    facts: dict[str, str],
+    rows: Sequence[Row],
+    reported: Mapping[str, Sequence[PlannedRun]],
 ) -> None:
     """Writes table.md, table.csv, table.json, the frontiers, and the sweep's own pictures of the runs that are done."""
     title = sweep.title or "Sweep"

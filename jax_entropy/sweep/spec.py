@@ -116,7 +116,7 @@ SCALES: dict[str, dict[str, Any]] = {
 }
 
 
-class Run(NamedTuple):
+class PlannedRun(NamedTuple):
     """One training run of a sweep."""
 
     label: str
@@ -139,7 +139,7 @@ class Point(NamedTuple):
     config: ConfigDict
     tuned: bool
 
-    def run(self, folder: Path, seed: int, rate: float | None = None, share: float = 1.0) -> Run:
+    def run(self, folder: Path, seed: int, rate: float | None = None, share: float = 1.0) -> PlannedRun:
         """Its run of a seed, in a folder of its own in `folder`; at its config's learning rate where none is given."""
         config = self.config.copy_and_resolve_references()
         config.seed = seed
@@ -148,7 +148,9 @@ class Point(NamedTuple):
         name = re.sub(r"[^\w.+=^-]+", "_", self.label).strip("_")
         if len(name) > _LONGEST:
             name = f"{name[:_LONGEST]}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
-        return Run(self.label, seed, config, folder / f"{name}-rate{config.optimizer.learning_rate:g}-seed{seed}")
+        return PlannedRun(
+            self.label, seed, config, folder / f"{name}-rate{config.optimizer.learning_rate:g}-seed{seed}"
+        )
 
 
 def load_sweep(name: str, scale: str) -> Sweep:

@@ -1,6 +1,5 @@
 """How fast the loader feeds tokens, beside how fast a training step eats them, and what feeding takes of the host."""
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +8,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jax_entropy.config import check, model_config
+from jax_entropy.bench.trainable import trainable
+from jax_entropy.config import check
 from jax_entropy.data import Corpus, prepare, train_iterator
-from jax_entropy.model import Transformer
-from jax_entropy.state import TrainState, init_state, make_train_step
+from jax_entropy.state import TrainState
 
 _STEPS = 10
 _ACCELERATOR = 600_000  # tokens/s of GPT-2 124M on one card, which the loader must not hold up
@@ -23,9 +22,7 @@ def started(config: ConfigDict) -> tuple[Corpus, TrainState, Callable, Iterator]
     """A config's corpus, initial state, jitted training step and batches, on one device."""
     check(config)
     corpus = prepare(config.data, config.model.context_length)
-    model = Transformer(model_config(config, corpus.tokenizer.vocab_size))
-    state = jax.jit(functools.partial(init_state, config, model))()
-    train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
+    _, state, train_step = trainable(config, corpus.tokenizer.vocab_size)
     batch_size = config.train.batch_size * config.optimizer.accumulate
     return corpus, state, train_step, train_iterator(corpus, batch_size=batch_size, seed=0)
 

@@ -3,17 +3,15 @@
 Time is the process's own, so that what else runs on the machine is felt little; tables compare within a series.
 """
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+from jax_entropy.bench.trainable import trainable
 from jax_entropy.census import census
-from jax_entropy.config import default_config, model_config
-from jax_entropy.model import Transformer
-from jax_entropy.state import init_state, make_train_step
+from jax_entropy.config import default_config
 
 _BASE = dict(num_layers=2, num_heads=4, model_dim=256, context_length=128, vocab_size=4096)
 # What grows, through which values, and the tokens of a step, which stay.
@@ -49,11 +47,9 @@ def _compiled(sizes: dict[str, int], tokens: int) -> tuple[Callable[[], float], 
     """A function that trains one step and returns its processor seconds; FLOPs and memory of the step."""
     config = default_config("EReg(SM+LN+G)")
     config.model.update({name: size for name, size in sizes.items() if name != "vocab_size"})
-    model = Transformer(model_config(config, sizes["vocab_size"]))
-    state = jax.jit(functools.partial(init_state, config, model))()
+    model, state, train_step = trainable(config, sizes["vocab_size"])
     T, size = sizes["context_length"], sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     batch = jax.random.randint(jax.random.key(0), (tokens // T, T + 1), 0, sizes["vocab_size"])
-    train_step = jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
     compiled = train_step.lower(state, batch, False).compile()
 
     def step() -> float:

@@ -1,6 +1,5 @@
 """The parts of `bench device` about whole training steps: their rate, what feeds them, their losses, their peers."""
 
-import functools
 import importlib.util
 import os
 import re
@@ -18,11 +17,10 @@ import numpy as np
 
 from jax_entropy.bench.sizes import Clock, Row, kernels, sizes
 from jax_entropy.bench.step import bench_step
+from jax_entropy.bench.trainable import trainable
 from jax_entropy.census import census
 from jax_entropy.chips import peak_flops
-from jax_entropy.config import default_config, model_config
-from jax_entropy.model import Transformer
-from jax_entropy.state import init_state, make_train_step
+from jax_entropy.config import default_config
 
 _STEPS = 200  # of the losses beside the CPU's
 _PRODUCT = re.compile("nvjet|gemm|cublas|cutlass", re.I)  # in the names of kernels
@@ -103,9 +101,7 @@ def _training(architecture: str, context: int, fields: Row, dtype: str) -> tuple
     config.model.update({name: value for name, value in fields.items() if name != "vocab_size"})
     config.model.update(context_length=context, bias="all")
     config.train.dtype = dtype
-    model = Transformer(model_config(config, fields["vocab_size"]))
-    state = jax.jit(functools.partial(init_state, config, model))()
-    return model, state, jax.jit(make_train_step(config, model), static_argnums=2, donate_argnums=0)
+    return trainable(config, fields["vocab_size"])
 
 
 def training(clock: Clock) -> Iterator[Row]:

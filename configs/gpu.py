@@ -4,7 +4,7 @@
     jax-entropy sweep table3 --scale=gpu
 
 Text: the Python files of the packages that are installed beside this one; --config.data.files='FOLDER/**/*.py' names
-others. 33 million tokens; not run by us yet.
+others. 33 million tokens; we have not run it yet.
 """
 
 import sysconfig

@@ -5,8 +5,8 @@
     … --config.model.num_layers=18           Table 8
 
 Data: the filtered CodeParrot set of the Hugging Face course through the hub, or local shards in --config.data.files.
-Run time: one epoch is 32,621 steps of 65,536 tokens; we have not measured it on an accelerator. Expected perplexity (the
-paper's, T=128): SM+LN+G 2.69, SM+LN+R 2.76, SM+LN 3.38, SM+G 3.20, SM+R 2.94, SM diverges, SM+ScFuFFN 3.48,
+Run time: one epoch is 32,621 steps of 65,536 tokens; we have not measured it on an accelerator. Expected perplexity
+(the paper's, T=128): SM+LN+G 2.69, SM+LN+R 2.76, SM+LN 3.38, SM+G 3.20, SM+R 2.94, SM diverges, SM+ScFuFFN 3.48,
 EReg(SM(t)+ScFuFFN) 3.21. Ours is yet to be measured: the paper tokenises with a 50 K BPE made for CodeSearchNet
 (--config.data.tokenizer=…/tokenizer.json); without it one of the same size is trained on the corpus.
 """

@@ -6,8 +6,8 @@
 
 Data: the Languini books as local shards (text, JSON-lines or Parquet) in --config.data.files, and Languini's own
 tokenizer if you have it (--config.data.tokenizer=…); without it a BPE of the same size is trained on the corpus.
-Run time: 18,265 steps of 65,536 tokens; we have not measured it on an accelerator. Expected perplexity (the paper's, 1.2 B
-tokens): SM+LN+G 25.71, SM+LN+R 26.06, SM+ScFuFFN 33.77, EReg(SM(t)+ScFuFFN) 31.54.
+Run time: 18,265 steps of 65,536 tokens; we have not measured it on an accelerator. Expected perplexity (the paper's,
+1.2 B tokens): SM+LN+G 25.71, SM+LN+R 26.06, SM+ScFuFFN 33.77, EReg(SM(t)+ScFuFFN) 31.54.
 The model follows Languini's recipe, not CodeParrot's: embeddings × √D, untied head, biases everywhere, residual output
 at 0.02/√(2L), Adam without decay or clipping.
 """

@@ -154,6 +154,8 @@ def _check_values(config: ModelConfig) -> None:
         kind, value = _WIDER.get(field.type, field.type), getattr(config, field.name)
         if not isinstance(value, kind):
             raise UserError(f"model field {field.name}={value!r} must be {_KINDS[kind]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"model field {field.name}={value} must be a finite number")
     given = {name: value for name, value in vars(config).items() if value is not None}
     for names, holds, words in (
         (_AT_LEAST_1, lambda value: value >= 1, "a whole number of at least 1"),
@@ -165,8 +167,6 @@ def _check_values(config: ModelConfig) -> None:
                 raise UserError(f"model field {name}={given[name]!r} must be {words}")
     if not 0 <= config.embedding_dropout < 1:
         raise UserError(f"model field embedding_dropout={config.embedding_dropout} must be in [0, 1)")
-    if not math.isfinite(config.negative_slope):
-        raise UserError(f"the slope of LR({config.negative_slope}) must be a finite number")
     if not (0 <= config.power <= 16 and config.power % 2 == 0):
         raise UserError(f"the power of PSM({config.power}) must be even, from 2 to 16")
     if config.conv_width == 1:

@@ -80,7 +80,8 @@ def check(config: ConfigDict) -> None:
         if isinstance(bound, Bound) and not bound.holds(value):
             raise UserError(f"config.{field.name}={value} {bound.words}")
     for name in PATHS:
-        local_path(flat[name], f"config.{name}")
+        if flat[name] != "":
+            local_path(flat[name], f"config.{name}")
     for rule in config.mesh.rules:
         _check_rule(rule)
     model = model_config(config, 1 if config.model.vocab_size is None else config.model.vocab_size)

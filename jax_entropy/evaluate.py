@@ -19,7 +19,7 @@ from jax_entropy.errors import UserError, check_kind, check_number
 from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
 from jax_entropy.paths import local_path
-from jax_entropy.runs.load import Run, load_run, own_tokens
+from jax_entropy.runs.load import Run, loaded, own_tokens
 from jax_entropy.runs.reading import TOKENS, Reading
 from jax_entropy.sharding import constrain
 
@@ -133,16 +133,18 @@ def evaluate(
       batch_size: sequences evaluated at once; does not change the numbers.
       text: a file of text to evaluate on instead, all of it.
       section: the `data` section of a configuration, to evaluate on the validation split of its corpus instead.
-      best, notify: as for `load_run`.
+      best, notify: as for `load_run`; a run that is loaded has its checkpoint already.
     Returns:
       `step`, `text` (what it was evaluated on, in words), and what `evaluate_batches` returns.
     Raises:
-      UserError: the run's corpus has changed, `text` cannot be read, a value of `section` cannot work, and as
-        `load_run` and `data.prepare` do.
+      UserError: the run's corpus has changed, `text` cannot be read, a value of `section` cannot work, two of them are
+        given, and as `load_run` and `data.prepare` do.
     """
     check_number("batch_size", batch_size, 1)
     check_kind("section", section, ConfigDict | None, "the data section of a config")
-    run = run if isinstance(run, Run) else load_run(run, notify, best=best)
+    if text is not None and section is not None:
+        raise UserError("text and section exclude each other: each names a text")
+    run = loaded(run, notify, best=best)
     if text is not None:
         batches, words = _text_batches(run, text, batch_size), f"on {os.fspath(text)}"
     else:

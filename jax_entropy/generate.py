@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jax_entropy.errors import UserError, check_number
 from jax_entropy.model import empty_cache
-from jax_entropy.runs.load import Run, load_run
+from jax_entropy.runs.load import Run, loaded
 from jax_entropy.seeds import check_seed, random_key
 
 
@@ -32,14 +32,14 @@ def generate(
       temperature: of the sampling; 0 is greedy.
       top_k: sample among the k likeliest tokens; 0: among all.
       seed: of the sampling, from 0 to 2^64 − 1.
-      best, notify: as for `load_run`.
+      best, notify: as for `load_run`; a run that is loaded has its checkpoint already.
     Raises:
       UserError: an empty prompt, one that leaves no room, or options out of range; and as `load_run` does.
     """
     if not isinstance(prompt, str):
         raise UserError(f"prompt={prompt!r} must be text")
     check_sampling(num_tokens, temperature, top_k, seed)
-    run = run if isinstance(run, Run) else load_run(run, notify, best=best)
+    run = loaded(run, notify, best=best)
     ids, context, end_of_text = run.tokenizer.encode(prompt), run.model.config.context_length, run.tokenizer.end_of_text
     if not ids:
         raise UserError("the prompt is empty; give at least one character")

@@ -71,9 +71,12 @@ def loss_fn(
     Returns:
       (loss in nats per token, LossParts).
     Raises:
-      UserError: the tokens are not whole numbers [B, T+1], T ≥ 1, or, outside of `jit`, not in the vocabulary.
+      UserError: the tokens are not whole numbers [B, T+1], T ≥ 1, or, outside of `jit`, not in the vocabulary; or for
+        distillation without a teacher.
     """
     _check(tokens_BxT1, model)
+    if teacher is None and distillation:
+        raise UserError(f"distillation={distillation} needs a teacher to learn from")
     collections = collections or {}
     (hidden_BxTxD, head_VxD, aux), updated = model.apply(
         {"params": params, **collections},

@@ -16,11 +16,14 @@ def local_path(text: str | os.PathLike, name: str) -> Path:
     """The path that a flag or field called `name` holds, with `~` expanded.
 
     Raises:
-      UserError: an address like gs://… or s3://…, a `~` that stands for no home, or what no file can be called.
+      UserError: an empty text, an address like gs://… or s3://…, a `~` that stands for no home, or what no file can be
+        called.
     """
     if not isinstance(text, str | os.PathLike):
         raise UserError(f"{name}={text!r} is no path")
     text = os.fspath(text)
+    if not text:
+        raise UserError(f"{name}={text!r} is empty; name a path")
     if scheme := _SCHEME.match(text):
         raise UserError(
             f"{name}={text!r} is an address on a network ({scheme[0]}), and only folders of this machine can be used; "

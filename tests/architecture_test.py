@@ -213,6 +213,7 @@ FIELDS = {
     "conv_width": (1, -4, 4.0), "rotary_base": (0.0,), "num_slots": (-1, 2.5), "window": (-2, 8),
     "window_pattern": ("SL",), "value_embedding_layers": ("first",),
     "embedding_dropout": (1.0, -0.1, float("nan")), "ffn_free_layers": (-1, 13), "negative_slope": (float("inf"),),
+    "beta_init": (float("nan"),), "embedding_scale": (float("inf"),),
 }  # fmt: skip
 
 
@@ -223,7 +224,7 @@ def test_a_field_that_cannot_work_is_named_with_its_value(field, value):
     message = str(caught.value)
     assert str(value) in message and "\n" not in message
     # these as the notation spells them
-    assert field in message or field in ("ffn_free_layers", "negative_slope", "window", "window_pattern")
+    assert field in message or field in ("ffn_free_layers", "window", "window_pattern")
 
 
 def test_an_unknown_field_is_answered_with_the_nearest():

@@ -161,6 +161,10 @@ def test_only_text_that_was_held_out_is_called_so(loaded):
     section.files = str(REPOSITORY / "jax_entropy" / "training")
     text, other = judged(loaded._replace(corpus="0123456789abcdef"), section=section)
     assert text == f"on the validation split of {section.files}" and other != loss
+    with pytest.raises(UserError, match="text and section exclude each other"):
+        judged(loaded, section=section, text="book.txt")
+    with pytest.raises(UserError, match="best=True comes too late: step 24 is loaded"):
+        judged(loaded, best=True)
     section.source = "file"
     with pytest.raises(UserError, match="config.data.source='file' is not known; .*'files'"):
         judged(loaded, section=section)

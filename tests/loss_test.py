@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_entropy import loss as loss_module
 from jax_entropy.chips import CHIPS
 from jax_entropy.config import default_config
+from jax_entropy.errors import UserError
 from jax_entropy.loss import cross_entropy, loss_fn, token_losses, vocabulary_tiles
 from jax_entropy.model import Transformer
 from jax_entropy.plan.hlo import Program
@@ -294,6 +295,12 @@ def test_spectral_vectors_come_back_updated():
     assert jax.tree.structure(parts.collections) == jax.tree.structure(collections)
     pairs = zip(jax.tree.leaves(parts.collections), jax.tree.leaves(collections), strict=True)
     assert all(np.any(one != two) for one, two in pairs)
+
+
+def test_distillation_needs_a_teacher():
+    config = tiny("SM")
+    with pytest.raises(UserError, match="distillation=0.5 needs a teacher"):
+        loss_fn(scattered(config)["params"], random_tokens(2, 9), model=Transformer(config), distillation=0.5)
 
 
 def test_dropout_needs_its_key():

@@ -17,6 +17,7 @@ def test_the_home_folder_is_expanded(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("", "--workdir='' is empty; name a path"),
         ("gs://bucket/run", r"--workdir='gs://bucket/run' is an address on a network \(gs://\)"),
         ("s3://bucket", "only folders of this machine"),
         ("~nobody-of-this-name/run", "there is no home folder for its '~nobody-of-this-name'"),

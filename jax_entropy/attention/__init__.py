@@ -200,6 +200,6 @@ def _check(q, k, v, temperature, position, window, num_slots) -> None:
     if window is not None:
         check_number("window", window, 1, traced=True)  # a query sees its own key
     for name, value in (("position", 0 if position is None else position), ("num_slots", num_slots)):
-        check_number(name, value, -math.inf, traced=True)
+        check_number(name, value, -math.inf, traced=name == "position")  # kernels are compiled for their slots
         if isinstance(value, numbers.Integral) and not 0 <= value <= S - T:
             raise UserError(f"{name}={value} must lie between 0 and S − T = {S - T} for {shapes}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax_entropy.attention import AttentionStats, attention
 from jax_entropy.attention.dense import EXACT, MASKED
 from jax_entropy.entropy import row_entropy
-from jax_entropy.errors import UserError, check_array
+from jax_entropy.errors import UserError, check_array, spelled
 
 
 def attention_fn(
@@ -17,6 +17,7 @@ def attention_fn(
     key: jax.Array,
     value: jax.Array,
     *,
+    bias: jax.Array | None = None,
     mask: jax.Array | None = None,
     is_causal: bool = True,
     dropout_rate: float = 0.0,
@@ -33,6 +34,7 @@ def attention_fn(
     Args:
       query: [batch…, T, N, H].
       key, value: [batch…, S, K, H], N a multiple of K: each is shared by N / K heads.
+      bias: of the logits; only None, Flax's layers have none.
       mask: as Flax has it, broadcast to [batch…, N, T, S]; false is not seen.
       is_causal: queries are the last T of the keys and see those before them. nnx says False unless its layer is told
         otherwise; linen never says it, and is causal here.
@@ -41,8 +43,10 @@ def attention_fn(
     Returns:
       [batch…, T, N, H], in the type of the query.
     Raises:
-      UserError: for dropout, and for shapes that do not fit together.
+      UserError: for dropout, for a bias, and for shapes that do not fit together.
     """
+    if bias is not None:
+        raise UserError(f"bias={spelled(bias)} of attention logits is not supported by je.attention_fn; leave it out")
     if dropout_rate and not deterministic:
         raise UserError(
             f"dropout_rate={dropout_rate} of attention weights is not supported by je.attention_fn; use 0 here, and "

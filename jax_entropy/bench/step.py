@@ -135,7 +135,8 @@ def _alternate(
             memory[name] = answer(name)
     finally:
         for process in processes.values():
-            process.kill()
+            with process:  # which waits for it, and closes its pipes
+                process.kill()
     return times, memory
 
 

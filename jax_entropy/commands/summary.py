@@ -27,6 +27,14 @@ def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
     print_head_entropy(evaluation["head_entropy"], float(evaluation["maximum_causal"].max()), console)
 
 
+def samples(run: Run, prompt: str) -> list[str]:
+    """What the model writes after a prompt; nothing where its context has no room behind it."""
+    context = run.model.config.context_length
+    tokens = min(_SAMPLE_TOKENS, context // 2, context - len(run.tokenizer.encode(prompt)))
+    seeds = range(_SAMPLES) if tokens > 0 else ()
+    return [generate(run, prompt, num_tokens=tokens, top_k=40, seed=seed) for seed in seeds]
+
+
 def conclude(config: ConfigDict, path: str | os.PathLike, result: Result, command: str, console: Console) -> None:
     """Prints the end of a run and writes its report; `command` is what goes on with a stopped one."""
     workdir = Workdir(path)
@@ -38,10 +46,9 @@ def conclude(config: ConfigDict, path: str | os.PathLike, result: Result, comman
     if result.evaluation:
         print_evaluation(result.evaluation, console)
     prompt = "def __init__(self" if config.data.source in ("stdlib", "codeparrot") else "The"
-    tokens = min(_SAMPLE_TOKENS, config.model.context_length // 2)
     variables = jax.device_get(result.variables)
     run = Run(workdir, config, result.model, variables, result.corpus.tokenizer, result.step, result.corpus.fingerprint)
-    texts = [generate(run, prompt, num_tokens=tokens, top_k=40, seed=seed) for seed in range(_SAMPLES)]
+    texts = samples(run, prompt)
     workdir.write_samples(result.step, prompt, texts)
     for seed, text in enumerate(texts):
         console.rule(f"sample {seed + 1}", style="dim")

@@ -3,6 +3,7 @@
 Everything here streams: what stays in memory is one number a document and a few mebibytes of text.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -179,11 +180,11 @@ def write_chunks(
                     yield (file, True), ""
             progress.update()
 
-    for (file, ends_document), ids in tokenizer.encode_stream(texts()):
-        file.add(ids)
-        if ends_document:
-            file.end_document()
-    for file in files:
-        file.close()
-    progress.close()
+    with contextlib.ExitStack() as stack:
+        for closed in (*files, progress):
+            stack.enter_context(contextlib.closing(closed))
+        for (file, ends_document), ids in tokenizer.encode_stream(texts()):
+            file.add(ids)
+            if ends_document:
+                file.end_document()
     return {split: file.counts for split, file in zip(SPLITS, files, strict=True)}

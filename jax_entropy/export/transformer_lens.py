@@ -5,7 +5,6 @@ the hidden width; the second go into the matrices, since nothing normalises what
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from jax_entropy.architecture import ModelConfig
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.folder import write_folder
 from jax_entropy.notation import written_fields
+from jax_entropy.paths import local_path
 
 # Of what the notation writes, what it can express, whatever the value is; it has no place for the rest.
 _EXPRESSED = (
@@ -48,10 +48,10 @@ def to_transformer_lens(config: ModelConfig, variables: dict[str, Any], director
 
     Args:
       variables: {"params": …} of `Transformer(config)`.
-      directory: made if it is not there.
+      directory: made if it is not there; holds no config.json yet.
     Raises:
-      UserError: HookedTransformer cannot express the config, a scale is 0 or not finite, or the folder cannot be
-        written.
+      UserError: HookedTransformer cannot express the config, a scale is 0 or not finite, or the folder is something
+        else's or cannot be written.
     """
     check_expressible(config)
     tensors = state_dict(config, variables)
@@ -65,7 +65,7 @@ def to_transformer_lens(config: ModelConfig, variables: dict[str, Any], director
     else:
         act_fn = _BENT.get(config.activation, "relu")
         settings |= dict(d_mlp=tensors["blocks.0.mlp.b_in"].size, act_fn=act_fn)
-    write_folder(Path(directory), settings, tensors)
+    write_folder(local_path(directory, "directory"), settings, tensors)
 
 
 def state_dict(config: ModelConfig, variables: dict[str, Any]) -> dict[str, np.ndarray]:

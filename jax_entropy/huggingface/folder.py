@@ -76,6 +76,10 @@ def to_huggingface(
     directory = local_path(directory, "directory")
     if end_of_text is not None:
         check_number("end_of_text", end_of_text, 0)
+        if end_of_text >= config.vocab_size:
+            raise UserError(
+                f"end_of_text={end_of_text} is beyond the vocabulary, which ends at {config.vocab_size - 1}"
+            )
     check_expressible(config)
     params = _read_variables(config, variables)
     for leaf, shape in _leaf_shapes(dataclasses.replace(config, bias=GPT2.fields["bias"])).items():
@@ -88,9 +92,6 @@ def to_huggingface(
             parts = [params[leaf][layer].reshape(*shapes[name][:-1], -1) for leaf in leaves]
             tensors[name] = np.concatenate(parts, axis=-1)
     tensors = {GPT2.tensor_prefix + name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    path = directory / "config.json"
-    if path.exists() and read_json(path).get("model_type") != GPT2.model_type:
-        raise UserError(f"{path} is not a GPT-2's and would be overwritten; choose another folder")
     write_folder(directory, _config_json(config, end_of_text), tensors)
 
 
@@ -269,16 +270,21 @@ def _config_json(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
 def write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     """Writes config.json and model.safetensors; the folder is made if it is not there.
 
+    A config.json of the same `model_type` is replaced; any other, as a run's, belongs to something else.
+
     Raises:
-      UserError: it cannot be written.
+      UserError: the folder is something else's or cannot be written.
     """
+    path, kind = directory / "config.json", config.get("model_type")
+    if path.exists() and (kind is None or read_json(path).get("model_type") != kind):
+        raise UserError(f"{path} is not that of such a model and would be overwritten; choose another folder")
     partial = directory / f"{WEIGHTS}.partial"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod(0o666 & directory.stat().st_mode)  # safetensors leaves it to its owner alone
         partial.replace(directory / WEIGHTS)
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        path.write_text(json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -30,9 +30,9 @@ def to_safetensors(config: ModelConfig, variables: dict[str, Any], directory: st
 
     Args:
       variables: of `Transformer(config)`, all collections.
-      directory: made if it is not there.
+      directory: made if it is not there; a model that `to_safetensors` wrote there is replaced.
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the folder is something else's or cannot be written.
     """
     check_variables(config, variables)
     directory = local_path(directory, "directory")

@@ -49,12 +49,13 @@ def report(
     """
     check_choice("figures", figures, FORMATS)
     page_file, csv_file = (
-        given and local_path(given, name) for name, given in (("page_file", page_file), ("csv_file", csv_file))
+        None if given is None else local_path(given, name)
+        for name, given in (("page_file", page_file), ("csv_file", csv_file))
     )
     if not isinstance(against, Sequence) or isinstance(against, str):
         against = [against]
     histories = [read_history(path) for path in (workdir, *against)]
-    history, found = histories[0], read_sweep(sweep) if sweep else None
+    history, found = histories[0], None if sweep is None else read_sweep(sweep)
     drawn = {item.name: figure for item in ITEMS if (figure := item.draw(history)) is not None}
     if len(histories) > 1:
         drawn["comparison"] = comparison(histories)

@@ -39,15 +39,16 @@ def write_csv(path: Path, histories: Sequence[History]) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    with writing(path), path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for history in histories:
-            writer.writerows(_lines(history))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for history in histories:
+                writer.writerows(_lines(history))
 
 
 def _lines(history: History) -> Iterator[tuple[Any, ...]]:
-    L = history.train["head_entropy"].shape[1]
     for kind, metrics in (("train", history.train), ("evaluate", history.evaluate)):
         for name, array in metrics.items():
             if name == "step":
@@ -55,7 +56,7 @@ def _lines(history: History) -> Iterator[tuple[Any, ...]]:
             for e, step in enumerate(metrics["step"].astype(int)):
                 for index, value in np.ndenumerate(array[e]):
                     number = f"{value:.7g}" if np.isfinite(value) else ""
-                    if len(index) and array.shape[1] != L:  # shares of quarters
+                    if name.startswith("bands_"):  # shares of quarters
                         yield history.name, kind, step, f"{name}/{'/'.join(map(str, index))}", "", "", number
                     else:
                         yield history.name, kind, step, name, *itertools.islice((*index, "", ""), 2), number

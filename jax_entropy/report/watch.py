@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import math
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,14 @@ class _Pages:
 
     def __init__(self, workdir: Workdir) -> None:
         self.workdir, self.seen, self.died, self.tag, self.content = workdir, None, False, "", b""
+        self.lock = threading.Lock()  # each request has a thread
 
     def newest(self) -> tuple[str, bytes]:
-        """The page, and a name for what it says."""
+        """The page, and a name for what it says; made once, however many ask at the same time."""
+        with self.lock:
+            return self._newest()
+
+    def _newest(self) -> tuple[str, bytes]:
         seen = [_changed(getattr(self.workdir, name)) for name in _FILES]
         # one that has died writes nothing more; it is asked once, so that one that starts again is not in its way
         died = (self.died and seen == self.seen) or has_died(self.workdir, self.workdir.read_status())

@@ -38,7 +38,7 @@ def load_run(workdir: str | os.PathLike, notify: Callable[[str], None] = print, 
       notify: receives one sentence about each damaged checkpoint.
       best: the checkpoint of the lowest validation loss instead of the newest.
     Raises:
-      UserError: there is no run, no checkpoint, or none that is undamaged.
+      UserError: there is no run, no checkpoint, none that is undamaged, or for `best` none that was evaluated.
     """
     workdir = Workdir(workdir)
     config = workdir.read_config()
@@ -49,25 +49,37 @@ def load_run(workdir: str | os.PathLike, notify: Callable[[str], None] = print, 
     return Run(workdir, config, Transformer(model), variables, tokenizer, step, meta.get("corpus"))
 
 
+def loaded(run: Run | str | os.PathLike, notify: Callable[[str], None], *, best: bool) -> Run:
+    """A run that is loaded already as it is, else that of a workdir, as `load_run` makes it.
+
+    Raises:
+      UserError: `best` of one that is loaded already; and as `load_run` does.
+    """
+    if not isinstance(run, Run):
+        return load_run(run, notify, best=best)
+    if best:
+        raise UserError(f"best=True comes too late: step {run.step} is loaded; name the workdir instead")
+    return run
+
+
 def load_model(
     workdir: Workdir, config: ConfigDict, vocab_size: int, notify: Callable[[str], None], *, best: bool = False
 ) -> tuple[ModelConfig, dict[str, Any], int, dict[str, Any]]:
     """What a run's checkpoint computes: its model and variables, the step, and the checkpoint's notes.
 
     Raises:
-      UserError: there is no checkpoint, or none that is undamaged.
+      UserError: as `load_run` does.
     """
     trained, end = trained_model(config, vocab_size), model_config(config, vocab_size)
     abstract = abstract_state(config, Transformer(trained))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-    nothing = UserError(f"{workdir.path} has no checkpoint yet; train it first")
-    if not workdir.checkpoints.is_dir():
-        raise nothing
     with Checkpointer(workdir.checkpoints, notify=notify) as checkpointer:
         step = checkpointer.best_step() if best else checkpointer.latest_step()
         if step is None:
-            raise nothing
+            unrated = best and workdir.has_checkpoint()
+            lacks = "good checkpoint with a finite validation loss; the newest is loaded without best"
+            raise UserError(f"{workdir.path} has no {lacks if unrated else 'checkpoint yet; train it first'}")
         state, meta = checkpointer.restore(step, abstract, None)
     return *settled(end, trained, state.variables), step, meta
 

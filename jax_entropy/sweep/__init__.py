@@ -33,7 +33,7 @@ def sweep(
     Args:
       what: a sweep, or the path of a file with `get_sweep(scale)`, or the name of one in `configs/sweeps/`.
       workdir: folder of its runs, table and pictures; by default `sweeps/NAME-SCALE` for a file.
-      scale: "short", "small", "gpu" or "full"; what these are is said in the file.
+      scale: of a file, "short", "small", "gpu" or "full"; what these are is said in it.
       jobs: runs at a time, each on its share of the cores or GPUs.
       fields: of every run's config: {"train.num_steps": 100}; what a point sets itself wins.
       notify: is told, a line at a time, how it goes.

@@ -65,18 +65,21 @@ def _gpus() -> list[str]:
 def claim(runs: Sequence[PlannedRun]) -> None:
     """Makes each folder its run's, so that its process, or a later `jax-entropy train FOLDER`, knows what to train.
 
+    A run that is still to be trained goes on with the fields that may change as they are now.
+
     Raises:
       UserError: one holds another run.
     """
     for run in runs:
         workdir = Workdir(run.path)
-        if not workdir.exists():
-            workdir.claim(run.config, None)
-            continue
-        try:
-            configs.changes(workdir.read_config(), run.config)
-        except UserError as error:
-            raise UserError(f"{run.path} holds a run of another config: {error}; choose another workdir") from None
+        if workdir.exists():
+            try:
+                changed = configs.changes(workdir.read_config(), run.config)
+            except UserError as error:
+                raise UserError(f"{run.path} holds a run of another config: {error}; choose another workdir") from None
+            if not changed or workdir.in_use() or read_outcome(run.path).settled:
+                continue
+        workdir.claim(run.config, None)
 
 
 def train_all(runs: Sequence[PlannedRun], where: Sequence[Place], cache: Path, notify: Callable[[str], None]) -> bool:
@@ -122,6 +125,7 @@ def train_all(runs: Sequence[PlannedRun], where: Sequence[Place], cache: Path, n
             for process, *_ in active:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
+                process.stdin.close()  # not before: its end would be a second signal
     return not signals.wanted
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from jax_entropy.config import model_config
 from jax_entropy.data import Corpus, prepare
-from jax_entropy.errors import UserError, nearest
+from jax_entropy.errors import UserError, check_choice, nearest
 from jax_entropy.paths import local_path, reading, writing
 from jax_entropy.private.engine.engine import PROTOCOLS
 from jax_entropy.report import comparison, read_history
@@ -21,7 +21,7 @@ from jax_entropy.sweep import write
 from jax_entropy.sweep.frontier import frontier
 from jax_entropy.sweep.outcome import Outcome, read_outcome
 from jax_entropy.sweep.queue import Place, claim, places, train_all
-from jax_entropy.sweep.spec import PlannedRun, Point, Sweep, Tuning, load_sweep, points_of
+from jax_entropy.sweep.spec import SCALES, PlannedRun, Point, Sweep, Tuning, load_sweep, points_of
 from jax_entropy.sweep.table import Row, make_row, with_ratios
 
 _AS_GOOD = 1.01  # times the best perplexity of a rate: less than what seeds differ by
@@ -66,6 +66,7 @@ def run(
 ) -> list[Row]:
     """As `jax_entropy.sweep.sweep`."""
     where = places(jobs)
+    check_choice("scale", scale, SCALES)
     sweep = what if isinstance(what, Sweep) else load_sweep(os.fspath(local_path(what, "what")), scale)
     points = points_of(sweep, fields)
     for name in sweep.pictures:
@@ -91,7 +92,8 @@ def run(
             for point in points
         ]
         rows = with_ratios(found, sweep.baselines)
-        _write(folder, sweep, _facts(sweep, scale, corpora), rows, reported)
+        of_file = {} if isinstance(what, Sweep) else dict(scale=scale)
+        _write(folder, sweep, of_file | _facts(sweep, corpora), rows, reported)
         if ends:
             _check_settled([run for runs in (*trials.values(), *reported.values()) for run in runs])
     return rows
@@ -182,9 +184,9 @@ def _row(
     )
 
 
-def _facts(sweep: Sweep, scale: str, corpora: Mapping[str, Corpus]) -> dict[str, str]:
+def _facts(sweep: Sweep, corpora: Mapping[str, Corpus]) -> dict[str, str]:
     """How a sweep was run, by topic, in words."""
-    facts = dict(scale=scale, seeds=", ".join(map(str, sweep.seeds)))
+    facts = dict(seeds=", ".join(map(str, sweep.seeds)))
     if sweep.tuning:
         rates = ", ".join(f"{rate:g}" for rate in sweep.tuning.rates)
         facts["learning rate"] = (

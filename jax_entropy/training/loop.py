@@ -87,7 +87,7 @@ class Loop:
             self._save(step, state, iterator)
         train_step = self._train_step()
         self.clock.restart()
-        pending = None
+        pending, saved = None, step
         while step < options.num_steps and not self.signals.stop(step % options.log_every == 0):
             step += 1
             self.trace.begin(step - start.step)
@@ -109,11 +109,13 @@ class Loop:
                     due = evaluates and not self._evaluate(step, state)
                     if saves or due:
                         self._save(step, state, iterator, evaluation_due=due)
+                        saved = step
                 if due:
                     return self._end(step, state, complete=False)
             self.setup.checkpointer.poll()
-        if pending:  # stopped between two checkpoints
+        if pending:
             self._report(*pending)
+        if saved < step:  # stopped between two checkpoints
             self._save(step, state, iterator)
         return self._end(step, state, complete=step == options.num_steps)
 
@@ -246,7 +248,7 @@ class _Trace:
 
     def __init__(self, folder: Any, steps: int, notify: Callable[[str], None]) -> None:
         self.folder, self.steps, self.notify = folder, steps, notify
-        self.tracing = False
+        self.tracing = self.traced = False
 
     def begin(self, step: int) -> None:
         """Before each step, counted from where training went on."""
@@ -259,7 +261,7 @@ class _Trace:
     def _stop(self) -> None:
         if self.tracing:
             jax.profiler.stop_trace()
-            self.tracing = False
+            self.tracing, self.traced = False, True
             self.notify(f"traced in {self.folder}")
 
     def __enter__(self) -> None:
@@ -267,3 +269,5 @@ class _Trace:
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+        if self.steps and not self.traced:
+            self.notify(f"nothing was traced: it begins with step {_PROFILE_AFTER} from where training went on")

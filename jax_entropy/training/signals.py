@@ -1,6 +1,7 @@
 """SIGTERM, Ctrl-C or a closed terminal as a wish to stop after what is being done, on which all processes agree."""
 
 import signal
+import threading
 from typing import Any, Self
 
 import jax
@@ -9,14 +10,18 @@ from jax.experimental import multihost_utils
 
 
 class Signals:
-    """While it is entered, the first signal is noted; a second one is obeyed at once."""
+    """While it is entered, the first signal is noted; a second one is obeyed at once.
+
+    Python hands signals to the main thread, so that elsewhere none is noted.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        is_main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ():
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 self._previous[number] = signal.signal(number, self._want)
         return self

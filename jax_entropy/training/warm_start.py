@@ -117,7 +117,7 @@ def open_source(
     origin = Origin.read(workdir)
     if path is not None:
         local_path(path, "start_from")
-    name = os.fspath(path) if path else origin and origin.source
+    name = origin and origin.source if path is None else os.fspath(path)
     if not name:
         return config, None
     if workdir.has_checkpoint():

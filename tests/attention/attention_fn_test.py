@@ -63,6 +63,12 @@ def test_dropout_of_the_weights_is_refused():
         layer.init(keys, X, deterministic=False)
 
 
+def test_a_bias_is_refused_and_not_left_out():
+    q = jnp.ones((2, 8, 4, 4))
+    with pytest.raises(je.UserError, match=r"bias=float32\[8,8\] .*je\.attention_fn"):
+        je.attention_fn(q, q, q, bias=jnp.zeros((8, 8)))
+
+
 def test_the_page_on_your_own_model_runs_and_adds_ten_lines():
     page = (REPOSITORY / "docs" / "your_model.md").read_text()
     linen = page.partition("\n## NNX\n")[0]

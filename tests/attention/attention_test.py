@@ -462,6 +462,8 @@ def test_shapes_that_do_not_fit_are_refused():
             attention(q, k, v, t, window=window)
     with pytest.raises(UserError, match="num_slots=3 must lie between 0 and S − T = 2"):
         attention(q, k, v, t, window=2, num_slots=3)
+    with pytest.raises(UserError, match=r"num_slots=int32\[\] must be a whole number"):
+        attention(q, k, v, t, window=2, num_slots=jnp.int32(1))
 
 
 def _masked(q, k, v):

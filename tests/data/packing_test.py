@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import io
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from jax_entropy.data import documents as documents_module
 from jax_entropy.data import packing
 from jax_entropy.data.documents import Document
 from jax_entropy.data.tokenizer import train_tokenizer
+from jax_entropy.errors import UserError
 from tests.data.helpers import script
 
 TEXTS = [script(i, lines) for i, lines in enumerate([1, 5, 40, 0, 100, 7])]
@@ -188,6 +190,14 @@ def test_a_cut_document_is_on_both_sides_without_overlap(tmp_path):
         TOKENIZER.decode([rows[split][0][0], *(row[1] for row in rows[split])]) for split in packing.SPLITS
     )
     assert train + validation == text
+
+
+def test_files_are_closed_where_a_document_breaks_off(tmp_path):
+    changed = Document("b.py", 4, functools.partial(io.BytesIO, b"\xff" * 4))
+    with pytest.raises(UserError, match="changed while it was read") as _:  # keeps what was on the way
+        packing.write_chunks([changed], np.array([4]), TOKENIZER, tmp_path, context_length=2, join_documents=True)
+    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    assert not [link for link in links if os.path.exists(link) and os.readlink(link).startswith(str(tmp_path))]
 
 
 def test_text_that_spells_the_end_of_text_is_stored_as_text(tmp_path):

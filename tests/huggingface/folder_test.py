@@ -18,6 +18,7 @@ from jax_entropy.entropy import row_entropy
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.folder import from_huggingface, to_huggingface
 from jax_entropy.huggingface.gpt2 import GPT2
+from jax_entropy.huggingface.native import to_safetensors
 from jax_entropy.layers import _activate
 from jax_entropy.loss import loss_fn
 from jax_entropy.model import Transformer
@@ -219,7 +220,13 @@ def test_export_replaces_a_gpt2_but_nothing_else(tmp_path):
         write_json(tmp_path / "config.json", content)
         with pytest.raises(UserError, match="would be overwritten"):
             to_huggingface(config, variables, tmp_path)
+        with pytest.raises(UserError, match="would be overwritten"):
+            to_safetensors(config, variables, tmp_path)
         assert json.loads((tmp_path / "config.json").read_text()) == content
+    with pytest.raises(UserError, match="end_of_text=101 is beyond the vocabulary, which ends at 100"):
+        to_huggingface(config, variables, tmp_path / "new", end_of_text=101)
+    with pytest.raises(UserError, match="directory='' is empty"):
+        to_huggingface(config, variables, "")
     with pytest.raises(UserError, match="cannot be written"):
         to_huggingface(config, variables, tmp_path / "config.json")
 

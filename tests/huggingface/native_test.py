@@ -45,6 +45,8 @@ def test_what_was_published_is_a_run_again(tmp_path):
     workdir = Workdir(tmp_path / "run")
     read, found, step, _ = load_model(workdir, workdir.read_config(), config.vocab_size, pytest.fail)
     assert (read, step) == (config, 0) and set(found) == {"params", "spectral"}
+    with pytest.raises(UserError, match="has no good checkpoint with a finite validation loss; the newest is loaded"):
+        load_model(workdir, workdir.read_config(), config.vocab_size, pytest.fail, best=True)
     jax.tree.map(np.testing.assert_array_equal, found, variables)
     assert source_config(tmp_path / "published").architecture == str(config)
     for source, target, sentence in (("published", "run", "holds a run already"), ("run", "new", "model_type=None")):

@@ -9,6 +9,7 @@ import threading
 import urllib.request
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from jax_entropy.commands.main import main
 from jax_entropy.errors import UserError
 from jax_entropy.report import numbers, read_history, report
 from jax_entropy.report.block import Block
+from jax_entropy.report.numbers import write_csv
 from jax_entropy.report.page import page
 from jax_entropy.report.payload import read_sweep
 from jax_entropy.report.verdict import verdict
@@ -165,6 +167,17 @@ def test_numbers_come_as_json_and_as_csv(tmp_path):
     assert [line["value"] for line in entropies if line["step"] == "250" and line["layer"] == "1"] == [""] * 3
     with pytest.raises(UserError, match="figures='jpg' is not known; did you mean 'p"):
         report(workdir, figures="jpg")
+    for name in ("page_file", "csv_file", "sweep"):
+        with pytest.raises(UserError, match=f"{name}='' is empty"):
+            report(workdir, **{name: ""})
+
+
+def test_quarters_are_no_layers_where_there_are_as_many_of_them(tmp_path):
+    write_csv(tmp_path / "new" / "all.csv", [read_history(write_run(tmp_path / "run", L=4, N=2, steps=1))])
+    lines = list(csv.DictReader((tmp_path / "new" / "all.csv").read_text().splitlines()))
+    bands = [line for line in lines if line["metric"].startswith("bands_observed")]
+    assert [(line["metric"], line["layer"]) for line in bands] == [(f"bands_observed/{i}", "") for i in range(4)]
+    assert [line["layer"] for line in lines if line["metric"] == "max_logit"] == list("0123")
 
 
 def test_the_frontier_of_a_sweep_is_on_the_page(tmp_path):
@@ -220,6 +233,24 @@ def test_watch_ends_when_it_is_interrupted(tmp_path, monkeypatch):
     said = []
     watch(write_run(tmp_path / "run", L=2, N=2, steps=3), notify=said.append, port=0)
     assert said[0].startswith("http://127.0.0.1:") and "Ctrl-C ends it" in said[0]
+
+
+def test_browsers_that_ask_together_get_one_page(tmp_path, monkeypatch):
+    pages, both, made = (
+        watch_module._Pages(Workdir(write_run(tmp_path / "run", L=2, N=2, steps=3))),
+        threading.Event(),
+        [],
+    )
+
+    def slow(histories, follow):
+        made.append(histories)
+        both.wait(0.3)
+        return f"page {len(made)}"
+
+    monkeypatch.setattr(watch_module, "page", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: pages.newest(), range(2))
+    assert first == second and len(made) == 1
 
 
 def test_a_browser_that_goes_away_is_no_fault(tmp_path, capsys):

@@ -89,8 +89,11 @@ def test_a_run_that_fails_keeps_no_other_from_running_and_is_tried_again(fate, t
     rows = json.loads((tmp_path / "sweep/table.json").read_text())["rows"]
     assert [row["unfinished"] for row in rows] == [0, 2, 0]
     trained = stub(monkeypatch, tmp_path, {})
-    je.sweep(three(tuning=None), tmp_path / "sweep", notify=str)
+    je.sweep(three(tuning=None, fields={"train.log_every": 7}), tmp_path / "sweep", notify=str)
     assert len(trained()) == 8
+    for name, every in (("SM", 20), ("SM+G", 7)):  # what is done keeps what it was done with
+        config = json.loads((tmp_path / f"sweep/runs/{name}-rate0.003-seed1/config.json").read_text())
+        assert config["train"]["log_every"] == every
 
 
 @pytest.mark.parametrize("fate", ["refused", "refused at once"])
@@ -133,6 +136,7 @@ def test_every_number_is_in_each_of_the_tables(tmp_path, monkeypatch):
     assert float(table[2]["private.semi2k.bytes"]) == rows[2].private["semi2k"].bytes
     stored = json.loads((tmp_path / "sweep/table.json").read_text())
     assert stored["rows"][2]["ratios"]["SM+LN+G"]["value"] == 1 and stored["seeds"] == "1, 2"
+    assert "scale" not in stored  # which says something of a file only
     assert {path.name for path in (tmp_path / "sweep/pictures").iterdir()} == {
         f"frontier-{protocol}.png" for protocol in ("semi2k", "aby3", "cheetah")
     }

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,3 +18,14 @@ def test_a_closed_terminal_is_a_wish_to_stop_unless_nohup_ignores_it(ignored):
             assert signals.wanted is not ignored
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+def test_in_a_thread_which_python_hands_no_signals_training_goes_on_without():
+    def entered():
+        with Signals() as signals:
+            return signals.stop()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(entered).result() is False
+    assert signal.getsignal(signal.SIGTERM) is before

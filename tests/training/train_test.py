@@ -115,6 +115,23 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(tiny, tmp_path,
         assert run.best_step() == one.best_step()
 
 
+def test_a_signal_at_the_end_of_an_evaluation_loses_no_step(tiny, tmp_path, monkeypatch):
+    """Too late to break it off, and no checkpoint is due."""
+    config = tiny(**{"train.evaluate_every": 2, "train.checkpoint_every": 24, "train.evaluate_chunks": 8})
+    batches, said = loop.data.validation_batches, []
+
+    def signalled(*args, **kwargs):
+        yield from batches(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.data, "validation_batches", signalled)
+    end = train(config, tmp_path / "run", said.append, profile=3)
+    assert (end.step, end.complete, end.evaluation["step"]) == (2, False, 2)
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step() == checkpointer.best_step() == 2
+    assert said[-1] == "nothing was traced: it begins with step 10 from where training went on"
+
+
 def test_a_complete_run_gets_a_longer_schedule(tiny, tmp_path):
     fields = {"train.log_every": 2, "train.evaluate_every": 4, "train.evaluate_chunks": 8}
     said, run = [], tmp_path / "run"

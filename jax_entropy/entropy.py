@@ -140,6 +140,8 @@ def head_bands(entropy_LxN: jax.Array, maximum: float | jax.Array | None = None)
     Args:
       entropy_LxN: head entropies in nats.
       maximum: end of the range in nats, or [L, 1] of each layer; None: the largest observed, as in the paper.
+    Raises:
+      UserError: it is given no [L, N].
     """
     entropy_LxN = _at_least_float32("entropy", entropy_LxN, "[L, N]")
     maximum = jnp.nanmax(entropy_LxN) if maximum is None else maximum

@@ -18,7 +18,7 @@ from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError, check_kind, check_number
 from jax_entropy.loss import token_losses
 from jax_entropy.model import Transformer
-from jax_entropy.paths import local_path
+from jax_entropy.paths import as_text, local_path, reading
 from jax_entropy.runs.load import Run, loaded, own_tokens
 from jax_entropy.runs.reading import TOKENS, Reading
 from jax_entropy.sharding import constrain
@@ -184,12 +184,8 @@ def _name(section: ConfigDict) -> str:
 def _text_batches(run: Run, path: str | os.PathLike, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A file as one document that is predicted from its first token on; the rest of it is a sequence of its own."""
     path = local_path(path, "text")
-    try:
-        content = path.read_bytes().decode()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    with reading(path, "text"):
+        content = as_text(path.read_bytes(), str(path))
     if not content:
         raise UserError(f"{path} holds no text")
     tokens = np.array([run.tokenizer.end_of_text, *run.tokenizer.encode(content)], np.int32)

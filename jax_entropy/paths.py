@@ -1,4 +1,4 @@
-"""Paths that people name: `~` is expanded, what is no path of this machine is refused, failures become a sentence."""
+"""Paths and files that people name: `~` is expanded, what is no path of this machine is refused, failures are told."""
 
 import contextlib
 import os
@@ -79,3 +79,25 @@ def reading(path: str | os.PathLike, name: str = "") -> Iterator[None]:
     except OSError as error:
         given = f"{name}={os.fspath(path)!r}" if name else repr(os.fspath(path))
         raise UserError(f"{given} cannot be read: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which then takes its place: it appears whole or not at all."""
+    partial = path.with_name("partial")
+    yield partial
+    partial.replace(path)
+
+
+def as_text(content: bytes, name: str) -> str:
+    """Bytes that somebody gives as text, as they are.
+
+    Args:
+      name: what they come from, in a sentence.
+    Raises:
+      UserError: they are not UTF-8.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None

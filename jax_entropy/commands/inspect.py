@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax_entropy.commands.console import console, table, warn, write_json
 from jax_entropy.commands.parse import JSON, MODEL, Flag, command
-from jax_entropy.errors import UserError
-from jax_entropy.paths import reading, writing
+from jax_entropy.paths import as_text, reading, writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,10 +42,7 @@ def inspect(values: Namespace) -> None:
 def _read(path: Path) -> str:
     with reading(path, "--text"):
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text={path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    return as_text(content, f"--text={path}")
 
 
 def _print(found: "Inspection", sentences: list[str], console: "Console") -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jax_entropy.commands.console import console, output, say, warn, write_json
 from jax_entropy.commands.parse import BEST, CONFIG, JSON, WORKDIR, Flag, Names, command
 from jax_entropy.errors import UserError
-from jax_entropy.paths import local_path, reading
+from jax_entropy.paths import as_text, local_path, reading
 
 PROMPT = Flag("prompt", "", "text to go on from")
 PROMPT_FILE = Flag("prompt_file", None, "file that holds the prompt, as it is; - is standard input", kind=Path)
@@ -203,7 +203,4 @@ def read_prompt(prompt: str, prompt_file: Path | None) -> str:
         name = f"--prompt_file={prompt_file}"
         with reading(prompt_file, "--prompt_file"):
             content = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
+    return as_text(content, name)

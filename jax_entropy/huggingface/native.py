@@ -5,6 +5,7 @@ Names are the paths in the tree of variables, joined by "/", as "params/blocks/a
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ def to_safetensors(config: ModelConfig, variables: dict[str, Any], directory: st
       variables: of `Transformer(config)`, all collections.
       directory: made if it is not there; a model that `to_safetensors` wrote there is replaced.
     Raises:
-      UserError: the folder is something else's or cannot be written.
+      UserError: the variables are another config's, or the folder is something else's or cannot be written.
     """
     check_variables(config, variables)
     directory = local_path(directory, "directory")
     tensors = {name: np.asarray(value) for name, value in _by_name(variables)}
+    _check_tensors(tensors, config, "the variables have")
     fields = dict(architecture=str(config), **dataclasses.asdict(config))
     write_folder(directory, dict(model_type=MODEL_TYPE, **fields), tensors)
 
@@ -56,20 +58,31 @@ def from_safetensors(directory: str | os.PathLike) -> tuple[ModelConfig, dict[st
             tensors = load_file(directory / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{directory / WEIGHTS} is damaged: {error}") from None
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes, leaves = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens), []
-    for name, expected in _by_name(shapes):
-        leaves.append(tensors.pop(name, None))
-        has = "nothing" if leaves[-1] is None else list(leaves[-1].shape)
-        if has != list(expected.shape):
-            raise UserError(
-                f"{directory / WEIGHTS} has {has} for {name}, but {config} of this size has {list(expected.shape)}"
-            )
-    for name in tensors:
-        if not name.startswith(_ON_ITS_WAY):
-            raise UserError(f"{directory / WEIGHTS} has the tensor {name!r}, which is no part of {config}")
-    variables = jax.tree.unflatten(jax.tree.structure(shapes), map(jnp.asarray, leaves))
+    shapes = _check_tensors(tensors, config, f"{directory / WEIGHTS} has")
+    leaves = [jnp.asarray(tensors.pop(name)) for name, _ in _by_name(shapes)]
+    variables = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     return config, variables | jax.tree.map(jnp.asarray, unflatten_dict(tensors, sep="/"))
+
+
+def _check_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig, have: str) -> Any:
+    """The shapes of a model's variables, which the tensors are checked to have.
+
+    Args:
+      have: the beginning of a sentence on what they have.
+    Raises:
+      UserError: one is missing, of another shape, or of no such model.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)
+    expected = {name: list(leaf.shape) for name, leaf in _by_name(shapes)}
+    for name, shape in expected.items():
+        found = list(tensors[name].shape) if name in tensors else "nothing"
+        if found != shape:
+            raise UserError(f"{have} {found} for {name}, but {config} of this size has {shape}")
+    for name in tensors:
+        if name not in expected and not name.startswith(_ON_ITS_WAY):
+            raise UserError(f"{have} the tensor {name!r}, which is no part of {config}")
+    return shapes
 
 
 def _by_name(tree: Any) -> list[tuple[str, Any]]:

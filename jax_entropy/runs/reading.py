@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from jax_entropy.paths import writing
+from jax_entropy.paths import replacing, writing
 
 TOKENS = 256  # about so many are kept
 _PARTS = 8  # of a run; the newest evaluation of each is kept, and that of the last step
@@ -41,11 +41,9 @@ class Reading(NamedTuple):
         """
         with writing(folder, "workdir"):
             folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / "partial"
             arrays = {name: value for name, value in self._asdict().items() if value is not None}
-            with partial.open("wb") as file:
+            with replacing(folder / f"{_PARTS * self.step // num_steps}.npz") as partial, partial.open("wb") as file:
                 np.savez_compressed(file, **arrays)
-            partial.replace(folder / f"{_PARTS * self.step // num_steps}.npz")
 
     @classmethod
     def load(cls, path: Path) -> Self | None:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from jax_entropy import config as configs
 from jax_entropy.errors import Diverged, UserError
-from jax_entropy.paths import local_path, writing
+from jax_entropy.paths import local_path, replacing, writing
 
 if TYPE_CHECKING:
     from jax_entropy.data import Tokenizer
@@ -169,10 +169,8 @@ class Workdir:
             devices=devices or (before.devices if before else ""),
             command=(before.command if before else "") or command,
         )  # fmt: skip
-        with writing(self.path, "workdir"):
-            partial = self.path / "partial"
-            partial.write_text(json.dumps(status._asdict()))
-            partial.replace(self.status)
+        with writing(self.path, "workdir"), replacing(self.status) as file:
+            file.write_text(json.dumps(status._asdict()))
 
     def read_status(self) -> "Status | None":
         """What was noted last, None if nothing whole was.
@@ -204,19 +202,18 @@ class Workdir:
         Raises:
           UserError: the disk is full.
         """
-        with writing(self.samples, "workdir"):
-            self.samples.write_text(json.dumps(dict(step=step, prompt=prompt, texts=list(texts))))
+        with writing(self.path, "workdir"), replacing(self.samples) as file:
+            file.write_text(json.dumps(dict(step=step, prompt=prompt, texts=list(texts))))
 
     def claim(self, config: ConfigDict, tokenizer: "Tokenizer | None") -> None:
         """Makes the folder this config's run; from now on no other config may train here."""
         with writing(self.path, "workdir"):
             self.path.mkdir(parents=True, exist_ok=True)
-            partial = self.path / "partial"  # files appear whole or not at all
             if tokenizer and not self.tokenizer.exists():
-                tokenizer.save(partial)
-                partial.replace(self.tokenizer)
-            partial.write_text(configs.to_json(config))
-            partial.replace(self.config)
+                with replacing(self.tokenizer) as file:
+                    tokenizer.save(file)
+            with replacing(self.config) as file:
+                file.write_text(configs.to_json(config))
 
     def read_config(self) -> ConfigDict:
         """The run's config.

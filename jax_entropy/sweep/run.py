@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from jax_entropy.config import model_config
 from jax_entropy.data import Corpus, prepare
 from jax_entropy.errors import UserError, check_choice, nearest
-from jax_entropy.paths import local_path, reading, writing
+from jax_entropy.paths import local_path, reading, replacing, writing
 from jax_entropy.private.engine.engine import PROTOCOLS
 from jax_entropy.report import comparison, read_history
 from jax_entropy.report.figures import ITEMS
@@ -124,10 +124,8 @@ def _prepare(points: Sequence[Point], folder: Folder, notify: Callable[[str], No
             f"the text of {changed[0]} has changed since the sweep in {folder.path} began, so that its runs would not "
             "compare; restore it, or choose another workdir"
         )
-    with writing(folder.corpora):
-        partial = folder.path / "partial"  # it appears whole or not at all
-        partial.write_text(json.dumps(before | now, indent=1) + "\n")
-        partial.replace(folder.corpora)
+    with writing(folder.corpora), replacing(folder.corpora) as file:
+        file.write_text(json.dumps(before | now, indent=1) + "\n")
     return corpora
 
 

@@ -19,7 +19,7 @@ from jax_entropy.census import census
 from jax_entropy.config import check, model_config
 from jax_entropy.errors import UserError, check_number
 from jax_entropy.model import Transformer
-from jax_entropy.paths import writing
+from jax_entropy.paths import replacing, writing
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.load import own_tokens
 from jax_entropy.runs.workdir import Workdir
@@ -86,8 +86,8 @@ def train(
         if source:  # noted before anything else, so that a run that ends before its first checkpoint begins alike
             Origin(source.name).write(workdir)
             if source.tokenizer and config.data.tokenizer == workdir.tokenizer.name:
-                with writing(workdir.tokenizer):
-                    source.tokenizer.save(workdir.tokenizer)
+                with writing(workdir.tokenizer), replacing(workdir.tokenizer) as file:
+                    source.tokenizer.save(file)
         result = _train(config, mesh, workdir, source, notify, profile)
         workdir.write_status("complete" if result.complete else "stopped", result.step, config.train.num_steps)
         return result

@@ -23,7 +23,7 @@ from jax_entropy.data import Tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.convert import folder_config, is_folder, read_folder
 from jax_entropy.model import Transformer
-from jax_entropy.paths import local_path, writing
+from jax_entropy.paths import local_path, replacing, writing
 from jax_entropy.runs.load import load_run
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.seeds import random_key
@@ -71,9 +71,8 @@ class Origin(NamedTuple):
         """
         with writing(workdir.path, "workdir"):
             workdir.path.mkdir(parents=True, exist_ok=True)
-            partial = workdir.path / "partial"
-            partial.write_text(json.dumps(self._asdict(), indent=1) + "\n")
-            partial.replace(workdir.origin)
+            with replacing(workdir.origin) as file:
+                file.write_text(json.dumps(self._asdict(), indent=1) + "\n")
 
     @classmethod
     def read(cls, workdir: Workdir) -> "Origin | None":

@@ -62,6 +62,16 @@ def test_a_model_between_two_architectures_is_no_run(tmp_path):
         import_run(tmp_path, tmp_path / "run")
 
 
+def test_the_variables_of_another_model_are_not_written(tmp_path):
+    for overrides, sentence in (
+        (dict(num_layers=3), r"have \[2, 2, 8\] for params/blocks/attention/key/bias, but SM .* \[3, 2, 8\]"),
+        (dict(learned_positions=False), "have the tensor 'params/position_embedding', which is no part of SM"),
+    ):
+        with pytest.raises(UserError, match=f"^the variables {sentence}"):
+            to_safetensors(tiny("SM", **overrides), random_variables(tiny("SM")), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.fixture
 def folder(tmp_path):
     config = tiny("SM")

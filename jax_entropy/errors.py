@@ -4,6 +4,7 @@ The command line turns it into a single sentence and exit code 2; everything els
 """
 
 import difflib
+import math
 import numbers
 import re
 from collections.abc import Hashable, Iterable
@@ -43,6 +44,8 @@ def check_number(name: str, value: object, least: float, *, whole: bool = True, 
     if traced and getattr(value, "shape", None) == ():
         return
     check_kind(name, value, numbers.Integral if whole else numbers.Real, "a whole number" if whole else "a number")
+    if not whole and not math.isfinite(value):
+        raise UserError(f"{name}={value} must be a finite number")
     if not value >= least:
         raise UserError(f"{name}={value} must {f'be at least {least}' if least else 'not be negative'}")
 

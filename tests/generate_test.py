@@ -160,6 +160,7 @@ def test_fewer_tokens_are_the_beginning_of_more():
         ("0", dict(num_tokens=-3), "num_tokens=-3"),
         ("0", dict(temperature=-0.1), "temperature=-0.1"),
         ("0", dict(temperature=math.nan), "temperature=nan"),
+        ("0", dict(temperature=math.inf), "^temperature=inf must be a finite number"),
         ("0", dict(top_k=-1), "^top_k=-1"),
         ("0", dict(seed=-1), "^seed=-1"),
     ],

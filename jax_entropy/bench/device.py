@@ -6,6 +6,7 @@ cut off leaves what it had. What the parts measure is in `parts.py`.
 
 import datetime
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -41,8 +42,8 @@ def bench_device(
     for part in parts:
         if part not in PARTS:
             raise UserError(f"there is no part {part!r}{nearest(part, PARTS)}")
-    if not minutes > 0:
-        raise UserError(f"minutes={minutes} must be above 0")
+    if not 0 < minutes < math.inf:
+        raise UserError(f"minutes={minutes} must be above 0, and finite")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     result = dict(

@@ -36,6 +36,8 @@ def plan(values: Namespace) -> None:
     if not 0 < values.efficiency <= 1:
         raise UserError(f"--efficiency={values.efficiency} must lie above 0 and be at most 1")
     if values.mesh:
+        if values.search:
+            raise UserError("--search tries meshes, and goes without --mesh")
         if not re.fullmatch(r"-?\d{1,6},-?\d{1,6},-?\d{1,6}", values.mesh):
             raise UserError(f"--mesh={values.mesh!r} must be three whole numbers, DATA,FSDP,TENSOR")
         sizes = map(int, values.mesh.split(","))

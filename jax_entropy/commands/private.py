@@ -25,6 +25,7 @@ from jax_entropy.commands.private_flags import (
     tell_given_away,
 )
 from jax_entropy.commands.runs import PROMPT, PROMPT_FILE, read_prompt
+from jax_entropy.errors import UserError
 from jax_entropy.private.engine.engine import Engine
 from jax_entropy.private.engine.environment import environment_python
 
@@ -38,6 +39,8 @@ def setup(values: Namespace) -> None:
     """Makes the engine's own environment, once: 730 MB."""
     from jax_entropy.private.engine import environment
 
+    if values.check and values.force:
+        raise UserError("--check only says what is there, and goes without --force")
     found = environment.check() if values.check else environment.setup(print, force=values.force)
     print(f"engine {found['engine']} on Python {found['python']} in {found['directory']}")
 

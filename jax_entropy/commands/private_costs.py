@@ -60,13 +60,12 @@ def profile(values: Namespace) -> None:
     environment_python()
     setting, network = read_setting(values), read_network(values.network)
     rewrites = read_rewrites(values.without)
-    if values.ablation and values.picture:
-        raise UserError("--ablation draws no --picture")
-    if values.ablation and values.without:
-        raise UserError("--ablation measures every rewrite, and goes without --without")
+    for name in ("picture", "without", "logits", "embedding", "network") if values.ablation else ():
+        if name in values.given:
+            raise UserError(f"--ablation measures every rewrite, and goes without --{name}")
     config, variables, of = _model(values, setting)
     if values.ablation:
-        rows = _ablation(config, variables, values.context_length, setting)
+        rows = _ablation(config, variables, values.context_length, setting, of)
         print_ablation(rows, console(values.json))
         return write_json(values.json, dict(setting=setting, rows=rows))
     measured = measure(
@@ -86,17 +85,20 @@ def profile(values: Namespace) -> None:
         draw([stored], picture)
 
 
-def _ablation(config: "ModelConfig", variables: Any, num_tokens: int, setting: Setting) -> list:
+def _ablation(config: "ModelConfig", variables: Any, num_tokens: int, setting: Setting, of: "Layout") -> list:
     """Every rewrite alone and all together, after a check of the plain export's range."""
     from jax_entropy.private.cost.ablation import ablation
-    from jax_entropy.private.program.blueprint import PLAIN
-    from jax_entropy.private.program.export import export
+    from jax_entropy.private.program.blueprint import PLAIN, Rewrites
+    from jax_entropy.private.program.export import Export, export
     from jax_entropy.private.program.fixed_point import check_range, random_tokens
 
+    def exported(rewrites: Rewrites) -> Export:
+        return export(config, variables, rewrites, setting, piece=of.piece)
+
     tokens = random_tokens(config.vocab_size, num_tokens)
-    check_range(export(config, variables, PLAIN, setting), tokens, setting)
+    check_range(exported(PLAIN), tokens, setting)
     with Engine(setting) as engine:
-        return ablation(engine, lambda rewrites: export(config, variables, rewrites, setting), tokens, warn)
+        return ablation(engine, exported, tokens, warn)
 
 
 def _model(values: Namespace, setting: Setting) -> "tuple[ModelConfig, Any, Layout]":

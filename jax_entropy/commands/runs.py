@@ -176,6 +176,8 @@ def convert(values: Namespace) -> None:
         )
     folder = getattr(values, named[0])
     if values.to == "workdir":
+        if values.best:
+            raise UserError("--best chooses among a run's checkpoints, and --to=workdir reads a folder")
         from jax_entropy.huggingface.convert import import_run
 
         import_run(folder, values.workdir, notify=warn)

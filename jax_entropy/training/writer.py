@@ -40,17 +40,21 @@ class MetricsWriter:
     def __init__(self, workdir: str | Path, *, wandb: Mapping[str, Any] | None = None, first_step: int = 0) -> None:
         self._workdir = Workdir(Path(workdir).absolute())
         self._wandb = _start_wandb(self._workdir.path, wandb) if wandb else None
-        with self._failures_explained():
+        with self._failures_explained(), contextlib.ExitStack() as opened:
+            if self._wandb is not None:
+                opened.callback(self._wandb.finish)
             self._workdir.path.mkdir(parents=True, exist_ok=True)
             if self._workdir.metrics.exists():
                 drop_lines_after(self._workdir.metrics, first_step)
-            self._lines = self._workdir.metrics.open("ab", buffering=0)
+            self._lines = opened.enter_context(self._workdir.metrics.open("ab", buffering=0))
             # tensorboardX's SummaryWriter hands events to a thread that dies of a full disk and then blocks the run.
             self._events = EventsWriter(str(self._workdir.events), f".{time.time_ns()}")
+            opened.callback(self._events.close)
             # TensorBoard hides what an earlier event file says about the steps from here on.
             restart = Event(step=first_step + 1 if first_step else 0, session_log=SessionLog(status=SessionLog.START))
             self._events.write_event(restart)
             self._events.flush()
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -94,10 +98,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Closes the files; nothing is waiting to be written."""
         with self._failures_explained():
-            self._lines.close()
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+            self._opened.close()
 
     @contextlib.contextmanager
     def _failures_explained(self) -> Iterator[None]:

@@ -43,6 +43,7 @@ LINES = {
     "evaluate": "--workdir",
     "evaluate --workdir=nowhere": "nowhere",
     "evaluate --workdir": "--workdir: needs a value",
+    "evaluate --workdir=": "--workdir='' is empty; name a path",
     "evaluate --workdir=nowhere --batch_size=x": "batch_size",
     "evaluate --workdir=nowhere --besst": "best",
     "generate": "--workdir",
@@ -60,6 +61,7 @@ LINES = {
     "convert --workdir=nowhere --to=huggingface": "--huggingface",
     "convert --workdir=nowhere --to=huggingface --huggingface=out": "nowhere",
     "convert --workdir=new --to=workdir --huggingface=missing": "missing",
+    "convert --workdir=new --to=workdir --huggingface=missing --best": "--best",
     "census": "--architecture",
     "census --architecture=SM --num_layers=0": "num_layers",
     "census --architecture=SM --num_heads=5": "num_heads",
@@ -80,9 +82,11 @@ LINES = {
     f"plan {TINY} --topology=v5e": "v5e",
     f"plan {TINY} --topology=v5e:4x4 --mesh=1,2": "1,2",
     f"plan {TINY} --topology=v5e:4x4 --mesh=a,b,c": "a,b,c",
+    f"plan {TINY} --topology=v5e:4x4 --mesh=1,1,-1 --search": "--search tries meshes, and goes without --mesh",
     f"plan {TINY} --topology=v5e:4x4 --efficiency=2": "2.0",
     "private": "setup",
     "private genrate": "generate",
+    "private setup --check --force": "--force",
 }
 
 

@@ -139,8 +139,9 @@ def test_the_ablation_has_a_row_for_each_rewrite(capsys):
     (["profile", "--architecture=SM", "--json=/nowhere/x.json"], "--json=/nowhere/x.json: there is no folder /nowhere"),
     (["profile", "--architecture=SM", "--json=/tmp"], "--json=/tmp is a folder"),
     (["profile", "--architecture=SM", "--picture=x.bmp"], "--picture=x.bmp must end in .png or .svg or .pdf"),
-    (["profile", "--architecture=SM", "--ablation", "--picture=x.png"], "--ablation draws no --picture"),
+    (["profile", "--architecture=SM", "--ablation", "--picture=x.png"], "goes without --picture"),
     (["profile", "--architecture=SM", "--ablation", "--without=packed"], "goes without --without"),
+    (["profile", "--architecture=SM", "--ablation", "--embedding=public"], "goes without --embedding"),
     (["profile", "--architecture=SM", f"--json={'x' * 300}"], "a name of 300 bytes is too long"),
     (["profile", "--architecture=SM", "--workdir=x"], "--workdir and --architecture exclude each other"),
     (["profile", "--architecture=SM", "--vocab_size=800000000"], "GB of memory"),  # before there are any weights

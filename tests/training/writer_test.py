@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from jax_entropy.errors import UserError
 from jax_entropy.runs.workdir import to_json
+from jax_entropy.training import writer as writer_module
 from jax_entropy.training.writer import MetricsWriter
 
 TRAIN = {
@@ -300,6 +302,15 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 
     def refuses(**_):
         raise wandb.Error("no API key")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run.finished = False
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="No space left on device"):
+        patched.setattr(writer_module, "EventsWriter", full)
+        MetricsWriter(tmp_path / "quickstart", wandb=CONFIG)
+    assert run.finished  # what was begun is ended
 
     wandb.init = refuses
     with pytest.raises(UserError, match="did not start .no API key."):

@@ -1,4 +1,4 @@
-"""Eleven architectures, the paper's and those with free parts, beside their private cost: the table of README.md.
+"""Twelve architectures, the paper's and those with free parts, beside their private cost: the table of README.md.
 
 jax-entropy sweep frontier --scale=short
 """
@@ -15,6 +15,7 @@ PAPER = {
     "SM(t)+ScFuFFN": Published(),
     "EReg(SM(t)+ScFuFFN)": Published(3.21, 6.43, 4.76),
     f"SM+ScFuFFN{PARTS}": Published(),
+    f"PSM(4)+ScFuFFN{PARTS}": Published(),
     f"EReg(SM(t)+ScFuFFN{PARTS})": Published(),
     f"EReg(SM(t)+ScFuFFN{CHEAPER})": Published(),
     f"SM+LN+G{PARTS}": Published(),
@@ -24,7 +25,7 @@ PAPER = {
 
 def get_sweep(scale: str) -> Sweep:
     return Sweep(
-        title="Eleven architectures",
+        title="Twelve architectures",
         points=product({"architecture": list(PAPER)}),
         baselines=["SM+LN+G", f"SM+LN+G{PARTS}", f"SM+LN+G{CHEAPER}"],
         published=PAPER,

@@ -20,7 +20,8 @@ def get_sweep(scale: str) -> Sweep:
     free = [_with(body, parts) for body in BODIES for parts in (*([part] for part in ALONE), SOME, CHEAPER, ALL)]
     # SM(t) scales by position already
     among = [[], SOME, CHEAPER, [part for part in ALL if part != "SM(log)"]]
-    penalised = [f"EReg({_with('SM(t)+ScFuFFN', parts)})" for parts in among] + [f"EReg({_with('SM(t)+LN+G', SOME)})"]
+    penalised = [f"EReg({_with('SM(t)+ScFuFFN', parts)})" for parts in among]
+    penalised += [f"EReg({_with(body, SOME)})" for body in ("SM(t)+BiFFN", "SM(t)+LN+G")]
     others = [_with(body, parts) for body in OTHER_NONLINEARITIES for parts in ([], SOME)]
     return Sweep(
         title="Parts without a nonlinearity",

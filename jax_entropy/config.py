@@ -82,6 +82,11 @@ def check(config: ConfigDict) -> None:
     for name in PATHS:
         if flat[name] != "":
             local_path(flat[name], f"config.{name}")
+    if config.data.source == "stdlib" and config.data.files:
+        raise UserError(
+            f"config.data.source='stdlib' reads no files, and config.data.files={config.data.files!r} names some; take "
+            "config.data.source='files', or leave config.data.files empty"
+        )
     for rule in config.mesh.rules:
         _check_rule(rule)
     model = model_config(config, 1 if config.model.vocab_size is None else config.model.vocab_size)

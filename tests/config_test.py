@@ -141,7 +141,7 @@ model.temperature_init=nan model.temperature_parameter=exp model.final_norm=batc
 model.final_norm=LN model.bias=some model.tied_head=maybe model.embedding_dropout=1.0 model.embedding_dropout=-0.1
 model.init_std=-0.1 model.init_std=nan model.residual_init_std=-1.0 model.norm_epsilon=-1e-05 model.scan_unroll=-1
 model.remat=yes model.remat=atention:attention
-data.source= data.source=stdlibb:stdlib data.source=wiki data.vocab_size=0 data.vocab_size=10
+data.source= data.source=stdlib:files data.source=stdlibb:stdlib data.source=wiki data.vocab_size=0 data.vocab_size=10
 data.validation_fraction=0.0 data.validation_fraction=1.0 data.validation_fraction=-0.5 data.validation_fraction=nan
 data.max_documents=-1 data.num_threads=0 data.prefetch=0
 train.num_steps=1.5 train.num_steps=many train.num_steps=0 train.num_steps=-1 train.batch_size=0 train.dtype=fp8

@@ -141,9 +141,13 @@ def head_bands(entropy_LxN: jax.Array, maximum: float | jax.Array | None = None)
       entropy_LxN: head entropies in nats.
       maximum: end of the range in nats, or [L, 1] of each layer; None: the largest observed, as in the paper.
     Raises:
-      UserError: it is given no [L, N].
+      UserError: it is given no [L, N], or a maximum that cannot be one.
     """
     entropy_LxN = _at_least_float32("entropy", entropy_LxN, "[L, N]")
+    if getattr(maximum, "ndim", 0):
+        _check_shape("maximum", maximum, "[L, 1]", (len(entropy_LxN), 1))
+    elif maximum is not None:
+        check_number("maximum", maximum, 0, whole=False, traced=True)
     maximum = jnp.nanmax(entropy_LxN) if maximum is None else maximum
     above = [jnp.sum((entropy_LxN >= maximum * quarter / 4) & (entropy_LxN > 0)) for quarter in (1, 2, 3)]
     known = jnp.sum(~jnp.isnan(entropy_LxN))

@@ -43,7 +43,10 @@ def check_number(name: str, value: object, least: float, *, whole: bool = True, 
     """
     if traced and getattr(value, "shape", None) == ():
         return
-    check_kind(name, value, numbers.Integral if whole else numbers.Real, "a whole number" if whole else "a number")
+    words = "a whole number" if whole else "a number"
+    if isinstance(value, bool):  # which Python counts among them
+        raise UserError(f"{name}={value} must be {words}")
+    check_kind(name, value, numbers.Integral if whole else numbers.Real, words)
     if not whole and not math.isfinite(value):
         raise UserError(f"{name}={value} must be a finite number")
     if not value >= least:

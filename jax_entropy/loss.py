@@ -6,7 +6,8 @@ a whole batch never exist, and their gradient is formed while a chunk is at hand
 
 import functools
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from jax_entropy.chips import HOST, chip_of
 from jax_entropy.entropy import entropy_penalty
-from jax_entropy.errors import UserError, spelled
+from jax_entropy.errors import UserError, check_kind, check_number, spelled
 from jax_entropy.model import Aux, Transformer, check_tokens, logits
 from jax_entropy.products import outer_product, transposed, wide_product
 from jax_entropy.sharding import BATCH, device_kind, on_shards, platform, sum_over
@@ -71,11 +72,17 @@ def loss_fn(
     Returns:
       (loss in nats per token, LossParts).
     Raises:
-      UserError: the tokens are not whole numbers [B, T+1], T ≥ 1, or, outside of `jit`, not in the vocabulary; or for
-        distillation without a teacher.
+      UserError: the tokens are not whole numbers [B, T+1], T ≥ 1, or, outside of `jit`, not in the vocabulary; for
+        distillation without a teacher, and what is no model, no collection or no weight.
     """
+    if not (hasattr(model, "apply") and hasattr(model, "config")):
+        raise UserError(f"model={spelled(model)} must be a Transformer")
+    for name, of_model in (("params", params), ("collections", collections or {}), ("teacher", teacher or {})):
+        check_kind(name, of_model, Mapping, "a mapping, as Transformer(config).init makes them")
     _check(tokens_BxT1, model)
-    if teacher is None and distillation:
+    for name, weight in (("penalty_weight", penalty_weight), ("distillation", distillation)):
+        check_number(name, weight, 0, whole=False, traced=True)
+    if teacher is None and isinstance(distillation, numbers.Real) and distillation:
         raise UserError(f"distillation={distillation} needs a teacher to learn from")
     collections = collections or {}
     (hidden_BxTxD, head_VxD, aux), updated = model.apply(

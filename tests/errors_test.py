@@ -22,8 +22,8 @@ def init(model, tokens):
     return jax.eval_shape(model.init, jax.random.key(0), tokens)
 
 
-def loss(tokens):
-    return je.loss_fn({}, tokens, model=je.Transformer(MODEL))
+def loss(tokens, **options):
+    return je.loss_fn({}, tokens, model=je.Transformer(MODEL), **options)
 
 
 CALLS = {
@@ -46,6 +46,9 @@ CALLS = {
     "weights='a' must be an array […, S]": lambda: je.row_entropy("a"),
     "entropy=float32[3] must be an array […, B, N, T]": lambda: je.head_entropy(jnp.zeros(3)),
     "entropy=None must be an array [L, N]": lambda: je.head_bands(None),
+    "maximum='4' must be a number": lambda: je.head_bands(THRESHOLD, "4"),
+    "maximum=float32[3] must be an array [L, 1] = [2, 1]": lambda: je.head_bands(THRESHOLD, THRESHOLD[0]),
+    "context_length=True must be a whole number": lambda: je.max_entropy(True),
     "entropy=float32[2,3] must be an array [L, B, N, T]": lambda: je.entropy_penalty(THRESHOLD, 0, tolerance=0.2),
     "threshold=0.5 must be an array [L, N] = [2, 3]": lambda: je.entropy_penalty(ENTROPY, 0.5, tolerance=0.2),
     "tolerance='0' must be a number": lambda: je.entropy_penalty(ENTROPY, THRESHOLD, tolerance="0"),
@@ -58,6 +61,12 @@ CALLS = {
     "tokens=float32[1,4] must be whole numbers, like": lambda: loss(TOKENS * 1.0),
     "tokens=int32[1,1] must be an array [B, T+1] with": lambda: loss(TOKENS[:, :1]),
     "tokens hold the id 5, and the vocabulary ends at 4": lambda: loss(TOKENS + 5),
+    "model='SM' must be a Transformer": lambda: je.loss_fn({}, TOKENS, model="SM"),
+    "params=None must be a mapping": lambda: je.loss_fn(None, TOKENS, model=je.Transformer(MODEL)),
+    "collections=3 must be a mapping": lambda: loss(TOKENS, collections=3),
+    "teacher=3 must be a mapping": lambda: loss(TOKENS, teacher=3),
+    "penalty_weight=-1.0 must not be negative": lambda: loss(TOKENS, penalty_weight=-1.0),
+    "distillation=nan must be a finite number": lambda: loss(TOKENS, distillation=float("nan")),
     "tokens hold the id -1, and the vocabulary": lambda: loss(TOKENS - 1),
     "config='SM+LN' must be a ModelConfig": lambda: census("SM+LN"),
     "directory=None is no path": lambda: je.from_huggingface(None),

@@ -34,7 +34,7 @@ def check_kind(name: str, value: object, kind: type | UnionType, words: str) -> 
 
 
 def check_number(name: str, value: object, least: float, *, whole: bool = True, traced: bool = False) -> None:
-    """Checks an argument that is to be a number, a whole one unless said otherwise, of at least `least`.
+    """Checks an argument that is to be a finite number, a whole one unless said otherwise, of at least `least`.
 
     Args:
       traced: an array without axes will do, whose value nobody need know yet.
@@ -47,7 +47,7 @@ def check_number(name: str, value: object, least: float, *, whole: bool = True, 
     if isinstance(value, bool):  # which Python counts among them
         raise UserError(f"{name}={value} must be {words}")
     check_kind(name, value, numbers.Integral if whole else numbers.Real, words)
-    if not whole and not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise UserError(f"{name}={value} must be a finite number")
     if not value >= least:
         raise UserError(f"{name}={value} must {f'be at least {least}' if least else 'not be negative'}")

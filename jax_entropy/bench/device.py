@@ -89,7 +89,7 @@ def _run(part: str, seconds: float, found: dict[str, Any], save: Callable[[], No
 def _write(out: Path, result: dict[str, Any]) -> None:
     with writing(out):
         (out / "device.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "device.md").write_text(markdown(result))
+        (out / "device.md").write_text(markdown(result), encoding="utf-8")
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -74,7 +74,7 @@ def device(values: Namespace) -> None:
     """What one accelerator reaches: kernels, steps and memory, in minutes; no corpus, no network."""
     set_compiler(values.xla)
     bench_device(values.out, parts=values.parts.split(","), minutes=values.minutes, notify=warn)
-    print((values.out / "device.md").read_text())
+    print((values.out / "device.md").read_text("utf-8"))
 
 
 @command(JSON, examples=["bench kernels --json=kernels.json"])

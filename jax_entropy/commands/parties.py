@@ -115,7 +115,7 @@ def serve(values: Namespace) -> None:
         check_range(exported, random_tokens(config.vocab_size, config.context_length), setting, steps=True)
         print(f"serves {config} on {values.listen}", flush=True)
         run(
-            door(), exported, Workdir(values.workdir).tokenizer.read_text(), setting, files,
+            door(), exported, Workdir(values.workdir).tokenizer.read_text("utf-8"), setting, files,
             sessions=values.sessions, timeout=values.timeout, notify=lambda line: print(line, flush=True),
         )  # fmt: skip
 

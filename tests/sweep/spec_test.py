@@ -49,7 +49,7 @@ def test_what_a_point_sets_wins_over_the_command_and_that_over_the_sweep():
 
 
 def test_a_long_label_is_a_short_folder_of_its_own(tmp_path):
-    sweep = Sweep(points=product({"data.files": ["x" * 150 + end for end in "ab"]}))
+    sweep = Sweep(points=product({"data.files": ["x" * 150 + end for end in "ab"]}), fields={"data.source": "files"})
     first, second = (point.run(tmp_path, 1).path for point in points_of(sweep, {}))
     assert first != second and len(first.name) < 150
 

@@ -137,8 +137,8 @@ def evaluate(
     Returns:
       `step`, `text` (what it was evaluated on, in words), and what `evaluate_batches` returns.
     Raises:
-      UserError: the run's corpus has changed, `text` cannot be read, a value of `section` cannot work, two of them are
-        given, and as `load_run` and `data.prepare` do.
+      UserError: the run's corpus has changed, `text` cannot be read, a value of `section` cannot work, it and `text`
+        are both given, and as `load_run` and `data.prepare` do.
     """
     check_number("batch_size", batch_size, 1)
     check_kind("section", section, ConfigDict | None, "the data section of a config")

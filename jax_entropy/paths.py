@@ -85,8 +85,13 @@ def reading(path: str | os.PathLike, name: str = "") -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, which then takes its place: it appears whole or not at all."""
     partial = path.with_name("partial")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def as_text(content: bytes, name: str) -> str:

@@ -3,7 +3,6 @@
 Every value is exact to the bit; what a family or this package cannot express is refused by name.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -23,7 +22,7 @@ from jax_entropy.errors import UserError, check_number, nearest, spelled
 from jax_entropy.huggingface.family import Family
 from jax_entropy.huggingface.gpt2 import GPT2
 from jax_entropy.model import Transformer
-from jax_entropy.paths import local_path
+from jax_entropy.paths import local_path, replacing
 
 _FAMILIES = (GPT2,)
 EXACT_TYPES = ("F32", "F16", "BF16")  # what float32 holds without rounding
@@ -278,14 +277,12 @@ def write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, np.
     path, kind = directory / "config.json", config.get("model_type")
     if path.exists() and (kind is None or read_json(path).get("model_type") != kind):
         raise UserError(f"{path} is not that of such a model and would be overwritten; choose another folder")
-    partial = directory / f"{WEIGHTS}.partial"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.chmod(0o666 & directory.stat().st_mode)  # safetensors leaves it to its owner alone
-        partial.replace(directory / WEIGHTS)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        with replacing(directory / WEIGHTS) as file:
+            save_file(tensors, file, metadata={"format": "pt"})
+            file.chmod(0o666 & directory.stat().st_mode)  # safetensors leaves it to its owner alone
+        with replacing(path) as file:
+            file.write_text(json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise UserError(f"{directory} cannot be written: {error}") from None

@@ -43,11 +43,13 @@ def bench_step(
       compiled: the peer once more as `torch.compile` with fused attention, which has no entropy and no penalty.
       notify: receives a line on what will be done, and one for each row with the time that is left.
     Raises:
-      UserError: `peer_python` cannot run the peer.
+      UserError: `peer_python` cannot run the peer, or there is none and `compiled` asks for it.
     """
     contenders = {"jax_entropy": [sys.executable, "-m", "jax_entropy.bench.step"]}
     if not peer_python and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         peer_python = sys.executable
+    if compiled and not peer_python:
+        raise UserError("compiled: there is no torch and transformers here; name a Python that has them as peer_python")
     if peer_python:
         if not shutil.which(peer_python):
             raise UserError(f"peer_python={peer_python}: there is no such program")

@@ -3,6 +3,8 @@
 Cases that need files of their own are in the tests of their modules; main_test.py has those that need a trained run.
 """
 
+import importlib.util
+
 import jax
 import pytest
 from hypothesis import given
@@ -102,6 +104,11 @@ def test_bad_command_lines(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     check_refused(capsys, line.split(), LINES[line])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_compiled_peer_without_torch(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_refused(capsys, ["bench", "step", "--compiled"], "name a Python that has them as peer_python")
 
 
 PLACES = {

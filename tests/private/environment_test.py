@@ -48,5 +48,16 @@ def test_a_damaged_environment_is_said(tmp_path):
         environment.check(tmp_path)
 
 
+def test_an_engine_that_does_not_start_in_time_is_said(monkeypatch, tmp_path):
+    (tmp_path / "ready").touch()
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(environment, "_CHECK_SECONDS", 0.2)
+    with pytest.raises(UserError, match="has not started within 0.2 s; .*private setup --force"):
+        environment.check(tmp_path)
+
+
 def test_what_is_set_up_is_told(installed):
     assert environment.check()["engine"] == environment.REQUIREMENT.partition("==")[2]

@@ -19,6 +19,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.paths import cache_directory, local_path
 
 REQUIREMENT = "spu==0.10.0.dev20251211"
+_CHECK_SECONDS = 300  # ten times what a cold disk needs
 
 
 def default_directory() -> Path:
@@ -74,7 +75,13 @@ def check(directory: Path | None = None) -> dict[str, str]:
         "import importlib.metadata as m, platform, spu.libspu as l; "
         "print('VERSIONS', m.version('spu'), platform.python_version())"
     )
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300)
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=_CHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"the engine in {python.parent.parent} has not started within {_CHECK_SECONDS} s; try again when the "
+            "machine does less, or run: jax-entropy private setup --force"
+        ) from None
     found = re.search(r"VERSIONS (\S+) (\S+)", done.stdout)
     if not found:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -280,7 +280,7 @@ function surfacePanel(id, title, caption, metric, unit, spread, log = false) {
     draw(box, run) {
       const { least, most, share } = spread(run, run.train[metric].values);
       const color = (value) => heatColor(share(value));
-      return surface(box, overSteps(run, { title: `${title}, layer by step`, values: run.train[metric], unit, share, scale: { low: least, high: most, color, unit, log } }));
+      return surface(box, overSteps(run, { title, values: run.train[metric], unit, share, scale: { low: least, high: most, color, unit, log } }));
     },
     said: (run) => saidOfLayers(run, metric, unit),
     table: (run) => layerTable(run, metric),

@@ -12,6 +12,8 @@ from jax_entropy.model import empty_cache
 from jax_entropy.runs.load import Run, loaded
 from jax_entropy.seeds import check_seed, random_key
 
+_PIECE = 16  # tokens of a prompt that are read at once
+
 
 def generate(
     run: Run | str | os.PathLike,
@@ -48,12 +50,12 @@ def generate(
             f"the prompt's {len(ids)} tokens and {num_tokens} new ones do not fit into the context of {context}; "
             + (f"ask for at most num_tokens={context - len(ids)}" if len(ids) < context else "shorten the prompt")
         )
-    ids = _continue(
-        run.model, run.variables, jnp.asarray([ids]), random_key(seed), jnp.asarray(temperature, jnp.float32),
-        num_tokens, min(top_k, run.model.config.vocab_size), end_of_text,
+    text_T, end = _continue(
+        run.model, run.variables, jnp.asarray(ids + [0] * (context - len(ids))), len(ids), num_tokens, random_key(seed),
+        jnp.asarray(temperature, jnp.float32), min(top_k, run.model.config.vocab_size), end_of_text,
     )  # fmt: skip
-    ids = jax.device_get(ids).tolist()
-    return run.tokenizer.decode(ids[: ids.index(end_of_text)] if end_of_text in ids else ids)
+    ids = jax.device_get(text_T)[len(ids) : end].tolist()
+    return run.tokenizer.decode(ids[:-1] if ids[-1] == end_of_text else ids)
 
 
 def choose(logits_V: jax.Array, key: jax.Array, temperature: jax.Array | float, top_k: int) -> jax.Array:
@@ -76,23 +78,36 @@ def check_sampling(num_tokens: int, temperature: float, top_k: int, seed: int) -
     check_seed(seed)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _continue(model, variables, prompt_1xT, key, temperature, num_tokens, top_k, end_of_text) -> jax.Array:
-    """The `num_tokens` ids after the prompt; after an end-of-text only end-of-text."""
+@functools.partial(jax.jit, static_argnums=(0, 7, 8))
+def _continue(
+    model, variables, text_T, length, num_tokens, key, temperature, top_k, end_of_text
+) -> tuple[jax.Array, jax.Array]:
+    """A text of `length` tokens with up to `num_tokens` new ones, and where it ends: with an end-of-text if it has one.
 
-    def read(tokens_1xT, cache, position):
+    One program for every prompt: it is read in pieces of one size, and what remains token by token.
+    """
+
+    def read(text_T, cache, position, size):
         known = {**variables, "cache": cache}
+        tokens_1xT = jax.lax.dynamic_slice_in_dim(text_T, position, size)[None]
         (logits_1xTxV, _), changed = model.apply(known, tokens_1xT, position, method="decode", mutable=["cache"])
-        return logits_1xTxV, changed["cache"]
+        return logits_1xTxV[0, -1], changed["cache"]
 
-    def step(carry, key):
-        cache, token, position = carry
-        logits_1xTxV, cache = read(token[None, None], cache, position)
-        following = jnp.where(token == end_of_text, token, choose(logits_1xTxV[0, -1], key, temperature, top_k))
-        return (cache, following, position + 1), following
+    def step(carry):
+        text_T, cache, position = carry
+        logits_V, cache = read(text_T, cache, position, 1)
+        chosen = choose(logits_V, jax.random.fold_in(key, position + 1 - length), temperature, top_k)
+        following = jnp.where(position + 1 < length, text_T[position + 1], chosen)
+        return text_T.at[position + 1].set(following), cache, position + 1
 
-    keys = jax.random.split(key, num_tokens)
-    logits_1xTxV, cache = read(prompt_1xT, empty_cache(model.config, 1), 0)
-    first = choose(logits_1xTxV[0, -1], keys[0], temperature, top_k)
-    _, rest = jax.lax.scan(step, (cache, first, prompt_1xT.shape[1]), keys[1:])
-    return jnp.concatenate([first[None], rest])
+    def goes_on(carry):
+        text_T, _, position = carry
+        has_ended = (position >= length) & (text_T[position] == end_of_text)
+        return (position + 1 < length + num_tokens) & ~has_ended
+
+    size = min(_PIECE, len(text_T))
+    pieces = (length - 1) // size
+    cache = empty_cache(model.config, 1)
+    cache = jax.lax.fori_loop(0, pieces, lambda i, cache: read(text_T, cache, i * size, size)[1], cache)
+    text_T, _, position = jax.lax.while_loop(goes_on, step, (text_T, cache, pieces * size))
+    return text_T, position + 1

@@ -41,7 +41,7 @@ def greedy_by_hand(config, variables, prompt, num_tokens):
     forward = jax.jit(Transformer(config).apply)
     ids = Letters().encode(prompt)
     for _ in range(num_tokens):
-        padded = jnp.asarray([ids + [0] * (16 - len(ids))])  # causal: what follows is not seen
+        padded = jnp.asarray([ids + [0] * (config.context_length - len(ids))])  # causal: what follows is not seen
         following = int(np.argmax(forward(variables, padded)[0][0, len(ids) - 1]))
         if following == END:
             break
@@ -62,9 +62,11 @@ BIASED = tiny("SM^2", final_norm="none", tied_head=False)
 
 @pytest.mark.parametrize("name", VARIED)
 def test_greedy_is_the_argmax_of_the_whole_forward_pass(name):
-    config = tiny(name)
-    text = write(config, temperature=0, num_tokens=13)
-    assert text == greedy_by_hand(config, scattered(config), "053", 13)
+    config, letters = tiny(name, context_length=44), "0530123456789" * 3
+    variables = scattered(config)
+    for length in (3, 16, 17, 33):  # of the prompt, which is read in pieces of 16 and then token by token
+        text = write(config, letters[:length], variables, temperature=0, num_tokens=11)
+        assert text == greedy_by_hand(config, variables, letters[:length], 11)
     assert len(text) > 2
 
 
@@ -138,6 +140,14 @@ def test_the_context_may_be_filled(prompt):
     assert write(config, prompt, temperature=0, num_tokens=room) == greedy_by_hand(
         config, scattered(config), prompt, room
     )
+
+
+def test_prompts_of_all_lengths_are_one_program():
+    config = tiny("SM+ScFuFFN", num_heads=4)
+    write(config, "0")
+    programs = generate_module._continue._cache_size()
+    write(config, "0123456", num_tokens=3, temperature=0, seed=2)
+    assert generate_module._continue._cache_size() == programs
 
 
 def test_fewer_tokens_are_the_beginning_of_more():

@@ -57,7 +57,8 @@ def advanced(tree: dict[str, Any], config: ConfigDict, model: ModelConfig, step:
     """The collection with its amounts as they are in the step after `step` steps; the final norm is deepest."""
     options, count = config.anneal, model.num_layers + 1
     begin, end = (share * config.train.num_steps for share in (options.begin, options.end))
-    done = jnp.clip((step + 1 - begin) / max(end - begin, 1), 0, 1)
+    # not the quotient at the end, which need not be 1 once it is rounded
+    done = jnp.where(step + 1 >= end, 1.0, jnp.clip((step + 1 - begin) / max(end - begin, 1), 0, 1))
     place = jnp.arange(count) if options.order != "deepest_first" else jnp.arange(count)[::-1]
     amount = jnp.full(count, done) if options.order == "together" else jnp.clip(done * count - place, 0, 1)
     of_stack = {stack: amount[layers.start : layers.stop] for stack, layers in model.stacks.items()}

@@ -3,6 +3,7 @@
 A file in `configs/` starts from `default_config(architecture)` and changes what its experiment needs.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -47,11 +48,11 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
             "leave it unset to take the tokenizer's"
         )
     fields["vocab_size"] = fields["vocab_size"] or vocab_size  # a larger table is padded
-    if fields["activation"] is None:
-        del fields["activation"]
-    return architecture(
+    has_tanh = fields.pop("tanh_gelu")
+    model = architecture(
         config.architecture, **fields, dtype=config.train.dtype, threshold_init=config.penalty.threshold_init
     )
+    return dataclasses.replace(model, activation="gelu_tanh") if has_tanh and model.activation == "gelu" else model
 
 
 def check(config: ConfigDict) -> None:
@@ -90,7 +91,7 @@ def check(config: ConfigDict) -> None:
     for rule in config.mesh.rules:
         _check_rule(rule)
     model = model_config(config, 1 if config.model.vocab_size is None else config.model.vocab_size)
-    if config.anneal.activation and architecture(config.architecture).activation != "identity":
+    if config.anneal.activation and model.activation != "identity":
         raise UserError(
             f"config.anneal.activation={config.anneal.activation!r} is to be taken out, and {config.architecture} "
             "keeps an activation; name an architecture without one"

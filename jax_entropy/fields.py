@@ -52,7 +52,7 @@ _INSIDE = Bound(lambda value: 0 < value < 1, "must lie between 0 and 1")
 _FACTOR = Bound(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 SEED = Bound(lambda value: 0 <= value < 2**64, "must be a whole number from 0 to 2^64 − 1")
 _VOCABULARY = Bound(lambda value: 257 <= value <= 2**20, "must lie between 257 (bytes, end of text) and 2^20")
-_UNSET = {"ffn_dim": int, "vocab_size": int, "activation": str, "residual_init_std": float}
+_UNSET = {"ffn_dim": int, "vocab_size": int, "residual_init_std": float}
 _MODEL = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 # what a value of a type is called
@@ -120,9 +120,8 @@ FIELDS = (
     _model("context_length", "tokens",
         "$T$, positions that the model can see; chunks of the corpus are one token longer"),
     _model("vocab_size", "tokens", "$V$; unset: the tokenizer's. A smaller value is refused, a larger table is padded"),
-    _model("activation", "",
-        "of the feed-forward; unset: the notation's. "
-        "`gelu_tanh`, used by Hugging Face's GPT-2, has no notation of its own"),
+    Field("model.tanh_gelu", False, "yes or no",
+        "the notation's `G` is GELU with a tanh in it, as in GPT-2, not the exact one"),
     _model("temperature_init", "divisor of the logits", "initial temperature of `SM(t)`"),
     _model("temperature_parameter", "", "what the optimiser moves: the temperature itself, or its logarithm"),
     _model("alpha_init", "factor", r"initial $\alpha$ of Eq. 8; the paper states none"),

@@ -30,7 +30,10 @@ class Supervisor:
 
     def run(self) -> int:
         """Starts and restarts to the end; returns the command's exit code, or 128 + the signal that ended it."""
-        previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self._receive) for number in numbers}
         failures = 0
         try:
             while True:

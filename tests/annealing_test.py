@@ -141,6 +141,15 @@ def test_amounts_rise_in_their_order(order, first, last):
         assert np.all(seen[begun[last] - 1, [first, 1]] == 1)  # one layer after the other
 
 
+@pytest.mark.parametrize(("steps", "begin"), [(330, 0.0), (500, 0.05), (700, 0.3), (1000, 0.05)])
+def test_the_last_step_is_the_end_of_the_way(steps, begin):
+    """Where the quotient of steps, rounded, is less than 1."""
+    config, model = on_the_way("SM+FN", **{"train.num_steps": steps, "anneal.begin": begin, "anneal.end": 1.0})
+    step = jax.jit(lambda tree, step: advanced(tree, config, model, step))
+    np.testing.assert_array_equal(step(beginning(config, model), steps - 1)["final_norm"]["amount"], 1)
+    assert step(beginning(config, model), steps - 2)["final_norm"]["amount"] < 1
+
+
 @pytest.mark.parametrize("rewrites", [Rewrites(), NO_REWRITES], ids=["all", "none"])
 @pytest.mark.parametrize("amount", [[1.0, 0.4]])
 def test_every_point_of_the_way_is_exported_as_it_is(amount, rewrites):
@@ -203,6 +212,7 @@ def test_distillation_takes_the_place_of_a_share_of_the_cross_entropy():
 
 @pytest.mark.parametrize(("name", "fields", "message"), [
     ("SM+LN+G", {"anneal.activation": "relu"}, "anneal.activation='relu' is to be taken out, and SM.LN.G keeps an"),
+    ("SM+LN+G", {"model.tanh_gelu": True, "anneal.activation": "relu"}, "SM.LN.G keeps an activation"),
     ("SM+ScFuFFN", {"anneal.activation": "gelu"}, "no room for activation='gelu'"),
     ("SM+FN", {"anneal.activation": "swish"}, "config.anneal.activation='swish' is not known"),
     ("SM+FN", {"anneal.begin": 0.5}, "anneal.end=0.5 must come after config.anneal.begin=0.5"),

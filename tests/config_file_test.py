@@ -26,7 +26,7 @@ BAD_FILES = {
     "    c.trian.num_steps = 3\n": ", line 4: trian is not a field; did you mean 'train'?",
     "    c.train.num_steps = 1e3\n": ", line 4: num_steps=1000.0 must be a whole number",
     "    c.train.update(num_steps='many')\n": ", line 4: num_steps=many must be a whole number",
-    "    c.model.activation = 3\n": ", line 4: activation=3 must be text",
+    "    c.data.source = 3\n": ", line 4: source=3 must be text",
     "    c.model = 3\n": ", line 4: model is a section",
     "    c = [\n": "SyntaxError",
     "    return 3\n": "returns int, not a ConfigDict",
@@ -103,12 +103,12 @@ def test_fields_are_changed_by_text():
     config = default_config("SM")
     config.model.ffn_dim = 7
     texts = {
-        "model.ffn_dim": "None", "model.activation": "None", "train.num_steps": "7", "model.tied_head": "false",
+        "model.ffn_dim": "None", "train.num_steps": "7", "model.tied_head": "false",
         "optimizer.learning_rate": "1e-2", "mesh.rules": "((r'.*', ('data', None)),)", "data.source": "None",
         "data.files": "~/x/*.py", "architecture": "SM+R",
     }  # fmt: skip
     change(config, texts)
-    assert config.model.ffn_dim is None and config.model.activation is None and config.train.num_steps == 7
+    assert config.model.ffn_dim is None and config.train.num_steps == 7
     assert config.model.tied_head is False and config.optimizer.learning_rate == 0.01 and config.architecture == "SM+R"
     assert config.mesh.rules == ((".*", ("data", None)),)
     assert config.data.files == os.path.expanduser("~/x/*.py")

@@ -36,7 +36,7 @@ def with_fields(**fields):
             "model.ffn_dim": 768,
             "model.vocab_size": 4096,
             "model.residual_init_std": 0.01,
-            "model.activation": "identity",
+            "model.tanh_gelu": True,
         },
         {"optimizer.learning_rate": 1, "penalty.weight": 0, "mesh.rules": ((r"kernel$", ("fsdp", None)), (r".*", ()))},
         {"mesh.rules": ((r"x$", (("data", "fsdp"), None)),), "data.files": 'a\n"b" é ∑'},
@@ -136,7 +136,7 @@ WRONG = """
 seed=x seed=-1 seed=18446744073709551616
 model.num_layers=0 model.num_layers=-2 model.num_heads=0 model.num_heads=3 model.num_heads=7 model.model_dim=0
 model.model_dim=33 model.ffn_dim=0 model.ffn_dim=100 model.context_length=0 model.context_length=-5 model.vocab_size=0
-model.activation=swish model.activation=gelu model.temperature_init=0.0 model.temperature_init=-1.0
+model.tanh_gelu=3 model.temperature_init=0.0 model.temperature_init=-1.0
 model.temperature_init=nan model.temperature_parameter=exp model.final_norm=batch model.final_norm=layers:layer
 model.final_norm=LN model.bias=some model.tied_head=maybe model.embedding_dropout=1.0 model.embedding_dropout=-0.1
 model.init_std=-0.1 model.init_std=nan model.residual_init_std=-1.0 model.norm_epsilon=-1e-05 model.scan_unroll=-1
@@ -220,7 +220,7 @@ def test_a_field_that_is_missing_or_unset_is_named(field):
         check(config)
 
 
-@pytest.mark.parametrize("field", ["model.ffn_dim", "model.vocab_size", "model.residual_init_std", "model.activation"])
+@pytest.mark.parametrize("field", ["model.ffn_dim", "model.vocab_size", "model.residual_init_std"])
 def test_a_field_that_may_be_unset_is(field):
     assert flatten(default_config("SM"))[field] is None
     check(with_fields(**{field: None}))

@@ -24,8 +24,8 @@ COMMAND = """
     started = len(open(path).readlines())
     act = acts[min(started, len(acts)) - 1]
     if act == "wait":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: sys.exit(0))
         print("ready", flush=True)
         time.sleep(60)
     if act == "child":
@@ -109,7 +109,7 @@ def test_an_attempt_that_lasted_makes_the_count_start_anew(tmp_path, supervised,
     assert capsys.readouterr().err.count("restart 1 of 1") == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_signals_are_passed_on_and_nothing_is_restarted(tmp_path, supervised, number):
     process = subprocess.Popen(
         supervised("1", "wait"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -53,8 +53,9 @@ def folder_config(directory: str | Path) -> ConfigDict:
     ours = _model_type(directory) == MODEL_TYPE
     model = read_model_config(Path(directory)) if ours else read_config(Path(directory))[1]
     config = default_config(str(model))
-    config.model.update({name: value for name in config.model if (value := getattr(model, name)) is not None})
-    config.model.activation = model.activation  # the notation's G is the exact GELU
+    config.model.tanh_gelu = model.activation == "gelu_tanh"
+    fields = set(config.model) - {"tanh_gelu"}
+    config.model.update({name: value for name in fields if (value := getattr(model, name)) is not None})
     config.train.dtype, config.penalty.threshold_init = model.dtype, model.threshold_init
     if "frozen" in (model.norm, model.final_norm):
         config.anneal.end = 0.0  # what was taken out is gone

@@ -10,7 +10,9 @@ from jax.experimental import multihost_utils
 
 
 class Signals:
-    """While it is entered, the first signal is noted; a second one is obeyed at once.
+    """While it is entered, the first signal is noted; a second one, of whatever kind, is obeyed at once.
+
+    A terminal that closes may send SIGHUP twice, from the system and the shell: it is only ever noted.
 
     Python hands signals to the main thread, so that elsewhere none is noted.
     """
@@ -28,7 +30,9 @@ class Signals:
 
     def _want(self, number: int, frame: Any) -> None:
         self.wanted = True
-        signal.signal(number, self._previous[number])
+        for second, handler in self._previous.items():
+            if second != signal.SIGHUP:
+                signal.signal(second, handler)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import architecture
 from jax_entropy.commands.main import main
+from jax_entropy.config import model_config
 from jax_entropy.data import load_tokenizer
 from jax_entropy.data.tokenizer import train_tokenizer
 from jax_entropy.errors import UserError
@@ -18,7 +19,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.runs.load import load_run
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.training.train import train
-from jax_entropy.training.warm_start import Origin, Source, source_config, take_over
+from jax_entropy.training.warm_start import Origin, Source, open_source, source_config, take_over
 from tests import REPOSITORY
 from tests.run_helpers import lines
 from tests.tiny_model import VARIED, random_tokens, scattered, tiny
@@ -152,6 +153,16 @@ def test_an_imported_gpt2_is_repaired(tmp_path, gpt2, tiny):
     shutil.rmtree(gpt2)
     again = train(config, run, said.append, start_from=gpt2)  # the same command, and from step 0 again
     jax.tree.map(np.testing.assert_array_equal, again.variables, trained.variables)
+
+
+@pytest.mark.parametrize(("name", "taken_out"), [("SM+FN", "gelu_tanh"), ("SM+LN+R", None), ("SM+ScFuFFN", None)])
+def test_an_imported_gpt2_loses_what_its_new_architecture_lacks(tmp_path, gpt2, name, taken_out):
+    config = source_config(gpt2)
+    assert model_config(config, 400).activation == "gelu_tanh"
+    config.architecture = name
+    assert str(model_config(config, 400)) == name
+    config, _ = open_source(config, Workdir(tmp_path / "run"), gpt2, lambda line: None)
+    assert config.anneal.activation == taken_out
 
 
 def test_without_a_config_the_command_takes_the_sources(tmp_path, gpt2, capfd):

@@ -36,6 +36,7 @@ LINK = (
     Flag("insecure_loopback", False, "no TLS, on 127.0.0.1 only: to try things"),
     Flag("timeout", 120, "seconds for which another party may be silent"),
 )
+DAY = 24 * 3600
 SESSIONS = Flag("sessions", 0, "clients to answer; 0: until interrupted")
 PROTECTS = {
     "semi2k": "protects NOTHING from a client that looks into its own process, which plays the dealer",
@@ -183,8 +184,8 @@ def ask(values: Namespace) -> None:
     environment_python()
     server, texts = _address(values.server, "server"), read_prompts(values)
     assistant = _address(values.assistant, "assistant") if values.assistant else None
-    if values.patience < 0:
-        raise UserError(f"--patience={values.patience} must not be negative")
+    if not 0 <= values.patience <= DAY:
+        raise UserError(f"--patience={values.patience} must lie between 0 and {DAY}, a day")
     if values.protocol:
         Setting(protocol=values.protocol).check()
     roles = ["server", "assistant"] if assistant else ["server"]
@@ -302,8 +303,8 @@ def read_link(values: Namespace, roles: list[str], *hosts: str) -> Any:
     from jax_entropy.private.session import line as link
 
     peer = getattr(values, "peer", None)
-    if values.timeout < 1:
-        raise UserError(f"--timeout={values.timeout} must be at least 1")
+    if not 1 <= values.timeout <= DAY:
+        raise UserError(f"--timeout={values.timeout} must lie between 1 and {DAY}, a day")
     if values.insecure_loopback:
         if values.keys or peer:
             raise UserError("--insecure_loopback goes without --keys and --peer; leave one or the other out")

@@ -38,8 +38,8 @@ from tests.tiny_model import VARIED, scattered, tiny
 KINDS = (Hello, Refusal, Queued, Offer, Task, Ready, Agreement, More, Prompt, Progress)
 
 
-def offer(name="EReg(SM(t)+ScFuFFN^1)", rewrites=Rewrites()):
-    config = tiny(name)
+def offer(name="EReg(SM(t)+ScFuFFN^1)", rewrites=Rewrites(), **overrides):
+    config = tiny(name, **overrides)
     return Offer(export(config, scattered(config), rewrites).blueprint, Setting(), '{"a": "tokenizer"}', 9501)
 
 
@@ -141,6 +141,20 @@ def test_an_offer_whose_parts_do_not_fit_is_refused(change, message):
     fields["blueprint"]["config"] |= change
     with pytest.raises(UserError, match=message):
         read(json.dumps(fields).encode(), Offer)
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), [
+    ("SM+RoPE", dict(context_length=1 << 22), "with 35,184,372,088,832 scores of a head in all layers"),
+    ("SM+RoPE+Win(LS,4)", dict(window_pattern="LS" * (1 << 20)), r"letters of Win\(…\) in all layers"),
+    ("SM+RoPE+Mem3", dict(num_slots=1 << 24), "scores of a head in all layers"),
+])  # fmt: skip
+def test_a_model_that_would_take_all_memory_is_refused(name, changes, message):
+    fields = json.loads(write(offer(name, learned_positions=False)))["blueprint"]
+    fields["config"] |= changes
+    slots = {weight: [changes["num_slots"], 2, 8] for weight in fields["weights"] if "slots" in weight}
+    fields["weights"] |= slots
+    with pytest.raises(UserError, match=message):
+        read(json.dumps(json.loads(write(offer())) | dict(blueprint=fields)).encode(), Offer)
 
 
 def test_two_parties_need_no_assistant():

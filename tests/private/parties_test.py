@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from jax_entropy.commands.main import main
 from jax_entropy.errors import UserError
 from jax_entropy.private.session.door import GREETING
 from jax_entropy.private.session.line import connect, fingerprint, make_all_keys, make_keys, read_keys
@@ -186,6 +187,23 @@ def test_keys_are_checked_before_anything_else(keys, tmp_path):
     (mixed / "private_key.pem").write_bytes((keys / "server/private_key.pem").read_bytes())
     with pytest.raises(UserError, match="is not the key of"):
         read_keys(mixed, peer)
+
+
+def test_keys_of_all_parties_are_made_together_or_not_at_all(tmp_path):
+    (tmp_path / "server").mkdir()
+    for there, message in (("certificate.pem", "holds keys already"), ("client.pem", r"\(client.pem\)")):
+        (tmp_path / "server" / there).touch()
+        with pytest.raises(UserError, match=message):
+            make_all_keys(tmp_path, 2, 2)
+        (tmp_path / "server" / there).unlink()
+    assert [*tmp_path.rglob("*")] == [tmp_path / "server"]
+
+
+@pytest.mark.parametrize("flag", ["timeout=0", "timeout=100000000000", "patience=-1", "patience=100000000000"])
+def test_seconds_that_no_socket_waits_for_are_refused(flag, capsys):
+    name, _, value = flag.partition("=")
+    assert main(["private", "ask", "--prompt=x", "--insecure_loopback", f"--{name}={value}"]) == 2
+    assert f"--{name}={value} must lie between" in capsys.readouterr().err
 
 
 def openssl(*arguments, cwd):

@@ -4,6 +4,8 @@ import contextlib
 import re
 import socket
 import threading
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from jax_entropy.private.program.export import export
 from jax_entropy.private.session import parties
 from jax_entropy.private.session.door import GREETING, Door
 from jax_entropy.private.session.line import check_free, connect, listen, make_all_keys, make_keys, read_keys
-from jax_entropy.private.session.messages import Hello, Queued, Refusal
+from jax_entropy.private.session.messages import Hello, Offer, Queued, Refusal
 from tests.private.helpers import free_ports, greedy
 from tests.tiny_model import scattered, tiny
 
@@ -153,3 +155,29 @@ def test_clients_queue_and_know_it(keys):
         assert re.search("waits no longer", " ".join(said))
         assert isinstance(come("jax_entropy private 3").receive(Queued, Refusal), Refusal)
         silent.close()
+
+
+def test_a_client_that_takes_its_offer_and_says_nothing_is_let_go():
+    with listen("127.0.0.1", 0) as door:
+        port, exported = door.getsockname()[1], export(CONFIG, scattered(CONFIG))
+        run = lambda: parties.serve(  # noqa: E731
+            door, exported, "{}", Setting(), None, sessions=0, timeout=1, notify=lambda line: None
+        )
+        threading.Thread(target=run, daemon=True).start()
+        lines = [connect("127.0.0.1", port, None, patience=5, timeout=10) for _ in range(2)]
+        for line in lines:
+            line.send(Hello(GREETING, jax.__version__))
+            heard = line.receive(Queued, Offer)
+        assert heard == Queued(1) and isinstance(lines[1].receive(Offer), Offer)
+
+
+def test_no_client_ends_the_service_for_the_others():
+    line = SimpleNamespace(close=lambda: None)
+    entrance, answer = SimpleNamespace(next=lambda: (line, "a client")), Mock()
+    answer.side_effect = [UserError("nonsense"), MemoryError("of one client"), 2]
+    parties._answer_all(entrance, answer, 1, (said := []).append)
+    assert (
+        "nonsense" in said[0]
+        and "MemoryError: of one client" in said[1]
+        and said[2] == "answered 2 prompts of a client"
+    )

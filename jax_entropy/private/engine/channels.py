@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import callers
 import spu.libspu as libspu
 import tls
 
@@ -209,7 +210,8 @@ class Switchboard:
         expected = {peer for peer, _ in missing if addresses[peer] is None}
         door = socket.create_server(tuple(self.link["listen"])) if expected else None
         if door:
-            threading.Thread(target=self._accept, args=(door, expected), daemon=True).start()
+            hear = lambda connection, _: self._hear(connection, expected)  # noqa: E731
+            threading.Thread(target=callers.hear_all, args=(door, hear), daemon=True).start()
         for peer, way in missing:
             if peer not in expected:
                 threading.Thread(target=self._call, args=(peer, way), daemon=True).start()
@@ -246,14 +248,6 @@ class Switchboard:
                 time.sleep(0.1)
                 continue
             return self._keep(peer, way, connection)
-
-    def _accept(self, door, expected) -> None:
-        while True:
-            try:
-                connection, _ = door.accept()
-            except OSError:  # all are here
-                return
-            threading.Thread(target=self._hear, args=(connection, expected), daemon=True).start()
 
     def _hear(self, connection, expected) -> None:
         """Takes a connection whose other end is a party that is expected; anybody else is turned away."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 
 from jax_entropy.errors import UserError
+from jax_entropy.private.engine.callers import hear_all
 from jax_entropy.private.session.line import Keys, Line
 from jax_entropy.private.session.messages import Hello, Queued, Refusal
 
@@ -24,10 +25,10 @@ class Door:
     def __init__(
         self, listening: socket.socket, keys: Keys | None, *, timeout: int, notify: Callable[[str], None]
     ) -> None:
-        self.listening, self.keys, self.timeout, self.notify = listening, keys, timeout, notify
+        self.keys, self.timeout, self.notify = keys, timeout, notify
         self.waiting: list[tuple[Line, str]] = []
         self.changed, self.is_busy = threading.Condition(), False
-        threading.Thread(target=self._accept, daemon=True).start()
+        threading.Thread(target=hear_all, args=(listening, self._hear), daemon=True).start()
 
     def next(self) -> tuple[Line, str]:
         """The client that has waited longest, and its address; waits until there is one."""
@@ -50,14 +51,6 @@ class Door:
             self.waiting.remove(entry)
             entry[0].close()
             self.notify(f"{entry[1]} waits no longer")
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, (peer, *_) = self.listening.accept()
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._hear, args=(connection, peer), daemon=True).start()
 
     def _hear(self, connection: socket.socket, peer: str) -> None:
         """Shakes hands with one who has come, and lets it wait."""

@@ -11,7 +11,7 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from jax_entropy.private.session import messages
 
 ROLES = ("client", "server", "assistant")  # by their ranks
 HANDSHAKE_SECONDS = 8
+_OWN_FILES = ("certificate.pem", "private_key.pem")
 _WELCOME = b"jax_entropy\n"
 _LONGEST_MESSAGE = 1 << 26  # bytes; a tokenizer is the largest
 
@@ -54,14 +55,19 @@ def make_all_keys(directory: Path, num_parties: int, days: int) -> dict[str, str
     Returns:
       The certificates' fingerprints by role.
     Raises:
-      UserError: as `make_keys`.
+      UserError: as `make_keys`, before any of them is made.
     """
     roles = ROLES[:num_parties]
+    others = {role: [other for other in roles if other != role] for role in roles}
+    for role in roles:
+        _check_new(directory / role, _OWN_FILES + tuple(f"{other}.pem" for other in others[role]), role, days)
     found = {role: make_keys(directory / role, role, days) for role in roles}
     for role in roles:
-        for other in roles:
-            if other != role:
+        for other in others[role]:
+            try:
                 shutil.copy(directory / other / "certificate.pem", directory / role / f"{other}.pem")
+            except OSError as error:
+                raise UserError(f"{directory / role} cannot be written: {error.strerror}") from None
     return found
 
 
@@ -73,13 +79,8 @@ def make_keys(directory: Path, name: str, days: int) -> str:
     Raises:
       UserError: they are there already or cannot be made.
     """
-    certificate, key = directory / "certificate.pem", directory / "private_key.pem"
-    if certificate.exists() or key.exists():
-        raise UserError(f"{directory} holds keys already; choose another folder")
-    if not 1 <= days <= 36500:
-        raise UserError(f"days={days} must lie between 1 and 36500")
-    if not re.fullmatch(r"[\w .-]{1,64}", name):
-        raise UserError(f"name={name!r} must be 1 to 64 letters, digits, spaces, dots or dashes")
+    _check_new(directory, _OWN_FILES, name, days)
+    certificate, key = (directory / file for file in _OWN_FILES)
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         _openssl(
@@ -93,6 +94,22 @@ def make_keys(directory: Path, name: str, days: int) -> str:
         key.unlink(missing_ok=True)
         raise
     return fingerprint(certificate)
+
+
+def _check_new(directory: Path, files: Sequence[str], name: str, days: int) -> None:
+    """Checks that these files can be made in a folder: keys of such a name, valid for so many days.
+
+    Raises:
+      UserError: one of them is there, or something cannot be.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; keys need a folder")
+    if there := [file for file in files if (directory / file).exists()]:
+        raise UserError(f"{directory} holds keys already ({there[0]}); choose another folder")
+    if not 1 <= days <= 36500:
+        raise UserError(f"days={days} must lie between 1 and 36500")
+    if not re.fullmatch(r"[\w .-]{1,64}", name):
+        raise UserError(f"name={name!r} must be 1 to 64 letters, digits, spaces, dots or dashes")
 
 
 def _openssl(*arguments: str) -> str:

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from jax_entropy.architecture import ModelConfig
 from jax_entropy.errors import UserError
 from jax_entropy.private.engine.engine import Setting
 from jax_entropy.private.program.blueprint import Blueprint
@@ -114,7 +115,7 @@ def read(line: bytes, *kinds: type[Message]) -> Message:
         return message
     except UserError as error:
         raise UserError(f"what the other party sends cannot be: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"the other party does not speak this protocol ({str(error)[:200]})") from None
 
 
@@ -157,12 +158,30 @@ def _check_program(blueprint: Blueprint, setting: Setting) -> None:
     Raises:
       UserError: a weight is missing or superfluous, or what `Setting.check` says.
     """
-    if blueprint.config.num_layers > len(blueprint.weights):
-        raise UserError(f"{blueprint.config} of {blueprint.config.num_layers} layers with so few weights")
+    config = blueprint.config
+    if config.num_layers > len(blueprint.weights):
+        raise UserError(f"{config} of {config.num_layers} layers with so few weights")
+    _check_sizes(config)
     needed = {*external_inputs(forward(blueprint, 1)), *blueprint.given_away} - {TOKENS}
     if differing := sorted(needed ^ {*blueprint.weights}):
-        raise UserError(f"the weight {differing[0]} of {blueprint.config} is missing, or nothing reads it")
+        raise UserError(f"the weight {differing[0]} of {config} is missing, or nothing reads it")
     setting.check()
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Checks that a program of such a model can be made, by what its sizes multiply to there.
+
+    Raises:
+      UserError: it would take all memory, or for ever.
+    """
+    T, L = config.context_length, config.num_layers
+    for what, count, most in (
+        ("scores of a head in all layers", L * T * (T + config.num_slots), 1 << 28),
+        ("heads in all layers", L * config.num_heads, 1 << 16),
+        ("letters of Win(…) in all layers", L * len(config.window_pattern), 1 << 20),
+    ):
+        if count > most:
+            raise UserError(f"a model with {count:,} {what}; a private program has at most {most:,}")
 
 
 def _exactly(value: Any) -> Any:

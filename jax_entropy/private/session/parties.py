@@ -5,6 +5,7 @@ All make their programs from the blueprint themselves, so that none runs code of
 
 import contextlib
 import socket
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -50,10 +51,10 @@ def serve(
 
     def answer(line: Line) -> int:
         line.send(Offer(exported.blueprint, setting, tokenizer, listen[1]))
-        if not line.receive(Agreement, timeout=max(timeout, 600)).agreed:
+        if not line.receive(Agreement).agreed:
             raise UserError("the client does not agree")
         with Engine(setting, link, lines=[line]) as engine:
-            return _follow(PrivateModel.of(engine, exported), line, timeout)
+            return _follow(PrivateModel.of(engine, exported), line)
 
     _answer_all(Door(door, keys, timeout=timeout, notify=notify), answer, sessions, notify)
 
@@ -78,7 +79,7 @@ def assist(
         with Engine(task.setting, link, lines=[line]) as engine:
             model = PrivateModel(engine, task.blueprint)
             model.share_weights(None)
-            return _follow(model, line, timeout)
+            return _follow(model, line)
 
     _answer_all(Door(door, keys, timeout=timeout, notify=notify), answer, sessions, notify)
 
@@ -93,14 +94,16 @@ def _answer_all(door: Door, answer: Callable[[Line], int], sessions: int, notify
             answered += 1
         except UserError as error:
             notify(f"the session with {peer} has ended: {error}")
+        except Exception:  # nobody foresaw it; the next client is answered even so
+            notify(f"the session with {peer} has ended by a fault of this program:\n{traceback.format_exc()}")
         finally:
             line.close()
 
 
-def _follow(model: PrivateModel, line: Line, timeout: int) -> int:
+def _follow(model: PrivateModel, line: Line) -> int:
     """Takes part in what the client asks, and returns the number of its prompts."""
     prompts = 0
-    while line.receive(More, timeout=max(timeout, 600)).more:
+    while line.receive(More).more:
         generate(model, None)
         prompts += 1
     return prompts

@@ -215,6 +215,7 @@ def _history(inspection: Inspection) -> History:
         private=None if inspection.unpriced else predicted_cost(inspection.private, inspection.private_tokens),
         text=[Reading(inspection.tokens[:R], inspection.loss[:R], inspection.entropy[:, :, :R], step=0)],
         read="this text",
+        windows=decoder.windows,
         pieces=[_pieces(inspection.directory, tokens_T) for tokens_T in inspection.tokens[:R]],
     )
 

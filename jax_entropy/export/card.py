@@ -14,7 +14,7 @@ from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import census
 from jax_entropy.entropy import extreme_heads, head_bands, max_entropy
 from jax_entropy.errors import UserError
-from jax_entropy.report.costs import cost_of_model
+from jax_entropy.report.costs import cost_of_model, terms
 from jax_entropy.report.history import History, printable, read_history
 from jax_entropy.runs.workdir import Workdir
 
@@ -207,9 +207,8 @@ def _private(history: History | None, model: ModelConfig) -> str:
     kinds = sorted(cost["costs"].items(), key=lambda item: -item[1]["bytes"])
     sent, rounds = (sum(of_kind[name] for _, of_kind in kinds) for name in ("bytes", "rounds"))
     rows = [(_text(kind), f"{of_kind['bytes'] / 1e6:,.1f}", f"{of_kind['rounds']:,}") for kind, of_kind in kinds]
-    how = _text(cost["setting"]["protocol"])
     words = (
-        f"A forward pass over {cost['num_tokens']} tokens under secure computation ({how}): the busiest party sends "
+        f"A forward pass under secure computation ({_text(terms(cost))}): the busiest party sends "
         f"{sent / 1e6:,.1f} MB, in {rounds:,} rounds."
     )
     return "\n\n".join([words, _table(("kind of operation", "MB", "rounds"), rows)])

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_entropy.architecture import ModelConfig
@@ -20,22 +20,50 @@ PRICED_AS = ", priced as "  # between a kind of operation that was not measured 
 
 def private_cost(history: History) -> dict[str, Any] | None:
     """What is in a run's private.json, or its like, predicted; None where neither is known."""
-    if history.private or not (model := model_of(history)):
-        return history.private
+    return history.private or _predicted(model_of(history), PRIVATE_TOKENS)
+
+
+def compared_costs(histories: Sequence[History]) -> list[dict[str, Any] | None]:
+    """What the models of runs cost, all on the same terms: as measured where these are the same, else as predicted."""
+    costs = [private_cost(history) for history in histories]
+    if len({terms(cost) + json.dumps(cost["setting"], sort_keys=True) for cost in costs if cost}) < 2:
+        return costs
+    models = [model_of(history) for history in histories]
+    num_tokens = min([PRIVATE_TOKENS, *(model.context_length for model in models if model)])
+    return [_predicted(model, num_tokens) for model in models]
+
+
+def terms(cost: Mapping[str, Any], export: bool = True) -> str:
+    """What a cost is of: tokens and protocol, and whatever makes it another one than that of all logits.
+
+    Args:
+      export: whether to say how the program was exported, where it was not optimised.
+    """
+    words = [f"{cost['num_tokens']} tokens", str(cost["setting"]["protocol"])]
+    if cost.get("logits", "every") != "every":
+        words.append("logits of one token")
+    if export and (name := str(cost.get("export", "optimised"))) != "optimised":
+        words.append("plain export" if name == "plain" else name)
+    if (embedding := str(cost.get("embedding", "shared"))) != "shared":
+        words.append(f"{embedding} embedding")
+    return ", ".join(words)
+
+
+def _predicted(model: ModelConfig | None, num_tokens: int) -> dict[str, Any] | None:
     try:
-        return cost_of_model(model)
+        return model and cost_of_model(model, num_tokens)
     except UserError:
         return None
 
 
 @functools.lru_cache(64)  # a page asks at several places
-def cost_of_model(model: ModelConfig) -> dict[str, Any]:
-    """What is predicted of a model, in the form of private.json.
+def cost_of_model(model: ModelConfig, num_tokens: int = PRIVATE_TOKENS) -> dict[str, Any]:
+    """What is predicted of a model on so many tokens, or on its context where that is shorter, as in private.json.
 
     Raises:
       UserError: an operation of it was not measured.
     """
-    num_tokens = min(PRIVATE_TOKENS, model.context_length)
+    num_tokens = min(num_tokens, model.context_length)
     return predicted_cost(predict(model, num_tokens, Setting()), num_tokens)
 
 

@@ -44,6 +44,7 @@ class History:
     text: list[Reading] = dataclasses.field(default_factory=list)  # how held-out text was read, by evaluation
     samples: dict[str, Any] | None = None  # what the trained model wrote: step, prompt, texts
     read: str = BATCH  # what `train` was measured on
+    windows: tuple[int, ...] | None = None  # what a query sees in each layer, where the configuration does not say
     pieces: list[list[str]] | None = None  # of the text's tokens, where they are not those of the workdir's tokenizer
 
     @property

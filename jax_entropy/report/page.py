@@ -17,7 +17,7 @@ import numpy as np
 
 from jax_entropy.census import Census, census
 from jax_entropy.entropy import head_bands
-from jax_entropy.report.costs import model_of, private_cost
+from jax_entropy.report.costs import model_of, private_cost, terms
 from jax_entropy.report.history import BATCH, History, printable
 from jax_entropy.report.payload import payload
 from jax_entropy.report.verdict import Verdict, verdict
@@ -196,7 +196,8 @@ def _census(counted: Census | None) -> str:
         "<details><summary>Census of a forward pass</summary>"
         f"<p>{counted.parameters:,} parameters; {counted.forward_flops:,} FLOPs over {counted.config.context_length:,} "
         "tokens; nonlinear operations, which are what costs under encryption:</p>"
-        f'<div class="scroll"><table><thead><tr><th>operation</th><th>count × matrix</th><th>elements</th></tr></thead>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="nonlinear operations"><table>'
+        "<thead><tr><th>operation</th><th>count × matrix</th><th>elements</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div></details>"
     )
 
@@ -222,10 +223,9 @@ def _key_numbers(history: History) -> Iterator[Number]:
     if np.isfinite(train.get("tokens_per_second", np.nan)).any():  # the first line of a run has none
         yield Number("speed, median", _text(np.nanmedian(train["tokens_per_second"]), ",.0f"), "tokens/s")
     if cost := private_cost(history):
-        warm, setting = cost["total"]["warm"], cost["setting"]
+        warm = cost["total"]["warm"]
         megabytes = _text(max(warm["bytes"]) / 1e6, ",.1f")
-        facts = f"MB, {warm['rounds']:,} rounds, {cost['num_tokens']} tokens, {setting['protocol']}"
-        yield Number("private forward pass", megabytes, facts)
+        yield Number("private forward pass", megabytes, f"MB, {warm['rounds']:,} rounds, {terms(cost)}")
     lost = int(np.nansum(train["nan_count"]) + np.nansum(train["inf_count"]))
     yield Number("NaN and Inf in attention", f"{lost:,}" if lost else "none")
 

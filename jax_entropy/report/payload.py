@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from jax_entropy.data import load_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.paths import local_path, reading
 from jax_entropy.report.block import Block
-from jax_entropy.report.costs import measured_kind, private_cost
+from jax_entropy.report.costs import compared_costs, measured_kind, model_of, private_cost, terms
 from jax_entropy.report.drawing import DEPTH, HEAT_MAP
 from jax_entropy.report.history import History, printable
 from jax_entropy.report.verdict import newest_entropy
@@ -105,6 +105,7 @@ def _text(history: History, block: Block) -> dict[str, Any] | None:
     found = dict(
         step=[reading.step for reading in readings],
         pieces=[[printable(text, "\n\t") for text in texts] for texts in pieces],
+        most=[dict(layers=layers, values=block.put(most_T)) for layers, most_T in _most(history, last.entropy.shape)],
         loss=block.put(np.stack([reading.loss for reading in readings])),
         entropy=block.put(np.stack([reading.entropy for reading in readings])),
     )
@@ -114,6 +115,16 @@ def _text(history: History, block: Block) -> dict[str, Any] | None:
         temperatures = np.stack([reading.temperature[..., positions] for reading in readings])
         found |= dict(positions=positions, temperature=block.put(temperatures))
     return found
+
+
+def _most(history: History, shape: tuple[int, ...]) -> list[tuple[list[int], np.ndarray]]:
+    """The most entropy that the row at each position can have, [T] in nats, and the layers in which it is that."""
+    L, T, model = shape[0], shape[-1], model_of(history)
+    windows, num_slots = (model.windows, model.num_slots) if model else (history.windows or (T,) * L, 0)
+    layers: dict[int, list[int]] = {}
+    for layer, window in enumerate(windows):
+        layers.setdefault(min(window, T), []).append(layer)
+    return [(of, np.log(np.minimum(np.arange(T) + 1, window) + num_slots)) for window, of in layers.items()]
 
 
 def _private(history: History) -> dict[str, Any] | None:
@@ -131,8 +142,7 @@ def _private(history: History) -> dict[str, Any] | None:
             for kind, of_kind in cost["costs"].items()
         ],
         network=printable(str(cost.get("network", ""))),
-        protocol=printable(str(cost["setting"]["protocol"])),
-        tokens=cost["num_tokens"],
+        terms=printable(terms(cost)),
     )
 
 
@@ -147,16 +157,18 @@ def _differences(histories: Sequence[History]) -> list[dict[str, Any]]:
         for name in names
         if name != "data.directory" and len({json.dumps(one.get(name), default=str) for one in flat}) > 1
     ]
-    for name, of in (
-        ("validation loss [nats/token]", lambda history: _last(history.evaluate, "validation_loss")),
-        ("bits per byte", lambda history: _last(history.evaluate, "bits_per_byte")),
-        ("training cross-entropy [nats/token]", lambda history: _last(history.train, "cross_entropy")),
-        ("mean head entropy [nats]", lambda history: float(newest_entropy(history)[0].mean())),
-        ("steps", lambda history: int(history.steps_E[-1])),
-        ("private forward pass [MB]", lambda history: _warm(history, lambda warm: max(warm["bytes"]) / 1e6)),
-        ("private forward pass [rounds]", lambda history: _warm(history, lambda warm: warm["rounds"])),
+    costs = compared_costs(histories)
+    on = next((printable(terms(cost)) for cost in costs if cost), "")
+    warm = [cost and cost["total"]["warm"] for cost in costs]
+    for name, values in (
+        ("validation loss [nats/token]", [_last(history.evaluate, "validation_loss") for history in histories]),
+        ("bits per byte", [_last(history.evaluate, "bits_per_byte") for history in histories]),
+        ("training cross-entropy [nats/token]", [_last(history.train, "cross_entropy") for history in histories]),
+        ("mean head entropy [nats]", [float(newest_entropy(history)[0].mean()) for history in histories]),
+        ("steps", [int(history.steps_E[-1]) for history in histories]),
+        (f"private forward pass [MB], {on}", [total and max(total["bytes"]) / 1e6 for total in warm]),
+        (f"private forward pass [rounds], {on}", [total and total["rounds"] for total in warm]),
     ):
-        values = [of(history) for history in histories]
         if any(value is not None for value in values):
             rows.append(dict(name=name, values=[_cell(value) for value in values], measured=True))
     return rows
@@ -164,11 +176,6 @@ def _differences(histories: Sequence[History]) -> list[dict[str, Any]]:
 
 def _last(metrics: dict[str, np.ndarray], name: str) -> float | None:
     return float(metrics[name][-1]) if name in metrics else None
-
-
-def _warm(history: History, of: Callable[[dict[str, Any]], Any]) -> Any:
-    cost = private_cost(history)
-    return cost and of(cost["total"]["warm"])
 
 
 def _cell(value: Any) -> str:

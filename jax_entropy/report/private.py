@@ -1,6 +1,6 @@
 """The picture of private execution: stacked bars of bytes, rounds and time, one bar for each way to run a model.
 
-It draws what `private profile` and `private compare` write as JSON, and needs nothing of private execution itself.
+It draws what `private profile` and `private compare` write as JSON.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jax_entropy.census import GROUPS, KINDS
+from jax_entropy.report.costs import terms
 from jax_entropy.report.drawing import HEAT_MAP, paper_style, titled
 from jax_entropy.report.history import History
 
@@ -20,10 +21,10 @@ _GROUP_OF = {kind.name: kind.group for kind in KINDS}
 def private_costs(profiles: Sequence[dict[str, Any]]) -> Figure:
     """Bytes, rounds and time of profiles of one context length, the first being what the others are compared with."""
     first = profiles[0]
-    setting, network = first["setting"], first["network"]
+    network = first["network"]
     fig = titled(
         "Private execution by kind of operation",
-        f"{setting['protocol']}, {first['num_tokens']} tokens, {setting['fraction_bits']} fraction bits",
+        f"{terms(first, export=False)}, {first['setting']['fraction_bits']} fraction bits",
         9.6, 1.7 + 0.42 * len(profiles),
         f"Bytes: of the party that sends most, weights of optimised exports opened before. Time on {network}: "
         "computation of all parties on one machine + rounds × latency + bytes / bandwidth.",

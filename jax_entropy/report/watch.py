@@ -100,7 +100,7 @@ def _handler(pages: _Pages) -> type[http.server.BaseHTTPRequestHandler]:
         server_version, sys_version = "jax_entropy", ""
 
         def do_GET(self) -> None:
-            host = self.headers.get("Host", "").rpartition(":")[0]
+            host = self.headers.get("Host", "").partition(":")[0]  # without a port where it is that of HTTP
             if host not in (HOST, "localhost"):  # a name of another site that was made to point here
                 self.send_error(403, "only for this machine")
             elif self.path.partition("?")[0] != "/":

@@ -72,7 +72,7 @@ def test_the_card_says_what_was_logged(run, tmp_path, to):
         "| sent back by the guard | 1 × |", "| command | train --config=quickstart |",
         f"| perplexity | {math.exp(evaluation['validation_loss']):.4g} |", "| evaluated at step | 500 |",
         f"Mean head entropy {entropy_LxN.mean():.3f} nats", f"| 1 | {entropy_LxN[1].mean():.3f} |",
-        "over 32 tokens under secure computation (semi2k, predicted)", "| softmax | ",
+        "under secure computation (32 tokens, semi2k, predicted)", "| softmax | ",
     ):  # fmt: skip
         assert fact in text, fact
     assert text.startswith("---\nlibrary_name: ") and ("HookedTransformer(" in text) == (to == "transformer_lens")

@@ -175,8 +175,14 @@ def test_a_head_that_is_chosen_is_marked_everywhere_and_its_numbers_are_those_lo
     assert tab.locator("#entropy-surface .row").is_visible() and "layer 1, head 3" in said(tab, "text")
     assert tab.locator("#head .third").count() == 3
     tab.focus("#heads svg")
-    tab.keyboard.press("ArrowUp")
-    assert "layer 0, head 3" in said(tab, "heads")
+    for key, head in (
+        ("ArrowUp", "layer 0, head 3"),
+        ("ArrowLeft", "layer 0, head 2"),
+        ("ArrowRight", "layer 0, head 3"),
+    ):
+        tab.keyboard.press(key)
+        assert head in said(tab, "heads") and tab.inner_text("#now b") == "1,000"
+    assert tab.get_attribute("#heads .said", "aria-live") == "polite"
     tab.locator("#heads summary").click()
     cells = tab.locator("#heads tbody tr").nth(0).locator("td")
     playwright.expect(cells).to_have_count(4)  # a table is filled by an event that follows the click
@@ -185,6 +191,23 @@ def test_a_head_that_is_chosen_is_marked_everywhere_and_its_numbers_are_those_lo
     )
     tab.hover('#heads .cell[data-layer="2"][data-head="0"]')
     playwright.expect(tab.locator("#tip")).to_contain_text(f"{history.train['head_entropy'][-1, 2, 0]:.5g} nats")
+
+
+def test_keys_scroll_what_is_longer_than_its_place(desk):
+    tab = desk("#step=200&run=0")
+    tab.locator("#layers summary").click()
+    region = tab.locator("#layers .scroll")
+    region.evaluate("(one) => Object.assign(one.style, { width: '80px' })")
+    region.focus()
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press(" ")
+    tab.wait_for_function("document.querySelector('#layers .scroll').scrollLeft > 0")
+    assert tab.inner_text("#now b") == "200" and tab.get_attribute("#play", "aria-label") == "play"
+    labels = tab.eval_on_selector_all(
+        "#panels [role=region], #panels [role=radiogroup]", "all => all.map((one) => one.ariaLabel)"
+    )
+    assert len({*labels}) == len(labels)
+    tab.locator("#layers summary").click()
 
 
 def test_runs_are_compared_and_incidents_marked(desk):
@@ -214,7 +237,7 @@ def test_texts_are_shown_and_never_obeyed(desk):
 
 def test_what_is_not_a_number_is_said_and_not_drawn_as_one(visit, tmp_path):
     file = tmp_path / "page.html"
-    file.write_text(page([read_history(write_run(tmp_path / "run", L=3, N=2, steps=8, nan_from=6, ereg=False))]))
+    file.write_text(page([read_history(write_run(tmp_path / "run", L=3, N=2, steps=8, nan_from=6))]))
     tab = visit(file.as_uri(), "#step=400&layer=0&head=0")
     assert said(tab, "layers").startswith("layer 0: ")
     tab.locator("h1").click()
@@ -222,6 +245,8 @@ def test_what_is_not_a_number_is_said_and_not_drawn_as_one(visit, tmp_path):
     assert said(tab, "layers").endswith("nats, 2 of 3 layers are not a number")
     assert "grey: not a number" in tab.inner_text("#entropy-surface .legend")
     assert tab.locator("#heads .unknown").count() == 4
+    assert said(tab, "heads").endswith("nats, 4 of 6 heads are not a number")
+    assert "of 2 heads outside the band" in said(tab, "thresholds")
     tab.close()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jax_entropy.commands.main import main
+from jax_entropy.data.tokenizer import train_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.report import numbers, read_history, report
 from jax_entropy.report.block import Block
@@ -23,8 +24,10 @@ from jax_entropy.report.page import page
 from jax_entropy.report.payload import read_sweep
 from jax_entropy.report.verdict import verdict
 from jax_entropy.report.watch import serve, watch
+from jax_entropy.runs.reading import Reading
 from jax_entropy.runs.workdir import Workdir
 from tests.report.helpers import CAUSAL, write_run
+from tests.tiny_model import run_config
 
 watch_module = importlib.import_module("jax_entropy.report.watch")  # the package's name is the function
 
@@ -150,6 +153,58 @@ def test_runs_that_differ_in_their_seed_only_are_one_group(tmp_path):
     differences = {row["name"]: row["values"] for row in header["differences"]}
     assert differences["optimizer.rate"] == ["0.1", "0.1", "0.2"] and differences["seed"] == ["0", "1", "2"]
     assert "model.num_layers" not in differences and len(set(differences["validation loss [nats/token]"])) == 3
+
+
+def whole_run(folder, architecture, **fields):
+    """A run whose configuration says all of its model."""
+    workdir = write_run(folder, L=2, N=2, steps=3, architecture=architecture)
+    config = run_config(architecture, **{"model.vocab_size": 61, **fields})
+    (workdir / "config.json").write_text(config.to_json())
+    return workdir
+
+
+def test_private_costs_are_compared_on_the_same_terms(tmp_path):
+    a, b = (whole_run(tmp_path / name, "SM+LN+R") for name in "ab")
+
+    def compared(of_a, of_b):
+        for workdir, changes in ((a, of_a), (b, of_b)):
+            total = dict(warm=dict(bytes=[1e6 * len(workdir.name), 2.5e6], rounds=798))
+            measured = dict(setting=dict(protocol="semi2k"), num_tokens=16, total=total) | (changes or {})
+            (workdir / "private.json").unlink(missing_ok=True)
+            if changes is not None:
+                (workdir / "private.json").write_text(json.dumps(measured))
+        rows = carried(page([read_history(a), read_history(b)]))["differences"]
+        return {row["name"]: row["values"] for row in rows if row["name"].startswith("private")}
+
+    last = dict(logits="last", embedding="public", export="plain")
+    on = "16 tokens, semi2k, logits of one token, plain export, public embedding"
+    assert compared(last, last)[f"private forward pass [MB], {on}"] == ["2.5", "2.5"]
+    for of_a, of_b in (({}, last), ({}, None), ({}, dict(num_tokens=8)), ({}, dict(setting=dict(protocol="aby3")))):
+        found = compared(of_a, of_b)
+        assert [*found] == [f"private forward pass [{unit}], 16 tokens, semi2k, predicted" for unit in ("MB", "rounds")]
+        assert all(values[0] == values[1] not in ("2.5", "798", "–") for values in found.values())
+    (b / "private.json").write_text(
+        json.dumps(
+            dict(setting=dict(protocol="semi2k"), num_tokens=16, total=dict(warm=dict(bytes=[1], rounds=2)), **last)
+        )
+    )
+    assert f"2 rounds, {on}</small>" in page([read_history(b)])
+
+
+@pytest.mark.parametrize(("name", "visible"), [
+    ("SM", [([0, 1], [1, 2, 3, 4, 5, 6])]), ("SM+Mem3", [([0, 1], [4, 5, 6, 7, 8, 9])]),
+    ("SM+Mem3+Win(SL,4)", [([0], [4, 5, 6, 7, 7, 7]), ([1], [4, 5, 6, 7, 8, 9])]),
+])  # fmt: skip
+def test_the_most_at_a_position_is_of_what_its_row_sees(tmp_path, name, visible):
+    workdir = whole_run(tmp_path / "run", name)
+    tokenizer = train_tokenizer(["def f(x):"], 300)
+    tokenizer.save(workdir / "tokenizer.json")
+    tokens, rng = np.arange(7)[None], np.random.default_rng(0)
+    Reading(tokens, rng.random((1, 6)), rng.random((2, 2, 1, 6)), step=150).save(Workdir(workdir).text, 150)
+    (run,) = carried(page([read_history(workdir)]))["runs"]
+    assert [most["layers"] for most in run["text"]["most"]] == [layers for layers, _ in visible]
+    for most, (_, keys) in zip(run["text"]["most"], visible, strict=True):
+        np.testing.assert_allclose(most["values"], np.log(keys), rtol=1e-6)
 
 
 def test_numbers_come_as_json_and_as_csv(tmp_path):
@@ -283,6 +338,7 @@ def test_the_server_answers_this_machine_only_and_says_what_is_new(tmp_path):
         assert status == 200 and "has no config.json" in text and "connect-src 'self'" in text
         assert ask(If_None_Match=tag)[0] == 304
         assert ask("/etc/passwd")[0] == 404 and ask(Host="evil.example:80")[0] == 403
+        assert ask(Host="127.0.0.1")[0] == 200 and ask(Host="evil.example")[0] == ask(Host="")[0] == 403
         made = write_run(tmp_path / "made", L=2, N=2, steps=3)
         for name in ("config.json", "metrics.jsonl"):
             (made / name).rename(tmp_path / name)

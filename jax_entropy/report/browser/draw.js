@@ -141,15 +141,24 @@ function pointed(event, element, width) {
   return [(event.clientX - box.left) * shrink, (event.clientY - box.top) * shrink];
 }
 
+// Draws what is inside an element anew; what has the keyboard there hands it on to what comes in its place.
+function redraw(box, drawing) {
+  const reached = () => [...box.querySelectorAll("[tabindex], button, summary, a")];
+  const at = reached().indexOf(document.activeElement);
+  const drawn = drawing();
+  if (at >= 0) reached()[at]?.focus({ preventScroll: true });
+  return drawn;
+}
+
 // A table and, beside it, the same as a file.
-function tableOf({ head, rows }, name) {
+function tableOf({ head, rows }, title, name) {
   const cell = (text, tag, scope) => html(tag, scope ? { scope } : {}, typeof text === "number" ? exact(text, 7) : String(text));
   const table = html("table", {},
     html("thead", {}, html("tr", {}, ...head.map((text) => cell(text, "th", "col")))),
     html("tbody", {}, ...rows.map((values) => html("tr", {}, ...values.map((value, i) => cell(value, i ? "td" : "th", i ? null : "row"))))),
   );
   const save = html("button", { type: "button", onclick: () => saveCsv({ head, rows }, name) }, "Save as CSV");
-  return [html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "table" }, table), save];
+  return [html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `table: ${title}` }, table), save];
 }
 
 function saveCsv({ head, rows }, name) {

@@ -86,7 +86,7 @@ function spark(run) {
 
 function buildPanels() {
   built = PANELS.map((panel) => {
-    const said = html("p", { class: "said" }), picture = html("div", { class: "picture" });
+    const said = html("p", { class: "said", ...(panel.live ? { "aria-live": "polite" } : {}) }), picture = html("div", { class: "picture" });
     const numbers = html("details", { class: "numbers" }, html("summary", {}, "Table"), html("div", {}));
     const section = html("section", { id: panel.id, class: "panel", "aria-label": panel.title },
       html("h2", {}, panel.title), said, choices(panel), picture, html("p", { class: "caption" }, panel.caption), numbers);
@@ -102,14 +102,14 @@ function choices(panel) {
   if (panel.select) return html("select", { class: "metric", "aria-label": "metric", onchange: (event) => { state.metric = event.target.value; draw(); } });
   const { field } = panel;
   if (!field) return null;
-  return html("div", { class: "choice", role: "radiogroup", "aria-label": "what is shown" }, ...OFFERED[field].map(([key, name]) => html("label", { "data-key": key },
+  return html("div", { class: "choice", role: "radiogroup", "aria-label": `${panel.title}: what is shown` }, ...OFFERED[field].map(([key, name]) => html("label", { "data-key": key },
     html("input", { type: "radio", name: field, value: key, onchange: () => { state[field] = key; draw(); } }), html("span", {}, name))));
 }
 
 function fillTable({ panel, numbers }) {
   if (!numbers.open) return;
   const { scrollLeft = 0, scrollTop = 0 } = numbers.querySelector(".scroll") || {};
-  numbers.lastChild.replaceChildren(...tableOf(panel.table(currentRun()), `${currentRun().name}-${panel.id}`));
+  redraw(numbers.lastChild, () => numbers.lastChild.replaceChildren(...tableOf(panel.table(currentRun()), panel.title, `${currentRun().name}-${panel.id}`)));
   Object.assign(numbers.querySelector(".scroll"), { scrollLeft, scrollTop });
 }
 
@@ -132,7 +132,7 @@ function draw() {
   layOut(run);
   for (const one of built) {
     const { panel, section, picture } = one;
-    one.view = section.hidden ? null : panel.draw(picture, run);
+    one.view = section.hidden ? null : redraw(picture, () => panel.draw(picture, run));
     for (const label of section.querySelectorAll("[data-key]")) {
       label.hidden = panel.field === "measure" && !ofHeads(run, MEASURES[label.dataset.key].metric);
       label.firstChild.checked = state[panel.field] === label.dataset.key;
@@ -154,7 +154,8 @@ function move() {
   for (const one of built) {
     if (!one.view) continue;
     one.view.move();
-    one.said.textContent = one.panel.said(run);
+    const words = one.panel.said(run);
+    if (one.said.textContent !== words) one.said.textContent = words;
     fillTable(one);
   }
   clearTimeout(addressing); // browsers refuse hundreds of addresses in a few seconds
@@ -209,7 +210,7 @@ function writeAddress() {
 }
 
 function onKey(event) {
-  if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest?.("input,select,textarea,summary,button")) return;
+  if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest?.("input,select,textarea,summary,button,.scroll,.reading")) return;
   const i = indexAt(allSteps, state.step), last = allSteps.length - 1;
   const to = { ArrowLeft: i - 1, ArrowRight: i + 1 }[event.key];
   if (to !== undefined) setStep(allSteps[Math.min(last, Math.max(0, to))]);
@@ -249,7 +250,7 @@ function follow() {
 // An empty block: only the words are new.
 async function renew(fresh, block) {
   const open = new Set([...document.querySelectorAll("#abouts details[open] > summary")].map((summary) => summary.textContent));
-  for (const id of ["words", "abouts"]) el(id).replaceChildren(...fresh.getElementById(id).childNodes);
+  for (const id of ["words", "abouts"]) redraw(el(id), () => el(id).replaceChildren(...fresh.getElementById(id).childNodes));
   if (!data) return start(block);
   for (const summary of document.querySelectorAll("#abouts summary")) summary.parentNode.open = open.has(summary.textContent);
   if (block) {

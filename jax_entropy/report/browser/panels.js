@@ -1,6 +1,7 @@
 // What is shown of a run, panel by panel. Each says when it has something to show, draws it, and gives it as a table.
 //
-// { id, title, caption, wide, shown(run), draw(box, run) -> view, said(run), table(run) }; a view's `move` follows the slider.
+// { id, title, caption, wide, live, shown(run), draw(box, run) -> view, said(run), table(run) }; a view's `move` follows the slider.
+// `live`: what it says is read out as it changes, for who cannot see what the keys have chosen.
 
 const QUARTERS = ["bottom quarter (collapse)", "second quarter", "third quarter", "top quarter (overload)"];
 const MEASURES = {
@@ -71,9 +72,17 @@ function saidOfLayers(run, metric, unit) {
 
 // From the least to the largest of several numbers, and how many of them are none.
 function saidRange(values, unit, of) {
+  return saidOfKnown(values, of, (known) => `${exact(Math.min(...known), 4)} to ${exact(Math.max(...known), 4)} ${unit}`.trim());
+}
+
+// What `say` says of those values that are numbers, and how many are none.
+function saidOfKnown(values, of, say) {
   const known = values.filter(Number.isFinite), lost = values.length - known.length;
-  const range = known.length ? `${exact(Math.min(...known), 4)} to ${exact(Math.max(...known), 4)} ${unit}`.trim() : "";
-  return [range, lost ? `${lost} of ${values.length} ${of} are not a number` : ""].filter(Boolean).join(", ");
+  return [known.length ? say(known) : "", lost ? `${lost} of ${values.length} ${of} are not a number` : ""].filter(Boolean).join(", ");
+}
+
+function mean(values) {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
 }
 
 function difference(run) {
@@ -82,7 +91,7 @@ function difference(run) {
 }
 
 const HEADS = {
-  id: "heads", title: "Every attention head", field: "measure", wide: (run) => run.heads > 14,
+  id: "heads", title: "Every attention head", field: "measure", live: true, wide: (run) => run.heads > 14,
   caption: "Near zero a head looks at one token, near the maximum it looks at all alike. Choose a head: it is marked in every picture.",
   shown: () => true,
   // The run that this one is compared with, where it has as many heads and the same measure.
@@ -116,8 +125,7 @@ const HEADS = {
   said(run) {
     const { unit } = this.scale(run);
     if (state.head !== null) return `layer ${state.layer}, head ${state.head}: ${exact(this.value(run, state.layer, state.head))} ${unit}`;
-    const values = this.table(run).rows.flatMap(([, ...heads]) => heads).filter(Number.isFinite);
-    return `mean ${exact(values.reduce((sum, value) => sum + value, 0) / values.length, 4)} ${unit}`;
+    return saidOfKnown(this.table(run).rows.flatMap(([, ...heads]) => heads), "heads", (known) => `mean ${exact(mean(known), 4)} ${unit}`);
   },
   table(run) {
     return {
@@ -226,8 +234,10 @@ const THRESHOLDS = {
   },
   said(run) {
     const apart = this.heads(run).map(([, threshold, share]) => Math.abs(share - threshold));
-    const outside = apart.filter((distance) => distance > (run.tolerance || 0)).length;
-    return `${outside} of ${apart.length} heads outside the band, ${exact(apart.reduce((sum, distance) => sum + distance, 0) / apart.length, 3)} apart in the mean`;
+    return saidOfKnown(apart, "heads", (known) => {
+      const outside = known.filter((distance) => distance > (run.tolerance || 0)).length;
+      return `${outside} of ${known.length} heads outside the band, ${exact(mean(known), 3)} apart in the mean`;
+    });
   },
   table(run) {
     return { head: ["head", "θ", "entropy ÷ its maximum", "entropy [nats]"], rows: this.heads(run) };

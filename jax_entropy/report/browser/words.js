@@ -87,12 +87,14 @@ const POSITIONS = {
   },
   series(run, k) {
     const [, L, , , T] = run.text.entropy.shape, positions = Float32Array.from({ length: T }, (_, i) => i);
-    const most = { ...curve("the most", positions, positions.map((i) => Math.log(i + 1)), 5), label: "", dash: "2 3" };
+    const most = run.text.most.map(({ layers, values }) => ({
+      ...curve(layers.length === L ? "the most" : `the most of ${layers.length > 1 ? "layers" : "layer"} ${layers.join(", ")}`, positions, values.values, 5), label: "", dash: "2 3",
+    }));
     const layers = Array.from({ length: L }, (_, l) => ({
       name: `layer ${l}`, label: `${l}`, layer: l, steps: positions, values: this.mean(run, k, l), color: layerColor(l, L), dash: DASHES[l % DASHES.length],
     }));
-    if (state.head === null) return [most, ...layers];
-    return [most, ...layers, { ...curve(`layer ${state.layer}, head ${state.head}`, positions, this.mean(run, k, state.layer, state.head)), label: "", layer: state.layer, dash: "" }];
+    if (state.head === null) return [...most, ...layers];
+    return [...most, ...layers, { ...curve(`layer ${state.layer}, head ${state.head}`, positions, this.mean(run, k, state.layer, state.head)), label: "", layer: state.layer, dash: "" }];
   },
   draw(box, run) {
     let drawn = null;
@@ -132,6 +134,6 @@ const PRIVATE = {
     box.replaceChildren(...columns);
     return { move() {} };
   },
-  said: (run) => `${run.private.protocol}, ${run.private.tokens} tokens`,
+  said: (run) => run.private.terms,
   table: (run) => ({ head: ["kind", "bytes", "rounds", "seconds"], rows: run.private.costs.map(({ kind, bytes, rounds, seconds }) => [kind, bytes, rounds, seconds]) }),
 };

@@ -199,7 +199,7 @@ def predict(values: Namespace) -> None:
     setting, network, price = read_setting(values), read_network(values.network), read_price(values.prices)
     if not (known := is_known(setting)):
         environment_python()
-        warn(f"no coefficients for this setting of {setting.protocol}: two blocks are measured, and counted by layers")
+        warn(f"no coefficients for this setting of {setting.protocol}: a block of each kind is measured, and counted")
     predicted = []
     for config in configs:
         for plain, logits in itertools.product((True, False), ("every", "last") if known else ("every",)):

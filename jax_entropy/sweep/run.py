@@ -107,7 +107,7 @@ def _prepare(points: Sequence[Point], folder: Folder, notify: Callable[[str], No
     """
     made: dict[str, Corpus] = {}
     corpora: dict[str, Corpus] = {}
-    for label, config, _ in points:
+    for label, config, *_ in points:
         key = json.dumps([config.data.to_dict(), config.model.context_length])
         if key not in made:
             made[key] = prepare(config.data, config.model.context_length, notify)

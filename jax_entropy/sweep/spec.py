@@ -133,11 +133,12 @@ class PlannedRun(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A point of a sweep: its label, its config, and whether its learning rate is to be chosen."""
+    """A point of a sweep: its label, its config, whether its learning rate is to be chosen, and what folders say."""
 
     label: str
     config: ConfigDict
     tuned: bool
+    name: str
 
     def run(self, folder: Path, seed: int, rate: float | None = None, share: float = 1.0) -> PlannedRun:
         """Its run of a seed, in a folder of its own in `folder`; at its config's learning rate where none is given."""
@@ -145,12 +146,8 @@ class Point(NamedTuple):
         config.seed = seed
         config.optimizer.learning_rate = config.optimizer.learning_rate if rate is None else rate
         config.train.num_steps = max(1, round(share * config.train.num_steps))
-        name = re.sub(r"[^\w.+=^-]+", "_", self.label).strip("_")
-        if len(name) > _LONGEST:
-            name = f"{name[:_LONGEST]}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
-        return PlannedRun(
-            self.label, seed, config, folder / f"{name}-rate{config.optimizer.learning_rate:g}-seed{seed}"
-        )
+        of_rate = repr(float(config.optimizer.learning_rate)).removesuffix(".0")
+        return PlannedRun(self.label, seed, config, folder / f"{self.name}-rate{of_rate}-seed{seed}")
 
 
 def load_sweep(name: str, scale: str) -> Sweep:
@@ -192,7 +189,21 @@ def points_of(sweep: Sweep, fields: Mapping[str, Any]) -> list[Point]:
         for label in named:
             if label not in labels:
                 raise UserError(f"the sweep's {kind} names {label!r}, which is no point of it{nearest(label, labels)}")
-    return points
+    names = [point.name for point in points]  # of which two may be the same, though the labels are not
+    return [
+        point._replace(name=_with_digest(point.name, point.label)) if point.name in names[:i] else point
+        for i, point in enumerate(points)
+    ]
+
+
+def _folder_name(label: str) -> str:
+    """A label as far as it can be the name of a folder."""
+    name = re.sub(r"[^\w.+=^-]+", "_", label).strip("_")
+    return name if len(name) <= _LONGEST else _with_digest(name, label)
+
+
+def _with_digest(name: str, label: str) -> str:
+    return f"{name[:_LONGEST]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def _check(sweep: Sweep, fields: Mapping[str, Any]) -> None:
@@ -253,4 +264,5 @@ def _point(sweep: Sweep, point: Mapping[str, Any], fields: Mapping[str, Any]) ->
         config = load_config(f"{sweep.config}:{architecture}" if architecture else str(sweep.config))
     check(change(config, values))
     differing = [f"{name.rpartition('.')[2]}={text}" for name, text in own.items() if name != "architecture"]
-    return Point(", ".join([config.architecture, *differing]), config, sweep.tuning is not None and _RATE not in values)
+    label = ", ".join([config.architecture, *differing])
+    return Point(label, config, sweep.tuning is not None and _RATE not in values, _folder_name(label))

@@ -1,5 +1,6 @@
 """Predicted bytes and rounds are the measured ones of shapes that no coefficient was fitted to."""
 
+import dataclasses
 import os
 
 import jax
@@ -12,7 +13,7 @@ from jax_entropy.errors import UserError
 from jax_entropy.private.cost import calibration
 from jax_entropy.private.cost.account import run_whole
 from jax_entropy.private.cost.memory import Layout, ciphertext_memory, layout, needed
-from jax_entropy.private.cost.model import count_by_layers, predict, predict_total
+from jax_entropy.private.cost.model import _kinds_of_blocks, _one_of_each, count_by_layers, predict, predict_total
 from jax_entropy.private.cost.profile import profile
 from jax_entropy.private.cost.work import Work, ciphertexts, work
 from jax_entropy.private.engine.engine import Setting
@@ -173,12 +174,25 @@ def test_the_simplest_layout_that_fits():
     assert 0 < cut.piece < fits(cheetah, 40e9).piece
 
 
-def test_blocks_counted_by_layers(measure):
-    config = architecture("SM+LN+R^2", num_layers=5, num_heads=2, model_dim=32, context_length=16, vocab_size=64)
-    measured = measure(config, Rewrites(), Setting()).total()
-    counted = count_by_layers(config, Setting(), plain=False, notify=print)
+def test_blocks_counted_by_kind(measure):
+    config = architecture(
+        "SM+ScFuFFN+Win(SSL,4)^2", num_layers=7, num_heads=2, model_dim=32, context_length=16, vocab_size=64
+    )
+    setting = Setting(layer_iterations=(5, 5, 5, 5, 6, 5, 5))
+    measured = measure(config, Rewrites(), setting).total()
+    counted = count_by_layers(config, setting, plain=False, notify=print)
     assert counted.bytes == pytest.approx(measured.bytes, rel=1e-4)
     assert counted.rounds == measured.rounds
+
+
+@pytest.mark.parametrize("num_layers", range(1, 12))
+def test_blocks_of_each_kind_are_a_model_of_their_own(num_layers):
+    config = tiny("SM+VEmb+Win(SSSL,4)", num_layers=num_layers)
+    kinds = _kinds_of_blocks(config, Setting())
+    layers = _one_of_each(config, kinds)
+    assert layers == sorted({*layers}) and {kinds[layer] for layer in layers} == {*kinds}
+    embedded = dataclasses.replace(config, num_layers=len(layers)).embedded_values
+    assert embedded == tuple(config.embedded_values[layer] for layer in layers)
 
 
 def test_stages_add_up_to_the_whole_program(engine, measure):

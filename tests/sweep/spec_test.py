@@ -54,6 +54,14 @@ def test_a_long_label_is_a_short_folder_of_its_own(tmp_path):
     assert first != second and len(first.name) < 150
 
 
+def test_every_run_has_a_folder_of_its_own_whatever_its_label_is_made_of(tmp_path):
+    files = ["/a/*.py", "/a?/*.py", "/a//*.py", "a", "b"]
+    points = points_of(Sweep(points=product({"data.files": files}), fields={"data.source": "files"}), {})
+    paths = [point.run(tmp_path, 1, rate).path.name for point in points for rate in (0.001, 0.001 + 1e-11)]
+    assert len({*paths}) == 10 and all("-rate0.001-seed1" in path for path in paths[::2])
+    assert [point.name.partition("files=")[2] for point in points][-2:] == ["a", "b"]
+
+
 BAD = {
     "points=[]": "has no points",
     "points=['SM']": "points must be mappings of fields to values, not 'SM'",

@@ -157,23 +157,55 @@ def predict_total(
 def count_by_layers(
     config: ModelConfig, setting: Setting, plain: bool, notify: Callable[[str], None], embedding: str = "shared"
 ) -> Account:
-    """A warm forward pass whose blocks are measured, two of each kind at full size, and counted as often as they occur.
+    """A warm forward pass of which a block of each kind is measured, at full size, and counted as often as it occurs.
 
     For settings that the cost model does not know.
 
     Raises:
-      UserError: the two blocks do not fit into memory.
+      UserError: these blocks do not fit into memory.
     """
-    of_each = [config.num_layers - config.ffn_free_layers, config.ffn_free_layers]
-    few = [min(2, count) for count in of_each]
-    small = dataclasses.replace(config, num_layers=sum(few), ffn_free_layers=few[1])
-    rewrites = PLAIN if plain else Rewrites()
-    T, limit = config.context_length, read_memory("")
-    of = layout(small, T, setting, plain, limit=limit, embedding=embedding, streamable=True)
+    kinds = _kinds_of_blocks(config, setting)
+    layers = _one_of_each(config, kinds)
+    letters = "".join("L" if config.windows[layer] == config.context_length else "S" for layer in layers)
+    small = dataclasses.replace(
+        config, num_layers=len(layers), window_pattern=letters if "S" in letters else "",
+        window=config.window if "S" in letters else 0,
+        ffn_free_layers=sum(layer >= config.num_layers - config.ffn_free_layers for layer in layers),
+    )  # fmt: skip
+    if setting.layer_iterations:
+        setting = setting._replace(layer_iterations=tuple(setting.layer_iterations[layer] for layer in layers))
+    T, rewrites = config.context_length, PLAIN if plain else Rewrites()
+    of = layout(small, T, setting, plain, limit=read_memory(""), embedding=embedding, streamable=True)
     measured = measure(small, random_variables(small), rewrites, T, setting, notify, embedding=embedding, layout=of)
-    sums = [add(e.warm for e in measured.entries if e.layer is None)]
-    for count, layers in ((of_each[0], range(few[0])), (of_each[1], range(few[0], sum(few)))):
-        if layers:
-            blocks = add(entry.warm for entry in measured.entries if entry.layer in layers)
-            sums.append(times(blocks, count / len(layers)))
+    sums = [add(entry.warm for entry in measured.entries if entry.layer is None)]
+    for kind in {*kinds}:
+        alike = [i for i, layer in enumerate(layers) if kinds[layer] == kind]
+        blocks = add(entry.warm for entry in measured.entries if entry.layer in alike)
+        sums.append(times(blocks, kinds.count(kind) / len(alike)))
     return add(sums)
+
+
+def _kinds_of_blocks(config: ModelConfig, setting: Setting) -> list[tuple]:
+    """What the cost of each layer's block depends on beside the sizes of the model.
+
+    Raises:
+      UserError: the setting is of another number of layers.
+    """
+    L = config.num_layers
+    return [
+        (layer == 0, layer == L - 1, layer < L - config.ffn_free_layers, *of)
+        for layer, *of in zip(
+            range(L), config.windows, config.embedded_values, setting.bent_squarings(L) or (0,) * L, strict=True
+        )
+    ]
+
+
+def _one_of_each(config: ModelConfig, kinds: list[tuple]) -> list[int]:
+    """Layers, one of each kind among them, that are a model; every other one has embedded values where that is so."""
+    alternate = config.value_embedding and config.value_embedding_layers == "alternate"
+    chosen: list[int] = []  # from the last on
+    for layer in sorted({kind: layer for layer, kind in enumerate(kinds)}.values(), reverse=True):
+        if alternate and chosen and config.embedded_values[layer] == config.embedded_values[chosen[-1]]:
+            chosen.append(layer + 1)
+        chosen.append(layer)
+    return chosen[::-1]

@@ -30,6 +30,7 @@ _KINDS = {
     int: "a whole number", int | None: "a whole number, or None", float | int: "a number",
     float | int | None: "a number, or None", bool: "True or False", str: "text",
 }  # fmt: skip
+_LEAST_TEMPERATURE = 1e-3  # ten times the floor, of which it is 0.5 % larger than itself
 _AT_LEAST_1 = ("num_layers", "num_heads", "model_dim", "ffn_dim", "context_length", "vocab_size")
 _NOT_NEGATIVE = ("scan_unroll", "conv_width", "num_slots", "window", "logit_cap")
 _ABOVE_0 = ("temperature_init", "alpha_init", "init_std", "residual_init_std", "norm_epsilon", "rotary_base")
@@ -165,6 +166,11 @@ def _check_values(config: ModelConfig) -> None:
         for name in names:
             if name in given and not holds(given[name]):
                 raise UserError(f"model field {name}={given[name]!r} must be {words}")
+    if config.temperature_parameter == "direct" and config.temperature_init < _LEAST_TEMPERATURE:
+        raise UserError(
+            f"model field temperature_init={config.temperature_init} is too close to the floor of direct temperatures; "
+            f"the least is {_LEAST_TEMPERATURE}, or take temperature_parameter='log'"
+        )
     if not 0 <= config.embedding_dropout < 1:
         raise UserError(f"model field embedding_dropout={config.embedding_dropout} must be in [0, 1)")
     if not (0 <= config.power <= 16 and config.power % 2 == 0):
@@ -202,8 +208,11 @@ def _check_sizes(config: ModelConfig) -> None:
             f"Win({config.window_pattern},{window}) is no pattern of windows: S for a layer with one, L for one that "
             "sees all, and how many keys an S sees, as in Win(SSSL,32)"
         )
-    if config.window_pattern and "S" not in config.window_pattern:
-        raise UserError(f"no layer of Win({config.window_pattern},{window}) has a window; the letter for one is S")
+    if config.window_pattern and "S" not in (config.window_pattern * config.num_layers)[: config.num_layers]:
+        raise UserError(
+            f"no layer of Win({config.window_pattern},{window}) has a window; the letter for one is S, among the first "
+            f"{config.num_layers} of the pattern, which has a letter for each layer"
+        )
     if window >= T:
         raise UserError(
             f"Win({config.window_pattern},{window}) leaves out nothing: window={window} must be below "

@@ -5,7 +5,6 @@ A file in `configs/` starts from `default_config(architecture)` and changes what
 
 import dataclasses
 import json
-import math
 import re
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax_entropy.paths import local_path
 PATHS = ("data.files", "data.directory", "data.tokenizer")  # fields that name places on this machine
 # what an imported model, not trained yet, was made with
 _IMPORTED = ("architecture", "model.", "data.tokenizer")
+_LARGEST_FLOAT = 3.4e38
 
 
 def default_config(architecture_name: str) -> ConfigDict:
@@ -72,8 +72,10 @@ def check(config: ConfigDict) -> None:
         if flat[name] is None and default is not None:
             raise UserError(f"config.{name}=None must have a value; its default is {default!r}")
     for name, value in flat.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"config.{name}={value} must be a finite number")
+        if isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT:
+            raise UserError(f"config.{name}={value} must be a finite number of float32, at most {_LARGEST_FLOAT:.3g}")
+        if isinstance(value, int) and abs(value) >= 2**31 and name != "seed":
+            raise UserError(f"config.{name}={value} must be below 2^31")
     for field in FIELDS:
         value, bound = flat[field.name], field.bound
         if isinstance(bound, tuple):

@@ -158,7 +158,8 @@ FIELDS = (
     Field("data.directory", "", "path",
         "where prepared corpora are kept; empty: `$XDG_CACHE_HOME/jax_entropy`, or `~/.cache/jax_entropy`", live=True),
     Field("data.tokenizer", "", "path",
-        "an existing `tokenizer.json`; empty: a byte-level BPE trained on the training text"),
+        "an existing `tokenizer.json`; empty: a byte-level BPE trained on the training text, or the tokenizer of the "
+        "model that the run started from, which lies in the workdir"),
     Field("data.vocab_size", 4096, "tokens",
         "largest vocabulary of the BPE that is trained, 257 to 2^20; without effect if `tokenizer` is set",
         _VOCABULARY),

@@ -51,7 +51,7 @@ class Linear(nn.Module):
         return y.astype(self.dtype).reshape(*batch_shape, *self.out_shape)
 
     def _singular_vectors(self, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Those of the largest singular value, by one power iteration a step; kept in the collection `spectral`."""
+        """Those of the largest singular value, by a power iteration at each forward pass of training; in `spectral`."""
         frozen = jax.lax.stop_gradient(matrix)
 
         def iterate(_, vectors):

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.sharding import platform
 
-_RATE_MEMORY = 0.99  # of a frozen norm's mean rate, a step
+_RATE_MEMORY = 0.99  # of a frozen norm's mean rate, a forward pass of training
 
 
 def normalise(kind: str, config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:

@@ -241,7 +241,7 @@ def test_a_run_takes_nonlinearities_out_of_a_trained_one(tmp_path, tiny):
     plain = load_run(run)
     assert str(plain.model.config) == "SM+FN"
     jax.tree.map(np.testing.assert_array_equal, plain.variables, trained.variables)
-    with pytest.raises(UserError, match="SM.FN, has no row statistics left; start from it with config.anneal.end=0"):
+    with pytest.raises(UserError, match="SM.FN, has .frozen. in its place; start from it with config.anneal.end=0"):
         train(tiny("SM+FN+G", **sizes), other, lambda line: None, start_from=run)
 
     for step in (3, 2):

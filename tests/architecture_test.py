@@ -276,7 +276,7 @@ def test_parts_may_come_in_any_order_and_are_printed_in_one():
 
 @pytest.mark.parametrize(("name", "message"), [
     ("SM+Win(SXL,32)", r"Win\(SXL,32\) is no pattern"), ("SM+Win(ssl,32)", "is no pattern"),
-    ("SM+Win(LL,32)", "no layer"),
+    ("SM+Win(LL,32)", "no layer"), (f"SM+Win({'L' * 12}S,32)", "no layer .* the first 12 of the pattern"),
     ("SM+Win(,32)", "is no pattern"), ("SM+Win(S,128)", "window=128 must be below context_length=128"),
     ("SM+Conv1", r"Conv1 \(conv_width=1\) sees no other position"), ("SM+Conv129", "the widest convolution is Conv128"),
 ])  # fmt: skip

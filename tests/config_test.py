@@ -134,6 +134,7 @@ def test_a_vocabulary_must_be_the_tokenizers():
 # FIELD=VALUE, of each of which a sentence names both; and what it proposes, where that is asked for
 WRONG = """
 seed=x seed=-1 seed=18446744073709551616
+guard.window=2147483648 train.num_steps=3000000000 optimizer.learning_rate=1e+39
 model.num_layers=0 model.num_layers=-2 model.num_heads=0 model.num_heads=3 model.num_heads=7 model.model_dim=0
 model.model_dim=33 model.ffn_dim=0 model.ffn_dim=100 model.context_length=0 model.context_length=-5 model.vocab_size=0
 model.tanh_gelu=3 model.temperature_init=0.0 model.temperature_init=-1.0

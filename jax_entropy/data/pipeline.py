@@ -26,7 +26,7 @@ def train_iterator(
     """Iterates for ever over shuffled training batches, in a new order each epoch.
 
     An epoch is the shuffled chunks without the last ones that fill no batch. `get_state` and `set_state` count batches
-    and know nothing of `process_count`; Orbax saves them through `grain.checkpoint.CheckpointSave`.
+    and know nothing of `process_count`; a checkpoint keeps what `get_state` gives.
 
     Args:
       corpus: a prepared corpus.
@@ -44,8 +44,9 @@ def train_iterator(
     batch_per_process = _divide(batch_size, process_count)
     if batch_size > corpus.num_train_chunks:
         raise UserError(
-            f"config.train.batch_size={batch_size} is larger than the {corpus.num_train_chunks} training chunks of "
-            f"{corpus.context_length + 1} tokens; lower it or use a larger corpus"
+            f"a step reads {batch_size} chunks (config.train.batch_size · config.optimizer.accumulate), and the corpus "
+            f"has {corpus.num_train_chunks} for training, of {corpus.context_length + 1} tokens; read fewer, or use a "
+            "larger corpus"
         )
     chunks = corpus.chunks("train")
     used = corpus.num_train_chunks // batch_size * batch_size
@@ -100,6 +101,7 @@ def _read(chunks: Sequence[dict[str, np.ndarray]], indices: np.ndarray) -> np.nd
 def _divide(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
-            f"config.train.batch_size={batch_size} must be a positive multiple of the {process_count} processes"
+            f"a batch of {batch_size} chunks (config.train.batch_size · config.optimizer.accumulate) must be a "
+            f"multiple of the {process_count} processes"
         )
     return batch_size // process_count

@@ -19,7 +19,7 @@ from jax_entropy.huggingface.tokenizer import read_tokenizer
 from jax_entropy.model import Transformer
 from jax_entropy.paths import local_path
 from jax_entropy.runs.checkpoint import Checkpointer
-from jax_entropy.runs.workdir import Workdir
+from jax_entropy.runs.workdir import OWN_TOKENIZER, Workdir
 from jax_entropy.state import init_state
 
 
@@ -80,7 +80,7 @@ def import_run(directory: str | os.PathLike, workdir: str | os.PathLike, notify:
         raise UserError(f"{workdir.path} holds a run already; choose another workdir")
     model, variables, tokenizer = read_folder(directory, notify)
     config = folder_config(directory)
-    config.data.tokenizer = workdir.tokenizer.name  # text is read with the model's own tokenizer, which lies there
+    config.data.tokenizer = OWN_TOKENIZER
     state = jax.jit(functools.partial(init_state, config, Transformer(model)))()
     workdir.claim(config, tokenizer)
     with Checkpointer(workdir.checkpoints, notify=notify) as checkpointer:

@@ -101,11 +101,12 @@ def plan(config: ConfigDict, topology: str) -> Plan:
     )
     counted = census(model.config)
     again = _computed_again(model.config, counted)
+    passes = 4 if config.anneal.distillation else 3  # forward, backward as two; a teacher's forward
     common = dict(
         topology=topology, chip=chip, mesh=tuple(mesh.shape.values()), remat=config.model.remat,
         tokens=sequences * config.model.context_length, num_steps=config.train.num_steps,
         flops=3 * counted.forward_flops * sequences / len(devices), arguments=arguments,
-        executed_flops=(3 * counted.forward_flops + again) * sequences / len(devices),
+        executed_flops=(passes * counted.forward_flops + again) * sequences / len(devices),
         xla_flags=os.environ.get("XLA_FLAGS", ""),
     )  # fmt: skip
     train_step = jit_train_step(config, model, mesh, state_sharding)
@@ -151,13 +152,13 @@ def _computed_again(config: ModelConfig, counted: Census) -> int:
 def search(config: ConfigDict, topology: str, notify: Callable[[str], None]) -> list[Plan]:
     """Plans of all meshes that batch and heads allow, the fastest first; those that do not fit are left out.
 
-    Remat is tried where a mesh does not fit without, the kind that computes least first.
+    Where a mesh does not fit, more remat than config.model.remat is tried, the kind that computes least first.
     """
     check(config)
     _, devices = devices_of(topology)
     plans = []
     for mesh in _meshes(config, devices):
-        for remat in CHOICES["remat"]:
+        for remat in CHOICES["remat"][CHOICES["remat"].index(config.model.remat) :]:
             trial = config.copy_and_resolve_references()
             trial.model.remat = remat
             trial.mesh.update(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])

@@ -23,10 +23,10 @@ from jax.experimental import multihost_utils
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.manifest import damage, seal
 from jax_entropy.runs.orbax import Alias, leaves, quieten, reads_back, storage_failure, stored_leaves
+from jax_entropy.runs.workdir import saved_steps
 
 PyTree = Any
 
-_STEP = re.compile("0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"[0-9]+\.(unfinished|removed|orbax-checkpoint-tmp)")
 _NOTHING_SAVED, _ALL_DAMAGED = -1, -2
 
@@ -113,6 +113,16 @@ class Checkpointer:
         """
         if self._saving is not None and self._saving.done():
             self._wait()
+
+    def take_back(self) -> None:
+        """Names the steps that were saved whole when a kill came before they had their names.
+
+        For the process that has the run: another one might take a step from under its hands.
+        """
+        if jax.process_index() == 0 and self._directory.is_dir():
+            for path in self._directory.glob("*.unfinished"):
+                if not path.with_suffix("").exists() and damage(path) is None:
+                    path.rename(path.with_suffix(""))
 
     def latest_step(self) -> int | None:
         """The newest step whose every byte is as written, None if nothing was saved yet; damaged ones are passed over.
@@ -201,8 +211,10 @@ class Checkpointer:
             if not reads_back(self._alias.path / unfinished.name / "state", saved):
                 raise OSError("what was written cannot be read back")
             seal(unfinished)
-            self._remove(step)
+            replaced = self._set_aside(step)
             unfinished.rename(self._directory / str(step))
+            if replaced:
+                shutil.rmtree(replaced)
             self._verified.add(step)
             self._named.discard(step)
             self._prune(step)
@@ -216,10 +228,7 @@ class Checkpointer:
                 self._notify(f"removed step {step} in {self._place}, since training went on from an earlier checkpoint")
 
     def _steps(self) -> list[int]:
-        if not self._directory.is_dir():
-            return []
-        folders = [path for path in self._directory.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
-        return sorted(int(path.name) for path in folders if any(path.iterdir()))
+        return saved_steps(self._directory)
 
     def _find_latest(self) -> int:
         steps, named = self._steps(), set(self._named)
@@ -256,16 +265,19 @@ class Checkpointer:
         return self._directory / f"{step}.unfinished"
 
     def _remove(self, step: int) -> None:
-        """Renames before deleting, so that a kill in between leaves no half of a step."""
+        if removed := self._set_aside(step):
+            shutil.rmtree(removed)
+
+    def _set_aside(self, step: int) -> Path | None:
+        """Renames before anything is deleted, so that a kill in between leaves no half of a step; the new name."""
         path = self._directory / str(step)
-        if path.exists():
-            shutil.rmtree(path.rename(path.with_suffix(".removed")))
         self._verified.discard(step)
+        return path.rename(path.with_suffix(".removed")) if path.exists() else None
 
     def _leftovers(self) -> list[Path]:
         """What killed or failed saves and removals leave: 7.unfinished…, 7.removed, an empty 7."""
         folders = [path for path in self._directory.iterdir() if path.is_dir()]
-        empty = [path for path in folders if _STEP.fullmatch(path.name) and not any(path.iterdir())]
+        empty = [path for path in folders if path.name.isdecimal() and not any(path.iterdir())]
         return sorted(empty + [path for path in folders if _LEFTOVER.match(path.name)])
 
     def _remove_leftovers(self) -> None:

@@ -11,10 +11,12 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -25,6 +27,19 @@ from jax_entropy.paths import local_path, replacing, writing
 
 if TYPE_CHECKING:
     from jax_entropy.data import Tokenizer
+
+_STEP = re.compile("0|[1-9][0-9]*")
+
+# config.data.tokenizer of a run whose tokenizer came with another model: it lies in the workdir, wherever that is moved
+OWN_TOKENIZER = "workdir:tokenizer.json"
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """The steps whose folders lie among a run's checkpoints, damaged or not; an empty folder is a leftover."""
+    if not checkpoints.is_dir():
+        return []
+    folders = [path for path in checkpoints.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
+    return sorted(int(path.name) for path in folders if any(path.iterdir()))
 
 
 class Workdir:
@@ -104,11 +119,11 @@ class Workdir:
 
     def has_checkpoint(self) -> bool:
         """Whether a step was saved here, damaged or not."""
-        return self.checkpoints.is_dir() and any(path.name.isdecimal() for path in self.checkpoints.iterdir())
+        return bool(saved_steps(self.checkpoints))
 
     def imported(self) -> bool:
         """Whether a model was brought here and nothing was trained since."""
-        return self.checkpoints.is_dir() and [path.name for path in self.checkpoints.iterdir()] == ["0"]
+        return saved_steps(self.checkpoints) == [0]
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

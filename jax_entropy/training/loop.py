@@ -62,6 +62,7 @@ class Loop:
         self.writer: MetricsWriter | None = None  # of process 0 while it trains
         self.watched: dict[str, Any] | None = None  # the last entropies seen
         self.evaluation: dict[str, Any] | None = None  # the last one
+        self.read = 0  # the last step whose data was read
 
     def run(self, start: Start, iterator: grain.DatasetIterator) -> End:
         """Trains to the last step or a signal.
@@ -93,6 +94,7 @@ class Loop:
             self.trace.begin(step - start.step)
             with self.clock.spending("data_wait"):
                 batch = self._place(next(iterator)["tokens"])
+            self.read = step
             watch = step in (1, options.num_steps) or step % options.log_every == 0
             state, metrics = train_step(state, batch, watch)
             if pending:
@@ -187,7 +189,7 @@ class Loop:
         start = find_start(self.setup, None)
         guard = (start.guard or {"losses": []}) | {"attempts": attempt}
         self.notify(
-            f"{what}; back to step {start.step}, without the data of steps {start.step + 1} to {anomaly.step}, "
+            f"{what}; back to step {start.step}, without the data of steps {start.step + 1} to {self.read}, "
             f"learning rate ×{options.learning_rate_factor**attempt:.3g} (attempt {attempt} of {options.limit})"
         )
         if jax.process_index() == 0:

@@ -18,7 +18,7 @@ from jax_entropy.optimizer import learning_rate_schedule
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.state import TrainState, abstract_state, initial_collections, new_state
-from jax_entropy.training.warm_start import Source, take_over
+from jax_entropy.training.warm_start import Source, check_teacher, take_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,14 @@ class Setup:
 
 
 class Start(NamedTuple):
-    """The state after a step, what the guard had seen by then, and whether that step's evaluation was broken off."""
+    """The state after a step, what the guard had seen by then, whether that step's evaluation was broken off, and
+    whether the state was made of another model."""
 
     step: int
     state: TrainState
     guard: dict[str, Any] | None = None
     evaluation_due: bool = False
+    of_source: bool = False
 
 
 def find_start(setup: Setup, iterator: grain.DatasetIterator | None, source: Source | None = None) -> Start:
@@ -62,6 +64,7 @@ def find_start(setup: Setup, iterator: grain.DatasetIterator | None, source: Sou
     Raises:
       UserError: every checkpoint is damaged or another model's, or the corpus is not the one that was trained on.
     """
+    setup.checkpointer.take_back()
     step = setup.checkpointer.latest_step()
     # 1. Resumed: the newest good checkpoint, and the data that comes after it.
     if step:
@@ -69,7 +72,7 @@ def find_start(setup: Setup, iterator: grain.DatasetIterator | None, source: Sou
     # 2. Imported: a checkpoint of step 0 holds a model that has not read any data.
     if step == 0:
         return _restored(setup, 0, None)
-    # 3. Warm start: what fits of another model becomes such a checkpoint.
+    # 3. Warm start: what fits of another model.
     if source is not None:
         return _warm_start(setup, source)
     # 4. Fresh.
@@ -109,9 +112,11 @@ def _warm_start(setup: Setup, source: Source) -> Start:
         return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
 
     abstract, collections = setup.abstract_state, initial_collections(setup.config, setup.model, variables)
+    if "teacher" in collections:
+        beside = {name: of for name, of in collections.items() if name != "teacher"}
+        check_teacher(source, setup.model, {"params": variables["params"]} | beside, origin)
     state = new_state(setup.config, setup.model, setup.mesh, setup.state_sharding)._replace(
         params=jax.tree.map(place, variables["params"], abstract.params),
         collections=jax.tree.map(place, collections, abstract.collections),
     )
-    setup.checkpointer.save(0, state, None, dict(config=setup.config.to_dict(), corpus=None, guard=None))
-    return Start(0, state)
+    return Start(0, state, of_source=True)

@@ -22,7 +22,7 @@ from jax_entropy.model import Transformer
 from jax_entropy.paths import replacing, writing
 from jax_entropy.runs.checkpoint import Checkpointer
 from jax_entropy.runs.load import own_tokens
-from jax_entropy.runs.workdir import Workdir
+from jax_entropy.runs.workdir import OWN_TOKENIZER, Workdir
 from jax_entropy.sharding import config_mesh
 from jax_entropy.state import abstract_state
 from jax_entropy.training.loop import Loop
@@ -72,20 +72,20 @@ def train(
     workdir = Workdir(workdir)
     if jax.process_index() > 0:
         notify = _say_nothing
+    if not config.data.tokenizer and workdir.exists() and workdir.read_config().data.tokenizer == OWN_TOKENIZER:
+        config = config.copy_and_resolve_references()
+        config.data.tokenizer = OWN_TOKENIZER
     config, source = open_source(config, workdir, start_from, notify)
     if config.anneal.distillation and not (source or Origin.read(workdir)):
         raise UserError(
             f"config.anneal.distillation={config.anneal.distillation} needs a model to learn from: start from one"
         )
-    if workdir.imported() and not config.data.tokenizer:  # an imported model reads text in its own tokens
-        config = config.copy_and_resolve_references()
-        config.data.tokenizer = workdir.tokenizer.name
     if jax.process_index() > 0:
         return _train(config, mesh, workdir, source, notify, profile)
     with workdir.held(config, notify, f"{jax.device_count()} × {jax.devices()[0].device_kind}", command):
         if source:  # noted before anything else, so that a run that ends before its first checkpoint begins alike
             Origin(source.name).write(workdir)
-            if source.tokenizer and config.data.tokenizer == workdir.tokenizer.name:
+            if source.tokenizer and config.data.tokenizer == OWN_TOKENIZER:
                 with writing(workdir.tokenizer), replacing(workdir.tokenizer) as file:
                     source.tokenizer.save(file)
         result = _train(config, mesh, workdir, source, notify, profile)
@@ -106,19 +106,20 @@ def _train(
     profile: int,
 ) -> Result:
     # traced, not run: what cannot work is found before the corpus is prepared
-    rehearsal = Transformer(trained_model(config, config.model.vocab_size or 1))
-    abstract_state(config, rehearsal)
+    rehearsal = Transformer(trained_model(config, config.model.vocab_size or mesh.size))  # which every axis divides
+    abstract_state(config, rehearsal, mesh)
     corpus = _corpus(config, workdir, notify)
     model = Transformer(trained_model(config, corpus.tokenizer.vocab_size))
     notify(f"{config.architecture}: {_describe(config, model, corpus, mesh)}")
 
     iterator = _iterator(config, corpus)
-    if jax.process_index() == 0:
-        workdir.claim(config, corpus.tokenizer)
-
     with Checkpointer(workdir.checkpoints, keep=config.train.keep, notify=notify) as checkpointer:
         setup = Setup(config, workdir, corpus, model, mesh, checkpointer, notify)
         start = find_start(setup, iterator, source)
+        if jax.process_index() == 0:  # not before it is known that this config can go on with what is there
+            workdir.claim(config, corpus.tokenizer)
+        if start.of_source:
+            checkpointer.save(0, start.state, None, dict(config=config.to_dict(), corpus=None, guard=None))
         if start.step:
             notify(f"resumed at step {start.step} of {config.train.num_steps}")
         end = Loop(setup, profile).run(start, iterator)

@@ -22,14 +22,17 @@ from jax_entropy.config import default_config, model_config
 from jax_entropy.data import Tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.convert import folder_config, is_folder, read_folder
+from jax_entropy.layers import temperature
 from jax_entropy.model import Transformer
 from jax_entropy.paths import local_path, replacing, writing
 from jax_entropy.runs.load import load_run
-from jax_entropy.runs.workdir import Workdir
+from jax_entropy.runs.workdir import OWN_TOKENIZER, Workdir
 from jax_entropy.seeds import random_key
 
+_TEMPERATURE = "attention/temperature"
+_SAME = 1e-2  # nats a token by which bfloat16 may change predictions
 # Axes along which one model may have more entries than another, of which the first are taken over.
-_BY_POSITION = {"position_embedding": 0, "attention/temperature": 1}
+_BY_POSITION = {"position_embedding": 0, _TEMPERATURE: 1}
 _BY_TOKEN = {"token_embedding": 0, "value_embedding": 0, "head": 0}
 
 _Key = tuple[int | None, str]  # the layer and the name in its block, or None and the path
@@ -123,25 +126,25 @@ def open_source(
         if origin is None or origin.source != name:
             began = f"was started from {origin.source}" if origin else "was not started from another model"
             raise UserError(f"the run in {workdir.path} {began}, not from {name}; choose another workdir")
-        source, tokenizer = None, workdir.read_config().data.tokenizer
+        source = None
     else:
         source = _load(name, notify)
         if source.tokenizer is None and not config.data.tokenizer:
             raise UserError(f"{name} has no tokenizer; name its own as config.data.tokenizer")
-        tokenizer = workdir.tokenizer.name
     config = config.copy_and_resolve_references()
-    if not config.data.tokenizer:  # the source's tokens are the run's, or its embedding means nothing
-        config.data.tokenizer = tokenizer
+    if source and not config.data.tokenizer:  # the source's tokens are the run's, or its embedding means nothing
+        config.data.tokenizer = OWN_TOKENIZER
     if config.anneal.activation is None and config.anneal.end:
         config.anneal.activation = (
             _lost_activation(config, source) if source else workdir.read_config().anneal.activation
         )
-    if (
-        source
-        and "frozen" in (source.model.norm, source.model.final_norm)
-        and is_annealed(config, _model(config, source))
-    ):
-        raise UserError(f"{name}, {source.model}, has no row statistics left; start from it with config.anneal.end=0")
+    if source and is_annealed(config, model := _model(config, source)):
+        for theirs, ours in ((source.model.norm, model.norm), (source.model.final_norm, model.final_norm)):
+            if ours == "frozen" and theirs != "layer":
+                raise UserError(
+                    f"{model} takes the row statistics of a LayerNorm out, and {name}, {source.model}, has {theirs!r} "
+                    "in its place; start from it with config.anneal.end=0"
+                )
     return config, source
 
 
@@ -190,6 +193,11 @@ def take_over(source: Source, model: Transformer, seed: int, *, same_tokens: boo
     """
     tokens, key = jnp.zeros((1, 1), jnp.int32), random_key(seed)
     theirs = _by_layer(source.params, source.model)
+    if source.model.temperature_parameter != model.config.temperature_parameter:
+        theirs = {
+            place: _as_parameter(temperature(value, source.model), model.config) if place[1] == _TEMPERATURE else value
+            for place, value in theirs.items()
+        }
     ours = _by_layer(jax.device_get(jax.jit(model.init)(key, tokens)["params"]), model.config)
     kept = {place: _kept(place[1], theirs.get(place), new, same_tokens) for place, new in ours.items()}
     kept = {place: part for place, part in kept.items() if part is not None}
@@ -209,6 +217,37 @@ def take_over(source: Source, model: Transformer, seed: int, *, same_tokens: boo
         left_behind=_told(dict.fromkeys((place for place in theirs if place not in kept), ""), theirs),
     )
     return variables, origin
+
+
+def _as_parameter(temperature: jax.Array, config: ModelConfig) -> np.ndarray:
+    return np.asarray(jnp.log(temperature) if config.temperature_parameter == "log" else temperature)
+
+
+def check_teacher(source: Source, model: Transformer, variables: dict[str, Any], origin: Origin) -> None:
+    """Checks that a run begins as its source, in whose place its beginning teaches it.
+
+    Args:
+      variables: what the run begins with.
+    Raises:
+      UserError: it predicts something else.
+    """
+    (T, V), (t, v) = ((config.context_length, config.vocab_size) for config in (source.model, model.config))
+    T, V = min(T, t), min(V, v)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, (1, T)))
+    theirs = Transformer(source.model)
+    complete = jax.jit(
+        lambda params: theirs.apply(params, tokens, mutable=["spectral"], rngs={"params": random_key(0)})
+    )
+    (expected, _), _ = complete({"params": source.params})
+    found, _ = jax.jit(model.apply)(variables, tokens)
+    expected, found = (jax.nn.log_softmax(logits[..., :V].astype(jnp.float32)) for logits in (expected, found))
+    apart = float(jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)))
+    if not apart <= _SAME:
+        raise UserError(
+            f"config.anneal.distillation learns from what the run begins with, and that predicts otherwise than "
+            f"{source.name} ({apart:.2g} nats a token; {'; '.join(line.strip() for line in origin.lines()[1:])}): set "
+            "it to 0, or start from a model that fits"
+        )
 
 
 class _Kept(NamedTuple):

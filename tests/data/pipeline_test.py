@@ -152,9 +152,12 @@ def test_validation_subset_is_fixed_and_spread_over_the_split(corpus):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (dict(batch_size=100_000), "config.train.batch_size=100000 is larger than the"),
-        (dict(batch_size=0), "config.train.batch_size=0 must be a positive multiple"),
-        (dict(batch_size=10, process_count=4), "config.train.batch_size=10 must be a positive multiple of the 4"),
+        (
+            dict(batch_size=100_000),
+            "a step reads 100000 chunks .config.train.batch_size · config.optimizer.accumulate.",
+        ),
+        (dict(batch_size=0), "a batch of 0 chunks .* must be a multiple of the 1 processes"),
+        (dict(batch_size=10, process_count=4), "a batch of 10 chunks .* must be a multiple of the 4"),
     ],
 )
 def test_impossible_batches_are_one_sentence(corpus, options, sentence):

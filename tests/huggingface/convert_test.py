@@ -121,8 +121,9 @@ def test_an_imported_run_is_trained_on_wherever_it_is_moved(tmp_path, folder):
 
     shutil.rmtree(tmp_path / "data")
     again = moved.rename(tmp_path / "again")
-    config = Workdir(again).read_config()
-    assert train(config, again).corpus.tokenizer.digest() == tokenizer
+    config.train.num_steps = 2  # the same command, and more steps
+    trained = train(config, again)
+    assert trained.step == 2 and trained.corpus.tokenizer.digest() == tokenizer
     evaluation = evaluate(again, notify=lambda line: None)
     np.testing.assert_allclose(evaluation["validation_loss"], trained.evaluation["validation_loss"], rtol=1e-6)
 
@@ -280,6 +281,7 @@ def test_an_imported_run_is_trained_on(tmp_path, folder):
     """Under any settings of training, from the imported weights; not as another model."""
     import_run(folder, tmp_path / "run")
     workdir = f"--workdir={tmp_path / 'run'}"
+    imported = Workdir(tmp_path / "run").config.read_text()
     overrides = [
         f"--config.{field}"
         for field in (
@@ -288,6 +290,8 @@ def test_an_imported_run_is_trained_on(tmp_path, folder):
         )
     ]  # fmt: skip
     assert main(["train", workdir, *overrides, "--config.model.num_layers=3"]) == 2
+    assert main(["train", workdir, *overrides, "--config.optimizer.moments=bfloat16"]) == 2  # not those of its step 0
+    assert Workdir(tmp_path / "run").config.read_text() == imported
     assert main(["train", workdir, *overrides]) == 0
     run = load_run(tmp_path / "run", pytest.fail)
     _, variables = from_huggingface(folder)

@@ -19,7 +19,7 @@ from jax_entropy.private.program.blueprint import Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.session.inference import PrivateModel
 from jax_entropy.runs.checkpoint import Checkpointer
-from jax_entropy.runs.workdir import Workdir
+from jax_entropy.runs.workdir import OWN_TOKENIZER, Workdir
 from jax_entropy.state import init_state
 from tests import REPOSITORY
 from tests.tiny_model import random_tokens, run_config, scattered
@@ -54,7 +54,7 @@ def make_workdir(path: Path, architecture: str = "EReg(SM(t)+ScFuFFN)", **fields
     tokenizer = train_tokenizer(["def f(x):\n    return x\n", "the private prompt of a test"], 300)
     workdir = Workdir(path)
     path.mkdir(parents=True)
-    config.data.tokenizer = workdir.tokenizer.name
+    config.data.tokenizer = OWN_TOKENIZER
     workdir.claim(config, tokenizer)
     from jax_entropy.config import model_config
 

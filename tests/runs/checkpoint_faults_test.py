@@ -133,6 +133,27 @@ def test_saving_a_step_twice_keeps_the_second(tmp_path):
     assert os.listdir(tmp_path) == ["5"]
 
 
+def test_a_kill_while_a_step_is_replaced_loses_neither(tmp_path, monkeypatch):
+    """Nothing is deleted before the new one has its name, and a run takes back what a kill left without one."""
+    delete, found = shutil.rmtree, []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (found.append(folders(tmp_path)), delete(path)))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(5, make_state(1), None, {})
+        checkpointer.save(5, make_state(2), None, {})
+    assert found == [[5]]
+    (tmp_path / "5").rename(tmp_path / "5.unfinished")  # where a kill came between the two names
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest_step() is None
+        checkpointer.take_back()
+        assert checkpointer.latest_step() == 5
+        assert bits(checkpointer.restore(5, abstract(make_state()), None)[0]) == bits(make_state(2))
+    cut(next((tmp_path / "5").rglob("manifest.ocdbt")))
+    (tmp_path / "5").rename(tmp_path / "5.unfinished")
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.take_back()
+        assert checkpointer.latest_step() is None
+
+
 def test_leftovers_are_ignored_then_removed_and_said_once(tmp_path):
     messages = []
     saved(tmp_path, [1])

@@ -129,7 +129,7 @@ def test_the_guard_goes_back_and_leaves_the_bad_data_out(tiny, tmp_path, monkeyp
     assert [(i["step"], i["back_to"], i["attempt"]) for i in incidents] == [(9, 6, 1), (19, 18, 2)]
     assert np.shape(incidents[0]["before"]["head_entropy"]) == (2, 2)
     assert incidents[0]["before"]["gradient_norms"] and incidents[0]["before"]["max_logit"]
-    assert any("back to step 6, without the data of steps 7 to 9" in line for line in said)
+    assert any("back to step 6, without the data of steps 7 to 10" in line for line in said)
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 4, 8, 12, 16, 20, 24]
     assert len(made) == 1  # at one learning rate, what is compiled serves again
 

@@ -48,6 +48,13 @@ def test_another_config_is_refused_in_one_sentence(unbroken, corpus_directory):
     assert "Traceback" not in other.stderr and len(other.stderr.strip().splitlines()) == 1
 
 
+def test_a_mesh_that_divides_no_parameter_is_found_before_anything_is_written(tiny, tmp_path):
+    config = tiny("SM", **{"model.num_heads": 3, "model.model_dim": 33, "mesh.data": 4, "mesh.fsdp": 2})
+    with pytest.raises(UserError, match="a dimension of 33 cannot be split in 2"):
+        train(config, tmp_path / "run", lambda line: None)
+    assert not (tmp_path / "run/config.json").exists()
+
+
 @pytest.mark.slow
 def test_killed_between_two_checkpoints_resumes_from_the_last(unbroken, tmp_path, corpus_directory, monkeypatch):
     reference, _ = unbroken

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_entropy.architecture import architecture
 from jax_entropy.commands.main import main
-from jax_entropy.config import model_config
+from jax_entropy.config import default_config, model_config
 from jax_entropy.data import load_tokenizer
 from jax_entropy.data.tokenizer import train_tokenizer
 from jax_entropy.errors import UserError
@@ -19,10 +19,10 @@ from jax_entropy.model import Transformer
 from jax_entropy.runs.load import load_run
 from jax_entropy.runs.workdir import Workdir
 from jax_entropy.training.train import train
-from jax_entropy.training.warm_start import Origin, Source, open_source, source_config, take_over
+from jax_entropy.training.warm_start import Origin, Source, check_teacher, open_source, source_config, take_over
 from tests import REPOSITORY
 from tests.run_helpers import lines
-from tests.tiny_model import VARIED, random_tokens, scattered, tiny
+from tests.tiny_model import VARIED, initial, random_tokens, scattered, tiny
 
 TOKENS = random_tokens(3, 16)
 
@@ -62,6 +62,24 @@ def test_what_is_derived_is_derived_from_what_was_taken_over():
     left, right = (side[1] for side in variables["spectral"]["blocks"]["ffn"]["up"]["singular_vectors"])
     assert left @ up @ right == pytest.approx(np.linalg.norm(up, 2), rel=0.1)  # of sixteen power iterations
     assert not origin.anew
+
+
+@pytest.mark.parametrize(("old", "new"), [("direct", "log"), ("log", "direct")])
+def test_a_temperature_is_taken_over_as_a_temperature(old, new):
+    old, new = (tiny("SM(t)", temperature_parameter=kind, temperature_init=0.3) for kind in (old, new))
+    source = Source("source", old, initial(old)["params"], None)
+    variables, _ = take_over(source, Transformer(new), 3, same_tokens=True)
+    np.testing.assert_allclose(logits(new, variables), logits(old, initial(old)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "size"), [("SM+ScFuFFN", {}), ("SM+LN+G", dict(num_layers=1)), ("SM+RN+G", {})])
+def test_what_does_not_begin_as_its_source_cannot_teach_in_its_place(name, size):
+    old = tiny("SM+LN+G")
+    alike, other = Transformer(tiny("EReg(SM+LN+G)")), Transformer(tiny(name, **size))
+    source = Source("source", old, scattered(old)["params"], None)
+    check_teacher(source, alike, *take_over(source, alike, 3, same_tokens=True))
+    with pytest.raises(UserError, match=r"predicts otherwise than source \([0-9.]+ nats a token"):
+        check_teacher(source, other, *take_over(source, other, 3, same_tokens=True))
 
 
 def test_layers_are_taken_over_one_by_one():
@@ -165,6 +183,16 @@ def test_an_imported_gpt2_loses_what_its_new_architecture_lacks(tmp_path, gpt2, 
     assert config.anneal.activation == taken_out
 
 
+@pytest.mark.parametrize("norm", ["rms", "tanh", "none"])
+def test_only_a_layer_norm_is_annealed_to_a_frozen_one(tmp_path, monkeypatch, norm):
+    source = Source("source", tiny("SM+LN+G", norm=norm), {}, object())
+    monkeypatch.setattr("jax_entropy.training.warm_start._load", lambda name, notify: source)
+    with pytest.raises(
+        UserError, match=f"row statistics of a LayerNorm out, and source, .*, has '{norm}' in its place"
+    ):
+        open_source(default_config("SM+FN+G"), Workdir(tmp_path / "run"), "source", lambda line: None)
+
+
 def test_without_a_config_the_command_takes_the_sources(tmp_path, gpt2, capfd):
     assert main(["train", f"--workdir={tmp_path / 'run'}", f"--from={gpt2}", "--config.model.num_heads=3"]) == 2
     assert "model_dim=32 is not divisible by num_heads=3" in capfd.readouterr().err
@@ -181,6 +209,9 @@ def test_what_cannot_be_started_from_is_said(tmp_path, gpt2, tiny):
     assert not (tmp_path / "run").exists()
     checkpoint = tmp_path / "run" / "checkpoints" / "1"
     checkpoint.mkdir(parents=True)
+    with pytest.raises(UserError, match="gpt2 has no tokenizer"):  # an empty folder is no checkpoint
+        train(config, tmp_path / "run", say_nothing, start_from=gpt2)
+    (checkpoint / "state").mkdir()
     with pytest.raises(UserError, match=r"run was not started from another model, not from .*gpt2; choose another"):
         train(config, tmp_path / "run", say_nothing, start_from=gpt2)
     Origin("elsewhere").write(Workdir(tmp_path / "run"))

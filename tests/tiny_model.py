@@ -89,6 +89,7 @@ def scattered(config: ModelConfig) -> dict[str, Any]:
 
     def one(path, leaf):
         centered = ("scale", "alpha", "beta", "gamma", "gain", "qk_gain", "temperature", "value_mix", "log_scale")
+        centered += ("value_embedding_scale",)
         center = 1.0 if path[-1] in centered else 4.0 if path[-1] == "shift" else 0.0
         return center + 0.25 * rng.standard_normal(leaf.shape)
 

@@ -45,6 +45,14 @@ def test_every_architecture_is_exported_as_it_is(name, rewrites):
     assert executed & {kind.name for kind in KINDS} - {"residual"} == predicted - {"residual"}
 
 
+@pytest.mark.parametrize("overrides", [dict(num_layers=3), dict(value_embedding_layers="all")])
+@pytest.mark.parametrize("rewrites", [Rewrites(), NO_REWRITES], ids=["all", "none"])
+def test_the_first_values_may_be_those_of_a_layer_with_a_table(overrides, rewrites):
+    config = tiny("SM+ScFuFFN+VRes+VEmb+Mem3", **overrides)
+    assert config.embedded_values[0]
+    assert_equal_to_model(config, rewrites)
+
+
 @pytest.mark.parametrize("overrides", [
     dict(bias="all"), dict(bias="none"), dict(final_norm="none"), dict(final_norm="rms"), dict(tied_head=False),
     dict(embedding_scale=4.0),

@@ -65,8 +65,10 @@ def export(
         weights["positions"] = np.asarray(params["position_embedding"], np.float64)
     if config.final_norm != "none":
         weights |= _norm("final_norm", params["final_norm"], variables.get("annealing", {}).get("final_norm"))
+    first = 1.0
     for number, layer in enumerate(layers):
-        _values(layer)
+        taken = _values(layer, first)
+        first = first if number else taken
         _heads(layer, config, rewrites, log_factors(config, number))
         linear = config.activation == "identity" or layer.get("amount") == 1
         if rewrites.merged and linear and config.ffn == "full" and "up.kernel" in layer:
@@ -161,13 +163,20 @@ def _convolve(layer: dict[str, np.ndarray], name: str) -> None:
         layer[f"{name}.bias"] = np.cumsum(layer[f"{name}.bias"] * taps_KxO, axis=0)
 
 
-def _values(layer: dict[str, np.ndarray]) -> None:
-    """(1 − λ)·v + λ·v₀ + s·e: 1 − λ goes into the matrix of v; λ, or else s, is taken out and put behind attention."""
+def _values(layer: dict[str, np.ndarray], first: float) -> float:
+    """(1 − λ)·v + λ·v₀ + s·e: 1 − λ goes into the matrix of v; λ, or else s, is taken out and put behind attention.
+
+    Args:
+      first: what was taken out of layer 0, whose v₀ comes without it.
+    Returns:
+      What was taken out.
+    """
     factors = [name for name in ("value_mix", "value_scale") if name in layer]
     if "value_mix" in layer:
         _scale(layer, "v", 1 - float(layer["value_mix"][0]))
+        layer["value_mix"] = layer["value_mix"] * first
     if not factors or not 1 / _FOLDABLE <= abs(taken := float(layer[factors[0]][0])) <= _FOLDABLE:
-        return
+        return 1.0
     _scale(layer, "v", 1 / taken)
     layer["out.kernel"] = layer["out.kernel"] * taken
     if "slots.v" in layer:
@@ -175,6 +184,7 @@ def _values(layer: dict[str, np.ndarray]) -> None:
     for name in factors[1:]:
         layer[name] = layer[name] / taken
     del layer[factors[0]]
+    return taken
 
 
 def _norm(name: str, params: Any, annealing: Any = None) -> dict[str, np.ndarray]:

@@ -174,15 +174,18 @@ class Wire:
                 length, stamp, size = _HEADER.unpack(_read(incoming, _HEADER.size))
                 self.inbox.put(_read(incoming, length).decode(), (stamp, _read(incoming, size)))
         except (OSError, EOFError):
+            pass
+        finally:
             self.inbox.close()
 
 
 def _read(incoming, size) -> bytes:
-    data, at = memoryview(bytearray(size)), 0
-    while at < size:
-        if not (count := incoming.recv_into(data[at:])):
+    """So many bytes; memory is taken for those that have come, not for those that a peer promises."""
+    data = bytearray()
+    while len(data) < size:
+        if not (part := incoming.recv(min(size - len(data), _TOGETHER))):
             raise EOFError
-        at += count
+        data += part
     return bytes(data)
 
 

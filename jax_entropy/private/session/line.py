@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_entropy.errors import UserError
+from jax_entropy.paths import writing
 from jax_entropy.private.engine import tls
 from jax_entropy.private.session import messages
 
@@ -63,11 +64,9 @@ def make_all_keys(directory: Path, num_parties: int, days: int) -> dict[str, str
         _check_new(directory / role, _OWN_FILES + tuple(f"{other}.pem" for other in others[role]), role, days)
     found = {role: make_keys(directory / role, role, days) for role in roles}
     for role in roles:
-        for other in others[role]:
-            try:
+        with writing(directory / role):
+            for other in others[role]:
                 shutil.copy(directory / other / "certificate.pem", directory / role / f"{other}.pem")
-            except OSError as error:
-                raise UserError(f"{directory / role} cannot be written: {error.strerror}") from None
     return found
 
 

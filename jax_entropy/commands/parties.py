@@ -66,7 +66,7 @@ def peer_flag(role: str) -> Flag:
 )
 def keys(values: Namespace) -> None:
     """A private key and a self-signed certificate, for `serve`, `ask` or `assist`."""
-    from jax_entropy.private.session.line import make_all_keys, make_keys
+    from jax_entropy.private.session.keys import make_all_keys, make_keys
 
     if values.parties not in (1, 2, 3):
         raise UserError(f"--parties={values.parties} must be 1, 2 or 3")
@@ -300,7 +300,7 @@ def protection(protocol: str) -> str:
 
 def read_link(values: Namespace, roles: list[str], *hosts: str) -> Any:
     """The files of mutual TLS with parties of these roles, or None on a loopback link without."""
-    from jax_entropy.private.session import line as link
+    from jax_entropy.private.session.keys import fingerprint, read_keys
 
     peer = getattr(values, "peer", None)
     if not 1 <= values.timeout <= DAY:
@@ -312,7 +312,7 @@ def read_link(values: Namespace, roles: list[str], *hosts: str) -> Any:
         return None
     if not values.keys:
         raise UserError("--keys is missing: the folder that `jax-entropy private keys` made")
-    files = link.read_keys(values.keys, {role: peer if role == roles[0] else None for role in roles})
+    files = read_keys(values.keys, {role: peer if role == roles[0] else None for role in roles})
     for role, path in files.peers.items():
-        warn(f"accepts of the {role} the certificate with SHA-256 {link.fingerprint(path)} only")
+        warn(f"accepts of the {role} the certificate with SHA-256 {fingerprint(path)} only")
     return files

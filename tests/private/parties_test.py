@@ -19,7 +19,8 @@ import pytest
 from jax_entropy.commands.main import main
 from jax_entropy.errors import UserError
 from jax_entropy.private.session.door import GREETING
-from jax_entropy.private.session.line import connect, fingerprint, make_all_keys, make_keys, read_keys
+from jax_entropy.private.session.keys import fingerprint, make_all_keys, make_keys, read_keys
+from jax_entropy.private.session.line import connect
 from jax_entropy.private.session.messages import Offer
 from tests.private.helpers import (
     free_ports,

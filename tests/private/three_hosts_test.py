@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from jax_entropy.private.session.line import ROLES, make_all_keys
+from jax_entropy.private.session.keys import ROLES, make_all_keys
 from tests.private.helpers import start, wait_for_line
 
 pytestmark = [pytest.mark.usefixtures("installed"), pytest.mark.long]

@@ -16,7 +16,8 @@ from jax_entropy.private.engine.engine import Engine, Link, Setting
 from jax_entropy.private.program.export import export
 from jax_entropy.private.session import parties
 from jax_entropy.private.session.door import GREETING, Door
-from jax_entropy.private.session.line import check_free, connect, listen, make_all_keys, make_keys, read_keys
+from jax_entropy.private.session.keys import make_all_keys, make_keys, read_keys
+from jax_entropy.private.session.line import check_free, connect, listen
 from jax_entropy.private.session.messages import Hello, Offer, Queued, Refusal
 from tests.private.helpers import free_ports, greedy
 from tests.tiny_model import scattered, tiny

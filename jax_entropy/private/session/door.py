@@ -12,7 +12,8 @@ import jax
 
 from jax_entropy.errors import UserError
 from jax_entropy.private.engine.callers import hear_all
-from jax_entropy.private.session.line import Keys, Line
+from jax_entropy.private.session.keys import Keys
+from jax_entropy.private.session.line import Line
 from jax_entropy.private.session.messages import Hello, Queued, Refusal
 
 GREETING = "jax_entropy private 5"

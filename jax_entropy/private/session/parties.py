@@ -18,7 +18,8 @@ from jax_entropy.private.engine.engine import Engine, Link, Setting
 from jax_entropy.private.program.export import Export
 from jax_entropy.private.session.door import GREETING, Door
 from jax_entropy.private.session.inference import ASSISTANT, CLIENT, SERVER, PrivateModel, check_request, generate
-from jax_entropy.private.session.line import Keys, Line, connect
+from jax_entropy.private.session.keys import Keys
+from jax_entropy.private.session.line import Line, connect
 from jax_entropy.private.session.messages import (
     Agreement,
     Hello,

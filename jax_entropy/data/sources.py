@@ -4,6 +4,7 @@ What is found but not read is counted, and told when a corpus is prepared.
 """
 
 import glob
+import itertools
 import os
 import sysconfig
 import threading
@@ -59,7 +60,7 @@ def open_documents(config: Any, directory: Path) -> TextFiles | Rows:
             for path in sorted(set(paths).difference(shards)):
                 reason = "empty" if path.name.lower().endswith(SHARD_SUFFIXES) else "that are no shards"
                 left_out.add(reason, path.relative_to(root).as_posix())
-            return Rows(shards, source.column, left_out)
+            return Rows(_once(root, shards, left_out), source.column, left_out)
         if config.source == "codeparrot":
             raise UserError(f"config.data.files={config.files!r} holds no shard ({', '.join(SHARD_SUFFIXES)})")
     return _text_files(given, root, paths, left_out)
@@ -93,14 +94,18 @@ def _text_files(given: Path, root: Path, paths: list[Path], left_out: LeftOut) -
             f"config.data.files={str(given)!r} has no text: none of its {len(paths)} files ends in .py, .txt, .md or "
             f"another source suffix; a glob such as {str(root / '*.log')!r} takes any file{hint}"
         )
-    documents = TextFiles(root, chosen, left_out)
+    documents = TextFiles(root, _once(root, chosen, left_out), left_out)
     if not len(documents):
         raise UserError(f"config.data.files={str(given)!r} has no text, but {left_out}{hint}")
     return documents
 
 
 def _find(given: Path, directory: Path, left_out: LeftOut) -> tuple[Path, list[Path]]:
-    """The root folder and the sorted files of a folder (hidden ones left out), a single file or a glob."""
+    """The root folder and the sorted files of a folder (hidden ones left out), a single file or a glob.
+
+    The root of a glob is what stands before its first wildcard: names, and so the split, do not hang on what else is
+    there.
+    """
     field = f"config.data.files={str(given)!r}"
     with reading(given, "config.data.files"):
         if given.is_file():
@@ -121,7 +126,19 @@ def _find(given: Path, directory: Path, left_out: LeftOut) -> tuple[Path, list[P
                 paths.append(Path(name))
     if not paths:
         raise UserError(f"{field} matches no file; name a folder, a file or a glob of text")
-    return Path(os.path.commonpath([name.parent for name in paths])), paths
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts)), paths
+
+
+def _once(root: Path, paths: list[Path], left_out: LeftOut) -> list[Path]:
+    """Each file under one name: its own where that is among them, else the first of those that links give it."""
+    real_root, names = Path(os.path.realpath(root)), {}
+    for path in paths:
+        names.setdefault(os.path.realpath(path), []).append(path)
+    for real, same in names.items():
+        same.sort(key=lambda path: (str(real_root / path.relative_to(root)) != real, path))
+        for path in same[1:]:
+            left_out.add("linked to what is read anyway", path.relative_to(root).as_posix())
+    return sorted(same[0] for same in names.values())
 
 
 def _walk(root: Path, directory: Path, left_out: LeftOut) -> list[Path]:

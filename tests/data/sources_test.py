@@ -120,6 +120,28 @@ def test_linked_folders_are_read_once_and_never_back(tmp_path):
     assert set(documents.left_out._names["linked to what is read anyway"]) == names
 
 
+@pytest.mark.parametrize(
+    "files, source", [("", "files"), ("**/*.txt", "files"), ("*/?.txt", "files"), ("", "languini")]
+)
+def test_a_file_is_read_once_whatever_links_lead_to_it(tmp_path, files, source):
+    """Under its own name, so that a link that is added renames nothing."""
+    folder, suffix = tmp_path / "corpus", "txt" if source == "files" else "jsonl"
+    for name in ("m/0", "m/1"):
+        write_shard(folder / f"{name}.{suffix}", ROWS[:3])
+    write_shard(tmp_path / f"outside.{suffix}", ROWS[3:5])
+    before = opened(tmp_path, folder / files, source)
+    (folder / "a").symlink_to(folder / "m")
+    (folder / "z").symlink_to(folder / "m")
+    (folder / "m" / f"2.{suffix}").symlink_to(folder / "m" / f"0.{suffix}")
+    documents = opened(tmp_path, folder / files, source)
+    assert texts(documents) == texts(before) and documents.digest == before.digest
+    assert "linked to what is read anyway ('a" in str(documents.left_out)
+    for name in ("m/8", "m/9"):
+        (folder / f"{name}.{suffix}").symlink_to(tmp_path / f"outside.{suffix}")
+    more = texts(opened(tmp_path, folder / files, source))
+    assert len(more) == len(texts(before)) + (1 if source == "files" else 2)
+
+
 def test_what_is_prepared_is_no_text(tmp_path):
     folder = write_folder(tmp_path / "corpus", count=3)
     for name in ("tokenizer.json", "a.txt"):
@@ -162,6 +184,23 @@ def test_single_file_and_glob_take_any_suffix(tmp_path):
     assert texts(opened(tmp_path, tmp_path / "logs" / "a.log")) == {"a.log": "a.log"}
     assert set(texts(opened(tmp_path, tmp_path / "logs" / "*.log"))) == {"a.log", "b.log"}
     assert set(texts(opened(tmp_path, tmp_path / "logs" / "**" / "*.log"))) == {"a.log", "b.log", "deep/c.log"}
+
+
+def test_files_that_are_added_rename_no_others_of_a_glob(tmp_path):
+    folder = tmp_path / "logs"
+    for name in ("a/x/0.log", "a/x/1.log"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    globs = {"**/*.log": "a/x/", "a/**/*.log": "x/", "a/x/*.log": "", "[a]/x/*.log": "a/x/"}
+    before = {pattern: texts(opened(tmp_path, folder / pattern)) for pattern in globs}
+    assert {pattern: [*names] for pattern, names in before.items()} == {
+        pattern: [f"{prefix}0.log", f"{prefix}1.log"] for pattern, prefix in globs.items()
+    }
+    for name in ("b/2.log", "a/3.log", "a/y/4.log", "a/x/5.log", "6.log"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    for pattern, names in before.items():
+        assert names.items() <= texts(opened(tmp_path, folder / pattern)).items()
 
 
 def test_digest_depends_on_names_and_contents_and_on_nothing_else(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_entropy.errors import UserError, check_number
 from jax_entropy.model import empty_cache
@@ -52,15 +53,18 @@ def generate(
         )
     text_T, end = _continue(
         run.model, run.variables, jnp.asarray(ids + [0] * (context - len(ids))), len(ids), num_tokens, random_key(seed),
-        jnp.asarray(temperature, jnp.float32), min(top_k, run.model.config.vocab_size), end_of_text,
+        jnp.asarray(temperature, jnp.float32), run.tokenizer.known(run.model.config.vocab_size),
+        min(top_k, run.model.config.vocab_size), end_of_text,
     )  # fmt: skip
     ids = jax.device_get(text_T)[len(ids) : end].tolist()
     return run.tokenizer.decode(ids[:-1] if ids[-1] == end_of_text else ids)
 
 
-def choose(logits_V: jax.Array, key: jax.Array, temperature: jax.Array | float, top_k: int) -> jax.Array:
-    """A token, sampled among the `top_k` likeliest (0: among all); the likeliest where the temperature is 0."""
-    logits_K, ids_K = jax.lax.top_k(logits_V, top_k or logits_V.size)
+def choose(
+    logits_V: jax.Array, key: jax.Array, temperature: jax.Array | float, known_V: jax.Array | np.ndarray, top_k: int
+) -> jax.Array:
+    """One of the known tokens, sampled among the `top_k` likeliest (0: among all); at temperature 0 the likeliest."""
+    logits_K, ids_K = jax.lax.top_k(jnp.where(known_V, logits_V, -jnp.inf), top_k or logits_V.size)
     # the largest is 0 then, whatever small temperature divides it
     sampled = jax.random.categorical(key, (logits_K - logits_K[0]) / jnp.where(temperature > 0, temperature, 1))
     return ids_K[jnp.where(temperature > 0, sampled, 0)]
@@ -78,9 +82,9 @@ def check_sampling(num_tokens: int, temperature: float, top_k: int, seed: int) -
     check_seed(seed)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7, 8))
+@functools.partial(jax.jit, static_argnums=(0, 8, 9))
 def _continue(
-    model, variables, text_T, length, num_tokens, key, temperature, top_k, end_of_text
+    model, variables, text_T, length, num_tokens, key, temperature, known_V, top_k, end_of_text
 ) -> tuple[jax.Array, jax.Array]:
     """A text of `length` tokens with up to `num_tokens` new ones, and where it ends: with an end-of-text if it has one.
 
@@ -96,7 +100,7 @@ def _continue(
     def step(carry):
         text_T, cache, position = carry
         logits_V, cache = read(text_T, cache, position, 1)
-        chosen = choose(logits_V, jax.random.fold_in(key, position + 1 - length), temperature, top_k)
+        chosen = choose(logits_V, jax.random.fold_in(key, position + 1 - length), temperature, known_V, top_k)
         following = jnp.where(position + 1 < length, text_T[position + 1], chosen)
         return text_T.at[position + 1].set(following), cache, position + 1
 

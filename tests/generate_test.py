@@ -23,6 +23,12 @@ class Letters:
 
     end_of_text = END
 
+    def __init__(self, missing=()):
+        self.missing = missing
+
+    def known(self, vocab_size):
+        return ~np.isin(np.arange(vocab_size), self.missing)
+
     def encode(self, text):
         return [ord(character) - ord("0") for character in text]
 
@@ -31,9 +37,9 @@ class Letters:
         return "".join(chr(ord("0") + int(i)) for i in ids)
 
 
-def write(config, prompt="053", variables=None, num_tokens=8, **kwargs):
+def write(config, prompt="053", variables=None, num_tokens=8, missing=(), **kwargs):
     variables = scattered(config) if variables is None else variables
-    run = Run(None, None, Transformer(config), variables, Letters(), 0)
+    run = Run(None, None, Transformer(config), variables, Letters(missing), 0)
     return generate(run, prompt, **{"num_tokens": num_tokens, "temperature": 1.0} | kwargs)
 
 
@@ -114,6 +120,17 @@ def test_chances_are_the_softmax_of_the_likeliest(temperature, top_k):
     assert counts.sum() == total
     deviation = np.sqrt(total * expected * (1 - expected))
     assert np.all(np.abs(counts - total * expected) <= 4.5 * deviation)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(top_k=2), dict(top_k=61), {}])
+def test_entries_without_a_token_are_never_chosen(options):
+    """Padding, and ids that were left out, however likely a model finds them."""
+    missing = [3, *range(8, 60)]
+    likely = with_bias_to(
+        BIASED, np.where(np.isin(np.arange(61), missing), 50.0, np.where(np.arange(61) == END, -9, 0))
+    )
+    assert set(write(BIASED, variables=likely, **options)) <= set("3" + Letters().decode(missing))
+    assert set(write(BIASED, variables=likely, missing=missing, num_tokens=13, **options)) <= set("0124567")
 
 
 def test_a_text_ends_where_the_model_ends_it():

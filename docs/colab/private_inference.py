@@ -114,7 +114,7 @@ setting = Setting(protocol="semi2k")
 exported = export(run.model.config, run.variables, setting=setting)
 with Engine(setting) as engine:
     model = PrivateModel.of(engine, exported)
-    choose = sampler(NEW_TOKENS, temperature=0.7, top_k=20, seed=1)
+    choose = sampler(run.tokenizer, NEW_TOKENS, temperature=0.7, top_k=20, seed=1)
     new = generate(
         model, run.tokenizer.encode(PROMPT), NEW_TOKENS, choose=choose, end_of_text=run.tokenizer.end_of_text
     )

@@ -205,7 +205,7 @@ def ask(values: Namespace) -> None:
         reader = read_tokenizer(tokenizer, config)
         answers.extend(Streamed(reader, text, output(values.json)) for text in texts)
         return [
-            Question(reader.encode(answer.prompt), new_choose(), reader.end_of_text, answer.token, answer.end)
+            Question(reader.encode(answer.prompt), new_choose(reader), reader.end_of_text, answer.token, answer.end)
             for answer in answers
         ]
 

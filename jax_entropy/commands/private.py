@@ -68,7 +68,7 @@ def generate(values: Namespace) -> None:
         read_rewrites(values.without),
         read_prompt(values.prompt, values.prompt_file),
     )
-    choose = read_sampling(values)()
+    new_choose = read_sampling(values)
     from jax_entropy.commands.private_tables import spent
     from jax_entropy.private.cost.memory import layout, read_memory
     from jax_entropy.private.program.export import export
@@ -102,7 +102,7 @@ def generate(values: Namespace) -> None:
                 model,
                 ids,
                 values.tokens,
-                choose=choose,
+                choose=new_choose(loaded.tokenizer),
                 end_of_text=loaded.tokenizer.end_of_text,
                 reveal=values.reveal,
                 notify=notify,

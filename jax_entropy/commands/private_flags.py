@@ -1,6 +1,5 @@
 """Flags that the commands of private execution share, and how they are read."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from jax_entropy.private.engine.engine import Setting
 
 if TYPE_CHECKING:
     from jax_entropy.architecture import ModelConfig
+    from jax_entropy.data import Tokenizer
     from jax_entropy.private.program.blueprint import Rewrites
 
 PROTOCOL = Flag(
@@ -100,20 +100,21 @@ def read_rewrites(without: str) -> "Rewrites":
     return Rewrites(**{name: name not in off for name in REWRITES})
 
 
-def read_sampling(values: Namespace) -> Callable[[], Callable]:
-    """Gives each text's `choose`, logits [V] → token.
+def read_sampling(values: Namespace) -> Callable[["Tokenizer"], Callable]:
+    """Gives each text's `choose`, logits [V] → token, for its tokenizer.
 
     Raises:
       UserError: options out of range.
     """
+    from jax_entropy.generate import check_sampling
     from jax_entropy.private.session.inference import sampler
 
     for name in ("temperature", "top_k"):
         if values.reveal == "token" and (value := getattr(values, name)):
             raise UserError(f"--{name}={value} needs --reveal=logits; inside, the likeliest is taken")
-    new_choose = functools.partial(sampler, values.tokens, values.temperature, values.top_k, values.seed)
-    new_choose()
-    return new_choose
+    options = (values.tokens, values.temperature, values.top_k, values.seed)
+    check_sampling(*options)
+    return lambda tokenizer: sampler(tokenizer, *options)
 
 
 def draw(profiles: list[dict[str, Any]], file: Path | None) -> None:

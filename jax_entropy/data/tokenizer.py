@@ -41,11 +41,9 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        # None of these may come from the file: the first is never saved, the others would cut or pad documents.
-        backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
+        backend.encode_special_tokens = True  # no file holds that
         self._backend = backend
+        self._ids = np.array([*backend.get_vocab().values()])
         self._bytes = _token_bytes(backend)
         self.vocab_size = len(self._bytes)
         self.end_of_text = backend.token_to_id(END_OF_TEXT)
@@ -94,6 +92,10 @@ class Tokenizer:
         """The text that each id adds; a character of several tokens belongs to the one that completes it."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return [decoder.decode(self._bytes[i]) if self._bytes[i] else self.decode([i]) for i in map(int, ids)]
+
+    def known(self, vocab_size: int) -> np.ndarray:
+        """Which entries of a model are tokens, bool [vocab_size]: tables may be padded, and ids left out."""
+        return np.isin(np.arange(vocab_size), self._ids)
 
     def byte_lengths(self) -> np.ndarray:
         """The bytes of UTF-8 that each token stands for, int32 [V]; special tokens and unused ids have none."""
@@ -146,6 +148,18 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         return parse_tokenizer(path.read_bytes(), name)
 
 
+def read_backend(text: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer, of any kind, from a tokenizer.json, whose truncation and padding are not for documents.
+
+    Raises:
+      Exception: it is none.
+    """
+    backend = tokenizers.Tokenizer.from_str(text)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def parse_tokenizer(text: str | bytes, name: str) -> Tokenizer:
     """As `load_tokenizer`, from the content of such a file; errors call it `name`."""
     try:
@@ -153,7 +167,7 @@ def parse_tokenizer(text: str | bytes, name: str) -> Tokenizer:
         settings = json.loads(text)
         affixes = {field: affix for field in _AFFIXES if (affix := settings["model"].get(field))}
         # With an affix the library cuts characters in two, and can end the process.
-        backend = None if affixes else tokenizers.Tokenizer.from_str(text)
+        backend = None if affixes else read_backend(text)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{name} is damaged or not a tokenizer.json ({type(error).__name__}: {error})") from error
     if affixes:

@@ -99,6 +99,15 @@ def test_settings_of_a_foreign_file_do_not_cut_pad_or_wrap_documents(tmp_path):
     assert list(loaded.encode_stream([(0, "a")])) == [(0, TOKENIZER.encode("a"))]
 
 
+def test_the_entries_of_a_larger_model_that_are_tokens_are_known(tmp_path):
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    settings, V = json.loads((tmp_path / "tokenizer.json").read_text()), TOKENIZER.vocab_size
+    settings["model"]["vocab"]["unmerged"] = V + 2
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    known = load_tokenizer(tmp_path / "tokenizer.json").known(V + 4)
+    assert known.tolist() == [True] * V + [False, False, True, False]
+
+
 def test_end_of_text_that_was_an_ordinary_token_becomes_special(tmp_path):
     TOKENIZER.save(tmp_path / "tokenizer.json")
     settings = json.loads((tmp_path / "tokenizer.json").read_text())

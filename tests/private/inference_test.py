@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from jax_entropy.data.tokenizer import train_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.model import Transformer
 from jax_entropy.private.engine.engine import PROTOCOLS, Setting
 from jax_entropy.private.program.blueprint import NO_REWRITES, Rewrites
 from jax_entropy.private.program.export import export
 from jax_entropy.private.program.stage import lower
-from jax_entropy.private.session.inference import CLIENT, SERVER, PrivateModel, generate
+from jax_entropy.private.session.inference import CLIENT, SERVER, PrivateModel, generate, sampler
 from tests.private.helpers import greedy, plain_logits, private_model
 from tests.tiny_model import ARCHITECTURES, VARIED, initial, random_tokens, scattered, tiny
 
@@ -154,6 +155,14 @@ def test_what_is_drawn_among_revealed_logits_is_the_clients_choice(semi2k):
     rng = np.random.default_rng(0)
     new = generate(model, PROMPT, 5, choose=lambda logits: int(rng.integers(61)))
     assert new == np.random.default_rng(0).integers(61, size=5).tolist()
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(0, 0), (1.0, 0), (1.0, 60)])
+def test_entries_without_a_token_are_never_drawn(temperature, top_k):
+    tokenizer = train_tokenizer([], 257)
+    choose = sampler(tokenizer, 20, temperature, top_k, seed=0)
+    drawn = [choose(np.where(np.arange(300) < 257, 0.0, 50.0)) for _ in range(20)]
+    assert max(drawn) < 257 and (len(set(drawn)) > 9) == (temperature > 0)
 
 
 def test_it_ends_at_the_end_of_text(semi2k):

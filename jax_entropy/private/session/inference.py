@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_entropy.data import Tokenizer
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.generate import check_sampling
 from jax_entropy.generate import choose as choose_token
@@ -216,7 +217,9 @@ def generate(
         model.step(padded_length(position, model.blueprint.config.context_length))
 
 
-def sampler(num_tokens: int, temperature: float, top_k: int, seed: int) -> Callable[[np.ndarray], int]:
+def sampler(
+    tokenizer: Tokenizer, num_tokens: int, temperature: float, top_k: int, seed: int
+) -> Callable[[np.ndarray], int]:
     """The `choose` of a text of `num_tokens`, with the random numbers of `jax_entropy.generate`; temperature 0: greedy.
 
     Raises:
@@ -224,7 +227,12 @@ def sampler(num_tokens: int, temperature: float, top_k: int, seed: int) -> Calla
     """
     check_sampling(num_tokens, temperature, top_k, seed)
     keys = iter(jax.random.split(random_key(seed), num_tokens))
-    return lambda logits_V: int(choose_token(jnp.asarray(logits_V), next(keys), temperature, min(top_k, logits_V.size)))
+
+    def choose(logits_V: np.ndarray) -> int:
+        V = logits_V.size
+        return int(choose_token(jnp.asarray(logits_V), next(keys), temperature, tokenizer.known(V), min(top_k, V)))
+
+    return choose
 
 
 def _next_token(model: PrivateModel, choose: Callable[[np.ndarray], int], reveal: str) -> int | None:

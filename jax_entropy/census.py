@@ -125,9 +125,11 @@ def census(config: ModelConfig) -> Census:
     matrices = {"full": 2 * D * F, "fused": D * D, "bilinear": 3 * D * F}[config.ffn]
     softmax = "power softmax" if config.power else "softmax"
     layers = collections.Counter(config.windows)  # by how many tokens a query sees at most
-    operations = [Operation(softmax, layers[seen] * N, T, seen + config.num_slots) for seen in sorted(layers)[::-1]]
-    if config.logit_cap:
-        operations.append(Operation("soft cap", L * N, T, T + config.num_slots))
+    operations = [
+        Operation(name, layers[seen] * N, T, seen + config.num_slots)
+        for name in (softmax, *(["soft cap"] if config.logit_cap else []))
+        for seen in sorted(layers)[::-1]
+    ]
     if config.qk_norm:
         operations.append(Operation("QK-norm", 2 * L * N, T, config.head_dim))
     if config.norm != "none":

@@ -55,6 +55,18 @@ def model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(model, activation="gelu_tanh") if has_tanh and model.activation == "gelu" else model
 
 
+def warmup_steps(config: ConfigDict, num_steps: int) -> int:
+    """Steps of the warm-up of config.optimizer in a run of so many.
+
+    Raises:
+      UserError: it leaves no step after it.
+    """
+    steps = round(config.warmup * num_steps if config.warmup < 1 else config.warmup)
+    if steps >= num_steps:
+        raise UserError(f"config.optimizer.warmup={config.warmup} leaves none of the {num_steps} steps for training")
+    return steps
+
+
 def check(config: ConfigDict) -> None:
     """Checks a config before data is prepared or anything is compiled.
 
@@ -92,6 +104,7 @@ def check(config: ConfigDict) -> None:
         )
     for rule in config.mesh.rules:
         _check_rule(rule)
+    warmup_steps(config.optimizer, config.train.num_steps)
     model = model_config(config, 1 if config.model.vocab_size is None else config.model.vocab_size)
     if config.anneal.activation and model.activation != "identity":
         raise UserError(

@@ -293,8 +293,8 @@ def _tokens(directory: Path, decoder: Decoder, text: str | Sequence[int] | np.nd
 def _private(decoder: Decoder, num_tokens: int) -> tuple[dict[str, Account], str]:
     """Costs by kind, of the model of ours that computes the same kinds of operation; or why there are none.
 
-    SiLU is priced as GELU, which takes as many products; heads that share keys, as if each had its own; windows, as if
-    they saw everything.
+    SiLU is priced as GELU, which takes as many products; heads that share keys, as if each had its own; those of
+    another width than D/N, as if they had that; windows, as if they saw everything.
     """
     norm, activation = decoder.norm, {"silu": "gelu_tanh"}.get(decoder.activation, decoder.activation)
     try:

@@ -60,8 +60,8 @@ def loss_fn(
 
     Args:
       params: the collection "params" of `model`.
-      tokens_BxT1: [B, T+1] token ids; positions 1…T are predicted. Under `jit`, where ids cannot be looked at, one
-        beyond the vocabulary makes the loss NaN, and a negative one counts for nothing as a target.
+      tokens_BxT1: [B, T+1] token ids; positions 1…T are predicted. Under `jit`, where ids cannot be looked at, a
+        target beyond the vocabulary makes the loss NaN, and a negative one counts for nothing.
       penalty_weight: λ; a number, or the value of an Optax schedule at this step. Without EReg there is no penalty.
       tolerance, reduction, shape: see `entropy_penalty`.
       collections: other collections of the model (`spectral`); updated ones come back in `LossParts`.
@@ -243,10 +243,11 @@ def _in_tiles(C: int, W: int, head_VxD: jax.Array, count: int, wide: jnp.dtype) 
             return d_hidden_RxD + wide_product(d_logits_RxW, head_WxD), d_head_WxD
 
         zero_R = jnp.zeros(len(targets_R), jnp.promote_types(dtype, jnp.float32))
+        beyond_R = jnp.where(targets_R < V, zero_R, jnp.nan)
         (m_R, sum_R, target_R), (e_CxRxW, m_CxR) = jax.lax.scan(
-            forward, (zero_R - jnp.inf, zero_R, zero_R), (head_CxWxD, entries_CxW)
+            forward, (zero_R - jnp.inf, zero_R, beyond_R), (head_CxWxD, entries_CxW)
         )
-        share_R = jnp.where(targets_R == _NONE, 0, jnp.asarray(1 / count, m_R.dtype))
+        share_R = jnp.where(targets_R < 0, 0, jnp.asarray(1 / count, m_R.dtype))
         loss += jnp.sum(share_R * (jnp.log(sum_R) + m_R - target_R))
         d_hidden_RxD, d_head_CxWxD = jax.lax.scan(
             backward, jnp.zeros(hidden_RxD.shape, m_R.dtype),
@@ -266,7 +267,8 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _losses(logits_RxV: jax.Array, targets_R: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits_RxV, targets_R)
+    losses_R = optax.softmax_cross_entropy_with_integer_labels(logits_RxV, jnp.maximum(targets_R, 0))
+    return jnp.where(targets_R < 0, 0, losses_R)
 
 
 def _losses_and_gradient(logits_RxV: jax.Array, targets_R: jax.Array, share: float) -> tuple[jax.Array, jax.Array]:
@@ -277,8 +279,8 @@ def _losses_and_gradient(logits_RxV: jax.Array, targets_R: jax.Array, share: flo
     largest_R, sum_R = _largest_and_sum(logits_RxV)
     e_RxV = jnp.exp(logits_RxV - largest_R[:, None])
     target_R = jnp.take_along_axis(logits_RxV, targets_R[:, None], axis=-1)[:, 0]
-    losses_R = jnp.where(targets_R == _NONE, 0, jnp.log(sum_R) + largest_R - target_R)
-    share_R = jnp.where(targets_R == _NONE, 0, jnp.asarray(share, e_RxV.dtype))
+    losses_R = jnp.where(targets_R < 0, 0, jnp.log(sum_R) + largest_R - target_R)
+    share_R = jnp.where(targets_R < 0, 0, jnp.asarray(share, e_RxV.dtype))
     hit_RxV = targets_R[:, None] == jnp.arange(logits_RxV.shape[1], dtype=targets_R.dtype)[None]
     return losses_R, e_RxV * (share_R / sum_R)[:, None] - jnp.where(hit_RxV, share_R[:, None], 0)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from jax_entropy.config import warmup_steps
 from jax_entropy.errors import UserError, nearest
 from jax_entropy.sharding import path_name
 
@@ -27,9 +28,7 @@ def learning_rate_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule
       UserError: a schedule that does not exist, or a warm-up that leaves no step after it.
     """
     peak, end = config.learning_rate, config.end_learning_rate
-    warmup = round(config.warmup * num_steps if config.warmup < 1 else config.warmup)
-    if warmup >= num_steps:
-        raise UserError(f"config.optimizer.warmup={config.warmup} leaves none of the {num_steps} steps for training")
+    warmup = warmup_steps(config, num_steps)
     decays = {
         "linear": lambda: optax.linear_schedule(peak, end, num_steps - warmup),
         "cosine": lambda: optax.cosine_decay_schedule(peak, num_steps - warmup, alpha=end / peak),

@@ -85,6 +85,9 @@ def test_what_the_tables_leave_out():
     assert operations(counted)["GELU (tanh)"] == "9×R^{128×1000}"
     assert [(operation.name, operation.count) for operation in counted.final_operations] == [("RMSNorm", 1)]
     assert census(architecture("SM+LN+G", final_norm="none")).final_operations == ()
+    windowed = census(architecture("SM+Cap(30)+Mem8+Win(SSSL,32)")).operations  # the cap is of what the softmax sees
+    capped, normalised = ([str(o) for o in windowed if o.name == name] for name in ("soft cap", "softmax"))
+    assert capped == normalised == ["36×R^{128×136}", "108×R^{128×40}"]
     assert census(architecture("SM+ScFuFFN^12")).ffn_flops == 0
 
 

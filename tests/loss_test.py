@@ -68,6 +68,20 @@ def test_cross_entropy_in_chunks_is_optaxs(T, dtype, rtol, rows):
         np.testing.assert_allclose(one, two, rtol=rtol, atol=rtol * np.abs(two).max())
 
 
+def test_a_negative_target_counts_for_nothing_and_one_beyond_the_vocabulary_is_no_number(rows):
+    """In the loss alone and beside its gradient; `rows` has all forms of both."""
+    hidden, head, targets = map(jnp.asarray, problem(13, "float32"))
+    both, losses = jax.jit(jax.value_and_grad(cross_entropy, (0, 1))), jax.jit(lambda *of: token_losses(*of))
+    expected = losses(hidden, head, targets).at[1, 2].set(0).mean()
+    for nothing in (-1, -2):
+        value, (d_hidden, _) = both(hidden, head, targets.at[1, 2].set(nothing))
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(losses(hidden, head, targets.at[1, 2].set(nothing)).mean(), expected, rtol=1e-6)
+        np.testing.assert_array_equal(d_hidden[1, 2], 0)
+    beyond = targets.at[1, 2].set(len(head))
+    assert np.isnan(both(hidden, head, beyond)[0]) and np.isnan(losses(hidden, head, beyond)[1, 2])
+
+
 @pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16])
 def test_double_precision_elsewhere_does_not_change_the_types(dtype):
     with jax.enable_x64(True):

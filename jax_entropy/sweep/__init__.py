@@ -35,7 +35,7 @@ def sweep(
       workdir: folder of its runs, table and pictures; by default `sweeps/NAME-SCALE` for a file.
       scale: of a file, "short", "small", "gpu" or "full"; what these are is said in it.
       jobs: runs at a time, each on its share of the cores or GPUs.
-      fields: of every run's config: {"train.num_steps": 100}; what a point sets itself wins.
+      fields: of every run's config: {"train.num_steps": 500}; what a point sets itself wins.
       notify: is told, a line at a time, how it goes.
     Returns:
       A row for each point, of the runs that have ended: all of them, unless a signal stopped the sweep.

@@ -174,7 +174,7 @@ def points_of(sweep: Sweep, fields: Mapping[str, Any]) -> list[Point]:
     """The points of a sweep with their configs, all of them checked.
 
     Args:
-      fields: of every run: {"train.num_steps": 100}; a point's own win.
+      fields: of every run: {"train.num_steps": 500}; a point's own win.
     Raises:
       UserError: something in it cannot work.
     """
@@ -189,6 +189,16 @@ def points_of(sweep: Sweep, fields: Mapping[str, Any]) -> list[Point]:
         for label in named:
             if label not in labels:
                 raise UserError(f"the sweep's {kind} names {label!r}, which is no point of it{nearest(label, labels)}")
+    for point in points:
+        if point.tuned:
+            trial = point.run(Path(), sweep.tuning.seed, share=sweep.tuning.share).config
+            try:
+                check(trial)
+            except UserError as error:
+                raise UserError(
+                    f"{point.label}: a trial of its rate has {trial.train.num_steps} steps, a share of "
+                    f"{sweep.tuning.share:g}, and {error}"
+                ) from None
     names = [point.name for point in points]  # of which two may be the same, though the labels are not
     return [
         point._replace(name=_with_digest(point.name, point.label)) if point.name in names[:i] else point

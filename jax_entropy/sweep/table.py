@@ -104,7 +104,7 @@ def make_row(
     return Row(
         label=label,
         learning_rate=rate,
-        tuning={f"{tried:g}": _perplexity(outcome) for tried, outcome in tuning.items()},
+        tuning={repr(float(tried)): _perplexity(outcome) for tried, outcome in tuning.items()},
         perplexities=values,
         perplexity=statistics.fmean(ended) if ended else None,
         spread=statistics.stdev(ended) if len(ended) > 1 else None,

@@ -161,6 +161,20 @@ def test_memory_of_a_table_is_under_the_bound(name, protocol, plain, vocab_size,
     assert measured < bound < 1.2 * measured
 
 
+def test_the_bound_of_cheetah_knows_the_weights_of_parts():
+    """64 bytes a weight: the convolution's taps are in matrices of four times as many rows."""
+    bound = lambda name: needed(  # noqa: E731
+        architecture(name, num_layers=12, context_length=128),
+        128,
+        Setting(protocol="cheetah"),
+        False,
+        "last",
+        "shared",
+        Layout(piece=1 << 18),
+    )
+    assert bound("SM+ScFuFFN+Conv4") - bound("SM+ScFuFFN") > 64 * 12 * 5 * 768**2
+
+
 def test_the_simplest_layout_that_fits():
     """Whole, then with products cut where that saves ciphertexts, then a layer at a time."""
     config, cheetah = architecture("EReg(SM(t)+ScFuFFN)", num_layers=12), Setting(protocol="cheetah")

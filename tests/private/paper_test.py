@@ -25,7 +25,18 @@ def test_the_papers_tables(size, name, row):
     assert cost.minutes == pytest.approx(row[1], rel=0.03)
 
 
-@pytest.mark.parametrize("change", [dict(model_dim=512, num_heads=8), dict(norm="rms"), dict(activation="leaky_relu")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(model_dim=512, num_heads=8),
+        dict(norm="rms"),
+        dict(activation="leaky_relu"),
+        dict(conv_width=4),
+        dict(value_embedding=True),
+        dict(num_slots=8),
+    ],
+)
 def test_what_the_paper_does_not_cover_is_said(change):
     with pytest.raises(UserError, match="the paper's tables are for"):
         paper_cost(architecture("SM+LN+G", **change))
+    assert paper_cost(architecture("SM+LN+G", activation="gelu_tanh")) == paper_cost(architecture("SM+LN+G"))

@@ -57,7 +57,8 @@ def test_the_shorter_trials_of_a_rate_are_as_long_as_the_rule_says(tmp_path, mon
 def test_of_rates_that_end_within_a_hundredth_the_lowest_is_taken(tmp_path, monkeypatch):
     trained = stub(monkeypatch, tmp_path, {})  # 10.3, 10.1 and 10 at these rates
     tuning = Tuning((2.91e-3, 2.97e-3, 3e-3))
-    je.sweep(Sweep(points=[{"architecture": "SM"}], seeds=(1,), tuning=tuning), tmp_path / "sweep", notify=str)
+    (row,) = je.sweep(Sweep(points=[{"architecture": "SM"}], seeds=(1,), tuning=tuning), tmp_path / "sweep", notify=str)
+    assert [*row.tuning] == ["0.00291", "0.00297", "0.003"]
     assert trained()[3:] == ["SM-rate0.00297-seed1"]
 
 

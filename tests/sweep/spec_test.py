@@ -90,6 +90,7 @@ BAD = {
     "points=[{}], tuning=Tuning(seed=2)": "tuning.seed=2 is one of the reported seeds=(1, 2, 3)",
     "points=[{}], tuning=Tuning(rates=())": "tuning.rates=() must be",
     "points=[{}], tuning=Tuning(share=2)": "tuning.share=2 must be above 0 and at most 1",
+    "points=[{'train.num_steps': 9, 'optimizer.warmup': 3}], tuning=Tuning(share=0.3)": "its rate has 3 steps",
     "points=[{'architecture': 'SM'}], baselines=['SM+LN']": "baselines names 'SM+LN', which is no point of it",
     "points=[{}], pictures=['los']": "pictures names 'los', which is none; did you mean 'loss'?",
     "points=[{}], seed=(1,)": "line 3: TypeError",

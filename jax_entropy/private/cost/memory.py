@@ -68,7 +68,8 @@ def layout(
     # Elsewhere than under CHEETAH each piece would be opened anew.
     cuts = [0, *(1 << power for power in range(24, 17, -1))] if setting.protocol == "cheetah" else [0]
     layouts = [Layout(*of) for of in itertools.product(cuts, (False, True)[: 1 + streamable])]
-    scores = 8.0 * setting.num_parties * config.num_heads * num_tokens**2  # the least, known without counting
+    seen = num_tokens + config.num_slots
+    scores = 8.0 * setting.num_parties * config.num_heads * num_tokens * seen  # the least, known without counting
     memory = {Layout(): scores}
     if scores <= limit:
         memory = {of: needed(config, num_tokens, setting, plain, logits, embedding, of) for of in layouts}
@@ -95,20 +96,18 @@ def needed(
     and a dozen arrays of the largest of scores and hidden. Under CHEETAH, the polynomials of its products instead.
     """
     T, L, N, D, V = num_tokens, config.num_layers, config.num_heads, config.model_dim, config.vocab_size
-    layer, table, tables = (4 + 2 * config.hidden_dim / D) * D**2, V * D, 2 if embedding == "shared" else 1
-    found = work(config, T, plain, setting.protocol, logits, embedding)
-    if setting.protocol == "cheetah":
-        matrices = max(layer, table) if of.streamed else layer * L + tables * table
-        return setting.num_parties * 8 * 4 * matrices + 1.7e9 + ciphertext_memory(found, of.piece)
+    found, is_cheetah = work(config, T, plain, setting.protocol, logits, embedding), setting.protocol == "cheetah"
     private = {kind: [part for part in parts if part.private and part.products] for kind, parts in found.items()}
     once = [size for kind in ("embedding", "vocabulary") for part in private.pop(kind, []) for size in _weights(part)]
     inside = sum(part.parts * size for parts in private.values() for part in parts for size in _weights(part))
     if embedding == "public":
-        once += [table, table]
+        once += [V * D] if is_cheetah else [V * D, V * D]
     matrices = max(*once, inside / L) if of.streamed else sum(once) + inside
+    if is_cheetah:
+        return setting.num_parties * 8 * 4 * matrices + 1.7e9 + ciphertext_memory(found, of.piece)
     shapes = [shape for parts in found.values() for part in parts for shape in part.products]
     largest = max(rows * inner + inner * columns + rows * columns for rows, inner, columns in shapes)
-    activations = max(N * T * T, T * config.hidden_dim)
+    activations = max(N * T * (T + config.num_slots), T * config.hidden_dim)
     held, multiplied, copies = _ARRAYS[setting.protocol]
     return _ENGINE + setting.num_parties * 8 * (held * matrices + multiplied * largest + copies * activations)
 

@@ -21,20 +21,21 @@ class PaperCost(NamedTuple):
 _SOFTMAX, _LAYER_NORM, _GELU, _RELU = 1.675, 0.845, 3.470, 0.104
 # Megabytes per token and layer of the linear layers at D=768, kilobytes per token and entry of the vocabulary.
 _FFN_FULL, _FFN_FUSED, _ATTENTION, _VOCABULARY, _TOKEN = 0.486, 0.147, 0.432, 0.199, 2.39
-_COVERED = {"softmax", "LayerNorm", "GELU", "ReLU"}
+_COVERED = {"softmax", "LayerNorm", "GELU", "GELU (tanh)", "ReLU"}
 
 
 def paper_cost(config: ModelConfig) -> PaperCost:
     """What the paper's system would report for one token after a prompt of `context_length` tokens.
 
     Raises:
-      UserError: what its tables do not cover: other sizes than D=768 with 12 heads, other norms or activations.
+      UserError: what its tables do not cover: other sizes than D=768 with 12 heads, other norms, activations or parts.
     """
+    parts = config.conv_width, config.rotary, config.value_residual, config.value_embedding, config.num_slots
     names = {operation.name for operation in census(config).operations}
-    if (config.model_dim, config.num_heads) != (768, 12) or not names <= _COVERED:
+    if (config.model_dim, config.num_heads) != (768, 12) or not names <= _COVERED or any(parts):
         raise UserError(
-            f"the paper's tables are for model_dim=768 and num_heads=12 with LayerNorm, GELU or ReLU, not for {config} "
-            f"at model_dim={config.model_dim}, num_heads={config.num_heads}"
+            "the paper's tables are for model_dim=768 and num_heads=12 with LayerNorm, GELU or ReLU and no other part, "
+            f"not for {config} at model_dim={config.model_dim}, num_heads={config.num_heads}"
         )
     T, D, F, L, N = config.context_length, config.model_dim, config.hidden_dim, config.num_layers, config.num_heads
     V, with_ffn = config.vocab_size, L - config.ffn_free_layers

@@ -14,6 +14,7 @@ import tokenizers
 
 from jax_entropy.architecture import ModelConfig
 from jax_entropy.census import ACTIVATION, ACTIVATIONS, KINDS, NORM, PRODUCT, SOFTMAX
+from jax_entropy.data.tokenizer import read_backend
 from jax_entropy.entropy import extreme_heads, head_bands, max_entropy
 from jax_entropy.errors import UserError, check_number, spelled
 from jax_entropy.huggingface.decoder import Decoder, read_decoder
@@ -259,7 +260,7 @@ def _tokenizer(directory: Path) -> tokenizers.Tokenizer | None:
     if (stored := tokenizer_text(directory)) is None:
         return None
     try:
-        return tokenizers.Tokenizer.from_str(stored)
+        return read_backend(stored)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"the tokenizer of {directory} cannot be used: {error}") from None
 

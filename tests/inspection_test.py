@@ -13,7 +13,7 @@ from jax_entropy.commands.main import main
 from jax_entropy.data.tokenizer import train_tokenizer
 from jax_entropy.errors import UserError
 from jax_entropy.huggingface.decoders import FAMILIES
-from jax_entropy.inspection import _pieces, findings, inspect
+from jax_entropy.inspection import _first_tokens, _pieces, _tokenizer, findings, inspect
 from tests import REPOSITORY
 from tests.huggingface.decoders import CASES, FILE, weights, write_folder
 
@@ -50,6 +50,16 @@ def test_a_model_is_inspected_from_the_command_line(llama, tmp_path, capsys):
         "gated SiLU, rotary positions, 2 heads of keys" in page and "training batch" not in page.partition("<script")[0]
     )
     assert all(sentence in html.unescape(page) for sentence in written["findings"])
+
+
+def test_a_text_is_neither_cut_nor_padded_by_the_tokenizers_file(llama, tmp_path):
+    text, model = " ".join(f"w{i % 36 + 1}" for i in range(33)), shutil.copytree(llama, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    for set_up in (lambda: tokenizer.enable_truncation(5), lambda: tokenizer.enable_padding(length=40)):
+        set_up()
+        tokenizer.save(str(model / "tokenizer.json"))
+        np.testing.assert_array_equal(_first_tokens(_tokenizer(model), text, 99), [i % 36 + 1 for i in range(33)])
+        tokenizer.no_truncation()
 
 
 def test_a_prefix_is_read_the_same_without_what_follows(llama):

@@ -1,5 +1,6 @@
 """Held-out quality of a model: perplexity, bits per byte and head entropies, independent of the batch size."""
 
+import contextlib
 import functools
 import math
 import os
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from jax_entropy import data
 from jax_entropy.config import check
 from jax_entropy.data.packing import pack
+from jax_entropy.data.sources import corpora_directory, named_files
 from jax_entropy.entropy import max_entropy
 from jax_entropy.errors import UserError, check_kind, check_number
 from jax_entropy.loss import token_losses
@@ -23,7 +25,8 @@ from jax_entropy.runs.load import Run, loaded, own_tokens
 from jax_entropy.runs.reading import TOKENS, Reading
 from jax_entropy.sharding import constrain
 
-_ELSEWHERE = ("directory", "num_threads", "prefetch", "tokenizer")  # where and how a corpus lies, not what it is
+_PLACE = ("directory", "num_threads", "prefetch")  # where a corpus lies and how it is read, not what it is
+_SPLIT = ("source", "files", "validation_fraction", "max_documents")  # what decides which text is held out
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,8 +140,8 @@ def evaluate(
     Returns:
       `step`, `text` (what it was evaluated on, in words), and what `evaluate_batches` returns.
     Raises:
-      UserError: the run's corpus has changed, `text` cannot be read, a value of `section` cannot work, it and `text`
-        are both given, and as `load_run` and `data.prepare` do.
+      UserError: the run's corpus has changed, `text` cannot be read, a value of `section` cannot work, it would hold
+        out text that the run was trained on, it and `text` are both given, and as `load_run` and `data.prepare` do.
     """
     check_number("batch_size", batch_size, 1)
     check_kind("section", section, ConfigDict | None, "the data section of a config")
@@ -157,16 +160,40 @@ def evaluate(
 def _corpus(run: Run, section: ConfigDict | None, notify: Callable[[str], None]) -> tuple[data.Corpus, str]:
     """A corpus whose validation split is to be judged on, and what that split is in words."""
     own = run.config.data
-    if section is not None:
-        run = run._replace(config=_with_data(run.config, section))
-        check(run.config)
-    if section is None or all(section[name] == own[name] for name in own if name not in _ELSEWHERE):
-        words = "held out" if run.corpus else f"held out of {_name(own)}, which it is not known to have been trained on"
+    words = "held out" if run.corpus else f"held out of {_name(own)}, which it is not known to have been trained on"
+    if section is None:
         return held_out(run, notify), words
+    check(_with_data(run.config, section))
+    if _is_split_alike(run, section):
+        there = own.copy_and_resolve_references()
+        there.update({name: section[name] for name in _PLACE})
+        corpus = held_out(run._replace(config=_with_data(run.config, there)), notify)
+        if section.join_documents == own.join_documents:
+            return corpus, words
     section = section.copy_and_resolve_references()
     section.tokenizer = str(run.workdir.tokenizer)
     corpus = data.prepare(section, run.config.model.context_length, notify)
     return corpus, f"on the validation split of {_name(section)}"
+
+
+def _is_split_alike(run: Run, section: ConfigDict) -> bool:
+    """Whether a section names the text of the run itself, and holds out the same of it.
+
+    Raises:
+      UserError: it holds out other parts of text that the run was trained on.
+    """
+    own, directory = run.config.data, corpora_directory(section)
+    named, own_files = named_files(section, directory), {}
+    with contextlib.suppress(UserError):  # it may be gone, and then it is not what the section names
+        own_files = named_files(own, directory)
+    changed = [name for name in _SPLIT if section[name] != own[name] and (name != "files" or named != own_files)]
+    if changed and run.corpus and set(named.values()) & set(own_files.values()):
+        given = ", ".join(f"config.data.{name}={section[name]!r} instead of {own[name]!r}" for name in changed)
+        raise UserError(
+            f"{given} holds out other parts of the text of {run.workdir.path}, which it may have been trained on; "
+            "leave what the run has there, or name a text of which it has seen nothing"
+        )
+    return not changed
 
 
 def _with_data(config: ConfigDict, section: ConfigDict) -> ConfigDict:

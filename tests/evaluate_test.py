@@ -156,8 +156,12 @@ def test_only_text_that_was_held_out_is_called_so(loaded):
     with pytest.raises(UserError, match="has changed since .* what is held out of it now may have been trained on"):
         judged(loaded._replace(corpus="0123456789abcdef"))
     section = loaded.config.data.copy_and_resolve_references()
-    section.prefetch = 1
+    section.update(prefetch=1, tokenizer=str(loaded.workdir.tokenizer), vocab_size=300, files=f"{files}/../asyncio/")
     assert judged(loaded, section=section) == ("held out", loss)
+    section.join_documents = True
+    assert judged(loaded, section=section)[0] == f"on the validation split of {section.files}"
+    with pytest.raises(UserError, match="has changed since"):
+        judged(loaded._replace(corpus="0123456789abcdef"), section=section)
     section.files = str(REPOSITORY / "jax_entropy" / "training")
     text, other = judged(loaded._replace(corpus="0123456789abcdef"), section=section)
     assert text == f"on the validation split of {section.files}" and other != loss
@@ -170,3 +174,31 @@ def test_only_text_that_was_held_out_is_called_so(loaded):
         judged(loaded, section=section)
     section.source = "stdlib"
     assert evaluate_module._name(section) == "Python's standard library"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(validation_fraction=0.5),
+        dict(max_documents=20, join_documents=True),
+        dict(files="{}/*s.py", validation_fraction=0.5),
+        dict(files="{}/b*.py"),
+        dict(files="{}/../asyncio/../*/base_*.py"),
+        dict(files="{}/events.py"),
+        dict(source="languini"),
+        dict(source="stdlib", files=""),
+    ],
+)
+def test_text_that_the_run_was_trained_on_is_not_split_anew(loaded, changes):
+    section, own = loaded.config.data.copy_and_resolve_references(), loaded.config.data
+    section.update(changes | ({"files": changes["files"].format(own.files)} if "files" in changes else {}))
+    changed = ", ".join(f"config.data.{name}=.* instead of .*" for name in evaluate_module._SPLIT if name in changes)
+    with pytest.raises(UserError, match=f"^{changed} holds out other parts of the text of .*; leave what the run has"):
+        evaluate_module.evaluate(loaded, section=section)
+
+
+def test_text_that_it_is_not_known_to_have_seen_may_be_split_in_any_way(loaded):
+    section = loaded.config.data.copy_and_resolve_references()
+    section.validation_fraction = 0.3
+    result = evaluate_module.evaluate(loaded._replace(corpus=None), section=section)
+    assert result["text"] == f"on the validation split of {section.files}"

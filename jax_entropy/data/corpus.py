@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 from jax_entropy import manifest
 from jax_entropy.data import builder, packing
 from jax_entropy.data.documents import Rows, TextFiles
-from jax_entropy.data.sources import open_documents
+from jax_entropy.data.sources import corpora_directory, open_documents
 from jax_entropy.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from jax_entropy.errors import UserError
-from jax_entropy.paths import cache_directory, local_path, writing
+from jax_entropy.paths import writing
 
 TOKENIZER_SAMPLE_BYTES = 1 << 28
 _LONG_CHECK_BYTES = 1 << 31  # a few seconds of hashing
@@ -76,7 +76,7 @@ def prepare(config: Any, context_length: int, notify: Callable[[str], None] = pr
     Raises:
       UserError: its source, tokenizer or folder cannot be used.
     """
-    home = _home(config)
+    home = corpora_directory(config)
     request = _Request(config, context_length, open_documents(config, home), _given_tokenizer(config))
     directory = home / request.name
     if not directory.exists() and (same := _trained_here(request, home)) and not _damage(same, notify):
@@ -124,19 +124,6 @@ class _Request:
     def name(self) -> str:
         """Of its folder."""
         return f"{self.config.source}-{self.fingerprint}"
-
-
-def _home(config: Any) -> Path:
-    home = local_path(config.directory, "config.data.directory") if config.directory else cache_directory()
-    try:
-        str(home).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"config.data.directory={str(home)!r} is not UTF-8, and shards need that; name another"
-        ) from None
-    with writing(home, "config.data.directory"):
-        home.mkdir(parents=True, exist_ok=True)
-    return home
 
 
 def _check_writable(home: Path) -> None:

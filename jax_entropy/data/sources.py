@@ -17,7 +17,7 @@ from filelock import FileLock
 from jax_entropy.data.catalog import SOURCES
 from jax_entropy.data.documents import LeftOut, Rows, TextFiles
 from jax_entropy.errors import UserError
-from jax_entropy.paths import local_path, reading, writing
+from jax_entropy.paths import cache_directory, local_path, reading, writing
 
 TEXT_SUFFIXES = tuple(
     ".py .pyi .txt .md .rst .tex .org .c .h .cc .cpp .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .cs .swift"
@@ -30,6 +30,24 @@ _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packag
 _STDLIB_SKIPPED = _SKIPPED_FOLDERS | {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip", "turtledemo", "encodings", "pydoc_data")
 }
+
+
+def corpora_directory(config: Any) -> Path:
+    """Where downloads and prepared corpora are kept, made if it is not there.
+
+    Raises:
+      UserError: `config.data.directory` cannot be one.
+    """
+    home = local_path(config.directory, "config.data.directory") if config.directory else cache_directory()
+    try:
+        str(home).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"config.data.directory={str(home)!r} is not UTF-8, and shards need that; name another"
+        ) from None
+    with writing(home, "config.data.directory"):
+        home.mkdir(parents=True, exist_ok=True)
+    return home
 
 
 def open_documents(config: Any, directory: Path) -> TextFiles | Rows:
@@ -66,13 +84,36 @@ def open_documents(config: Any, directory: Path) -> TextFiles | Rows:
     return _text_files(given, root, paths, left_out)
 
 
-def _standard_library() -> TextFiles:
+def named_files(config: Any, directory: Path) -> dict[str, str]:
+    """Where the files that `config.data` names really lie, by the names that decide which of them are held out.
+
+    Two sections of one source, with the same files under the same names, split them alike.
+
+    Args:
+      config, directory: as for `open_documents`.
+    Raises:
+      UserError: there are none.
+    """
+    if config.source == "stdlib":
+        root, paths = _standard_library_files()
+    elif not config.files:
+        return {"": CODEPARROT_REPOSITORY} if config.source == "codeparrot" else {}
+    else:
+        root, paths = _find(local_path(config.files, "config.data.files"), directory, LeftOut())
+    return {path.relative_to(root).as_posix(): os.path.realpath(path) for path in paths}
+
+
+def _standard_library_files() -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [
+    return root, [
         path
         for path in root.rglob("*.py")
         if not _STDLIB_SKIPPED & set(path.relative_to(root).parts) and path.name != "stringprep.py"
     ]
+
+
+def _standard_library() -> TextFiles:
+    root, paths = _standard_library_files()
     documents = TextFiles(root, paths)
     if len(documents) < 100 or documents.size < 1e6:
         raise UserError(

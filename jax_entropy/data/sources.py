@@ -3,12 +3,13 @@
 What is found but not read is counted, and told when a corpus is prepared.
 """
 
+import functools
 import glob
 import itertools
 import os
 import sysconfig
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -158,16 +159,35 @@ def _find(given: Path, directory: Path, left_out: LeftOut) -> tuple[Path, list[P
                 return given, paths
             found = str(left_out) and f", but {left_out}"
             raise UserError(f"{field} holds no files{found}; put .py, .txt or .md files into it")
-    cache, paths = Path(os.path.realpath(directory)), []
-    for name in sorted(glob.glob(str(given), recursive=True)):
-        if os.path.isfile(name):
-            if Path(os.path.realpath(name)).is_relative_to(cache):
-                left_out.add("with prepared corpora", os.path.dirname(name))
-            else:
-                paths.append(Path(name))
+    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
+    cache, paths = os.path.realpath(directory), []
+    folders = functools.partial(_folders, root=root, directory=directory, left_out=left_out)
+    for path in sorted({*_matching(root, given.parts[len(root.parts) :], folders)}):
+        if Path(os.path.realpath(path)).is_relative_to(cache):
+            left_out.add("with prepared corpora", path.parent.relative_to(root).as_posix())
+        else:
+            paths.append(path)
     if not paths:
         raise UserError(f"{field} matches no file; name a folder, a file or a glob of text")
-    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts)), paths
+    return root, paths
+
+
+def _matching(
+    folder: Path, pattern: Sequence[str], folders: Callable[[Path], Iterator[tuple[Path, list[str]]]]
+) -> Iterator[Path]:
+    """The files that a glob matches below a folder: Python's, whose `**` would follow links round and round."""
+    if not pattern or not os.path.isdir(folder):
+        return
+    part, *rest = pattern
+    if part == "**":
+        for below, _ in folders(folder):
+            yield from _matching(below, rest or ["*"], folders)
+        return
+    for name in glob.glob(part, root_dir=folder):
+        if rest:
+            yield from _matching(folder / name, rest, folders)
+        elif os.path.isfile(folder / name):
+            yield folder / name
 
 
 def _once(root: Path, paths: list[Path], left_out: LeftOut) -> list[Path]:
@@ -183,32 +203,53 @@ def _once(root: Path, paths: list[Path], left_out: LeftOut) -> list[Path]:
 
 
 def _walk(root: Path, directory: Path, left_out: LeftOut) -> list[Path]:
-    """The files below a folder, in order. Links to folders are followed, but not back, and to no folder twice."""
-    paths, real_root, cache = [], Path(os.path.realpath(root)), os.path.realpath(directory)
-    seen = {str(real_root)}
-    for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
-        relative, kept = Path(folder).relative_to(root), []
-        for name in sorted(subfolders):
-            shown, real = (relative / name).as_posix(), Path(os.path.realpath(Path(folder, name)))
-            linked_back = real.is_relative_to(real_root) or real_root.is_relative_to(real)
-            if name[0] == "." or name in _SKIPPED_FOLDERS:
+    """The files below a folder, in order."""
+    paths = []
+    for folder, names in _folders(root, root, directory, left_out, skipped=_SKIPPED_FOLDERS):
+        for path in (folder / name for name in names):
+            if path.name[0] == ".":
+                left_out.add("hidden or generated", path.relative_to(root).as_posix())
+            elif not os.path.isfile(path):
+                left_out.add("that are no files", path.relative_to(root).as_posix())
+            else:
+                paths.append(path)
+    return sorted(paths)
+
+
+def _folders(
+    start: Path, root: Path, directory: Path, left_out: LeftOut, skipped: Set[str] = frozenset()
+) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, but no hidden ones, with the names of the files in each.
+
+    Links to folders are followed, but not back, and to no folder twice.
+
+    Args:
+      root: the names of what is left out begin there.
+      directory: what is prepared there is left out.
+      skipped: names of folders that are left out too.
+    """
+
+    def is_hidden(name: str) -> bool:
+        return name[0] == "." or name in skipped
+
+    real_start, cache = Path(os.path.realpath(start)), os.path.realpath(directory)
+    seen = {str(real_start)}
+    for folder, subfolders, names in os.walk(start, onerror=_refuse, followlinks=True):
+        kept = []
+        for path in (Path(folder, name) for name in sorted(subfolders)):
+            shown, real = path.relative_to(root).as_posix(), Path(os.path.realpath(path))
+            is_below = real.is_relative_to(real_start) and not any(map(is_hidden, real.relative_to(real_start).parts))
+            if is_hidden(path.name):
                 left_out.add("hidden or generated", shown)
             elif str(real) == cache:
                 left_out.add("with prepared corpora", shown)
-            elif str(real) in seen or (Path(folder, name).is_symlink() and linked_back):
+            elif str(real) in seen or (path.is_symlink() and (is_below or real_start.is_relative_to(real))):
                 left_out.add("linked to what is read anyway", shown)
             else:
                 seen.add(str(real))
-                kept.append(name)
+                kept.append(path.name)
         subfolders[:] = kept
-        for name in names:
-            if name[0] == ".":
-                left_out.add("hidden or generated", (relative / name).as_posix())
-            elif not os.path.isfile(Path(folder, name)):
-                left_out.add("that are no files", (relative / name).as_posix())
-            else:
-                paths.append(Path(folder, name))
-    return sorted(paths)
+        yield Path(folder), names
 
 
 def _refuse(error: OSError) -> NoReturn:

@@ -111,13 +111,22 @@ def test_linked_folders_are_read_once_and_never_back(tmp_path):
     (folder / "books again").symlink_to(outside / "package0")
     (folder / "loop").symlink_to(folder)
     (folder / "package0" / "sibling").symlink_to(folder / "package1")
+    (folder / ".hidden" / "below").mkdir(parents=True)
+    (folder / ".hidden" / "below" / "up.py").write_text("read under the name of the link")
+    (folder / "shown").symlink_to(folder / ".hidden" / "below")
     documents = opened(tmp_path, folder)
     assert [document.name for document in documents] == [
         *("books again/module00.py", "books/package1/module01.py"),
         *(f"package{i}/module0{i}.py" for i in range(3)),
+        "shown/up.py",
     ]
     names = {"loop", "package0/sibling", "books/back", "books/package0"}
     assert set(documents.left_out._names["linked to what is read anyway"]) == names
+    for name in ("loop", "books again"):  # Python's glob would follow these for ever
+        (outside / "package1" / name).symlink_to(outside)
+    found = opened(tmp_path, folder / "**" / "*.py")
+    assert texts(found) == texts(documents) and found.digest == documents.digest
+    assert names < set(found.left_out._names["linked to what is read anyway"])
 
 
 @pytest.mark.parametrize(

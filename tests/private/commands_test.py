@@ -153,7 +153,7 @@ def test_the_ablation_has_a_row_for_each_rewrite(capsys):
     (["generate", "--workdir=nowhere", "--reveal=token", "--top_k=3"], "--top_k=3 needs --reveal=logits"),
     (["generate", "--workdir=nowhere", "--seed=99999999999999999999"], "seed=99999999999999999999 must be a whole"),
     (["generate", "--workdir=nowhere", "--temperature=-1"], "temperature=-1.0 must not be negative"),
-    (["keys", "--directory=/proc/keys"], "/proc/keys cannot be written"),
+    (["keys", "--directory=/proc/none"], "/proc/none cannot be written"),
     (["keys", "--directory=keys", "--name=a/b"], "name='a/b' must be 1 to 64 letters"),
     (["keys", "--directory=keys", "--days=99999999"], "days=99999999 must lie between 1 and 36500"),
     (["serve", "--workdir=nowhere", "--listen=[::1]:9500"], "is an IPv6 address"),

@@ -119,6 +119,7 @@ class Checkpointer:
 
         For the process that has the run: another one might take a step from under its hands.
         """
+        self._wait()  # for a save of its own, which names its step itself
         if jax.process_index() == 0 and self._directory.is_dir():
             for path in self._directory.glob("*.unfinished"):
                 if not path.with_suffix("").exists() and damage(path) is None:

@@ -190,9 +190,9 @@ def test_the_simplest_layout_that_fits():
 
 def test_blocks_counted_by_kind(measure):
     config = architecture(
-        "SM+ScFuFFN+Win(SSL,4)^2", num_layers=7, num_heads=2, model_dim=32, context_length=16, vocab_size=64
+        "SM+ScFuFFN+Win(SL,4)^2", num_layers=5, num_heads=2, model_dim=16, context_length=8, vocab_size=64
     )
-    setting = Setting(layer_iterations=(5, 5, 5, 5, 6, 5, 5))
+    setting = Setting(layer_iterations=(5, 5, 6, 5, 5))
     measured = measure(config, Rewrites(), setting).total()
     counted = count_by_layers(config, setting, plain=False, notify=print)
     assert counted.bytes == pytest.approx(measured.bytes, rel=1e-4)

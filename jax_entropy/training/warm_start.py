@@ -229,10 +229,14 @@ def check_teacher(source: Source, model: Transformer, variables: dict[str, Any],
     Args:
       variables: what the run begins with.
     Raises:
-      UserError: it predicts something else.
+      UserError: it predicts something else, or reads more than the source can.
     """
-    (T, V), (t, v) = ((config.context_length, config.vocab_size) for config in (source.model, model.config))
-    T, V = min(T, t), min(V, v)
+    T, V = model.config.context_length, min(source.model.vocab_size, model.config.vocab_size)
+    if T > source.model.context_length:
+        raise UserError(
+            f"config.anneal.distillation learns from what {source.name} predicts, and it has read no more than "
+            f"{source.model.context_length} tokens: config.model.context_length={T} is longer; set one of them lower"
+        )
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, (1, T)))
     theirs = Transformer(source.model)
     complete = jax.jit(

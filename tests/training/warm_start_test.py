@@ -82,6 +82,14 @@ def test_what_does_not_begin_as_its_source_cannot_teach_in_its_place(name, size)
         check_teacher(source, other, *take_over(source, other, 3, same_tokens=True))
 
 
+def test_a_source_teaches_no_more_positions_than_it_has():
+    old, longer, shorter = (tiny("SM+LN+G", context_length=length) for length in (16, 24, 10))
+    source = Source("source", old, scattered(old)["params"], None)
+    check_teacher(source, Transformer(shorter), *take_over(source, Transformer(shorter), 3, same_tokens=True))
+    with pytest.raises(UserError, match="has read no more than 16 tokens: config.model.context_length=24 is longer"):
+        check_teacher(source, Transformer(longer), *take_over(source, Transformer(longer), 3, same_tokens=True))
+
+
 def test_layers_are_taken_over_one_by_one():
     """Four layers of which the last has no feed-forward, from two that both have one."""
     old, new = tiny("SM+LN+G"), tiny("SM+LN+G^1", num_layers=4)

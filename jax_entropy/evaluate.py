@@ -182,7 +182,10 @@ def _is_split_alike(run: Run, section: ConfigDict) -> bool:
     Raises:
       UserError: it holds out other parts of text that the run was trained on.
     """
-    own, directory = run.config.data, corpora_directory(section)
+    own = run.config.data
+    if all(section[name] == own[name] for name in _SPLIT):
+        return True
+    directory = corpora_directory(section)
     named, own_files = named_files(section, directory), {}
     with contextlib.suppress(UserError):  # it may be gone, and then it is not what the section names
         own_files = named_files(own, directory)

@@ -53,7 +53,7 @@ def visible_keys(config: ModelConfig, layer: int) -> np.ndarray:
     return np.concatenate([np.ones((T, M), bool), seen_TxT], axis=1)
 
 
-def row_maximum(T: int, position: int | jax.Array, window: jax.Array | None, num_slots: int) -> jax.Array:
+def row_maximum(T: int, position: int | jax.Array, window: int | jax.Array | None, num_slots: int) -> jax.Array:
     """The most entropy that each of T rows from `position` on can have, [T] in nats: log of how many keys it sees."""
     visible_T = jnp.arange(T) + position + 1
     visible_T = (visible_T if window is None else jnp.minimum(visible_T, window)) + num_slots

@@ -14,6 +14,7 @@ from jax_entropy.census import GROUPS, KINDS
 from jax_entropy.config import flatten
 from jax_entropy.data import load_tokenizer
 from jax_entropy.errors import UserError
+from jax_entropy.parts import row_maximum
 from jax_entropy.paths import local_path, reading
 from jax_entropy.report.block import Block
 from jax_entropy.report.costs import compared_costs, measured_kind, model_of, private_cost, terms
@@ -124,7 +125,7 @@ def _most(history: History, shape: tuple[int, ...]) -> list[tuple[list[int], np.
     layers: dict[int, list[int]] = {}
     for layer, window in enumerate(windows):
         layers.setdefault(min(window, T), []).append(layer)
-    return [(of, np.log(np.minimum(np.arange(T) + 1, window) + num_slots)) for window, of in layers.items()]
+    return [(of, np.asarray(row_maximum(T, 0, window, num_slots))) for window, of in layers.items()]
 
 
 def _private(history: History) -> dict[str, Any] | None:

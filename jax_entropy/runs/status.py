@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from jax_entropy.errors import UserError
-from jax_entropy.runs.workdir import RUNNING, Status, Workdir
+from jax_entropy.runs.workdir import RUNNING, Status, Workdir, saved_steps
 
 _QUIET = ("waiting", "stopped", "complete")  # states of a sweep's runs that their number tells enough about
 
@@ -24,7 +24,7 @@ def describe(path: str | os.PathLike) -> str:
     if status is None:
         raise UserError(f"no run was started in {path}: it has no readable status.json")
     lines = [f"{path}: {_state(status, workdir.in_use())}"]
-    saved = sorted(int(step.name) for step in workdir.checkpoints.glob("*") if step.name.isdecimal())
+    saved = saved_steps(workdir.checkpoints)
     lines.append(f"checkpoints: {', '.join(map(str, saved)) or 'none'}")
     if workdir.incidents.exists():
         count = len(workdir.incidents.read_text().splitlines())

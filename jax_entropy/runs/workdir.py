@@ -82,7 +82,7 @@ class Workdir:
         if self.exists():
             try:
                 stored = self.read_config()
-                complete = (self.checkpoints / str(stored.train.num_steps)).is_dir()
+                complete = stored.train.num_steps in saved_steps(self.checkpoints)
                 changed = configs.changes(stored, config, imported=self.imported(), complete=complete)
             except UserError as error:
                 raise UserError(
